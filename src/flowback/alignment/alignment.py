@@ -1,0 +1,117 @@
+"""The loss of an aligned flow, `L_NF + weight * L_align` (arXiv 2511.22345, equations 5 to 8)."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowback.alignment import strategies
+from flowback.alignment.encoders import Encoder, match_grid
+from flowback.errors import InputError
+from flowback.flows import TarFlow
+from flowback.nn import Projector
+
+
+class Alignment(nn.Module):
+    """Aligns hidden states of a flow with the features of a frozen encoder.
+
+    Args:
+        flow: the flow to train.
+        encoder: maps images `[B, C, H, W]` in [-1, 1] to features `[B, P, F]`; has `grid` and `dim`.
+        at: aligned (block, layer) pairs, counted from 1.
+        strategy: "forward", "detach" or "reverse": where the alignment's gradient flows.
+        gradient: of "reverse": "cached", "one_step", an int k (terms of the adjoint), "exact" or "sequential".
+        weight: of `L_align`.
+        projector_width: hidden size of the projector.
+
+    Raises:
+        InputError: if a pair, the strategy, the gradient or the weight does not exist or is impossible.
+    """
+
+    def __init__(
+        self,
+        flow: TarFlow,
+        encoder: Encoder,
+        at: Iterable[Sequence[int]],
+        strategy: str = "reverse",
+        gradient: str | int = "one_step",
+        weight: float = 0.1,
+        projector_width: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.at = flow.check_pairs(at)
+        if not self.at:
+            raise InputError("alignment.at is empty; allowed is at least one pair of block and layer, like [[4, 2]]")
+        if strategy not in strategies.STRATEGIES:
+            raise InputError(f"strategy {strategy!r} does not exist; allowed: {', '.join(strategies.STRATEGIES)}")
+        if (isinstance(gradient, str) and gradient not in strategies.GRADIENTS) or (
+            isinstance(gradient, int) and gradient < 0
+        ):
+            allowed = f"{', '.join(strategies.GRADIENTS)}, or a whole number of at least 0"
+            raise InputError(f"gradient {gradient!r} does not exist; allowed: {allowed}")
+        if not 0 <= weight < float("inf"):
+            raise InputError(f"alignment weight {weight} is not usable; allowed is a number of at least 0")
+        self.flow, self.encoder = flow, encoder
+        self.strategy, self.gradient, self.weight = strategy, gradient, weight
+        self.projector = Projector(flow.config.width, encoder.dim, projector_width)
+
+    def targets(self, x_clean: Tensor) -> Tensor:
+        """The encoder's features of clean images on the flow's grid, `[B, N, F]`, without gradient."""
+        with torch.no_grad():
+            return match_grid(self.encoder(x_clean), self.encoder.grid, self.flow.grid)
+
+    def loss(
+        self, x_noisy: Tensor, y: Tensor | None, x_clean: Tensor | None = None, targets: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Encode once and return the loss, whose `backward()` puts every gradient where the strategy says.
+
+        Args:
+            x_noisy: what the flow sees, `[B, C, H, W]`.
+            y: labels `[B]`, -1 for none; or None.
+            x_clean: what the encoder sees; not needed where `targets` are given.
+            targets: features `[B, N, F]` computed before, as by `targets`.
+
+        Returns:
+            The loss, and its parts without graph: "nll" (nats per dimension), "align" (minus the mean cosine) and, for
+            the reverse family, "terms" (block -> terms of the adjoint after the first).
+
+        Raises:
+            InputError: if neither clean images nor targets are given, or shapes do not fit.
+        """
+        if targets is None:
+            if x_clean is None:
+                raise InputError("alignment needs the clean images or the targets made from them; neither was given")
+            targets = self.targets(x_clean)
+        unit = F.normalize(targets.float() if targets.dtype != x_noisy.dtype else targets, dim=-1)
+
+        def align(hidden: dict[tuple[int, int], Tensor]) -> Tensor:
+            # every pair has as many patches, so the mean over pairs of means is the mean over all
+            h = torch.stack([hidden[pair] for pair in self.at])
+            return -(F.normalize(self.projector(h).to(unit.dtype), dim=-1) * unit).sum(-1).mean()
+
+        flow, taken = self.flow, {}
+        if self.strategy == "forward":
+            nll, l_align = strategies.forward(flow, x_noisy, y, self.at, align)
+        elif self.strategy == "reverse" and self.gradient == "sequential":
+            nll, l_align = strategies.sequential(flow, x_noisy, y, self.at, align)
+        else:
+            terms, tolerance = self._adjoint(x_noisy.dtype)
+            nll, l_align, taken = strategies.isolated(flow, x_noisy, y, self.at, align, terms, tolerance)
+        parts: dict[str, Any] = {"nll": nll.detach(), "align": l_align.detach()}
+        if taken:
+            parts["terms"] = taken
+        return nll + self.weight * l_align, parts
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """`loss`, under the name that wrappers such as DDP call."""
+        return self.loss(*args, **kwargs)
+
+    def _adjoint(self, dtype: torch.dtype) -> tuple[int | None, float]:
+        """How far the adjoint is solved: the number of terms after the first (None: detach), and the tolerance."""
+        if self.strategy == "detach" or self.gradient == "cached":
+            return None, 0.0
+        if self.gradient == "exact":  # stops well above rounding, well below what a step of training can feel
+            return self.flow.token_shape[0] - 1, torch.finfo(dtype).eps ** 0.75
+        return 0 if self.gradient == "one_step" else int(self.gradient), 0.0

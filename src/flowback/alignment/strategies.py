@@ -1,0 +1,176 @@
+"""Where the gradient of the alignment flows: forward, detach and the reverse family (arXiv 2511.22345, section 3).
+
+A strategy encodes once and returns two scalars, `L_NF` and `L_align`, whose graphs put every gradient where it belongs;
+the loss is `L_NF + weight * L_align`. The numbers of `h` are the same in all of them, only the way back differs.
+
+**forward** leaves everything on the encode graph. The others cut that graph at the input of every block from the first
+aligned one on ("isolated" blocks): there, what belongs to the likelihood and what belongs to the alignment is carried
+past the cut by hand, as cotangents. `_carry` attaches them to the blocks' outputs, so that one backward pass makes
+the weight gradients of both losses, and nothing is run forward twice.
+
+*Likelihood*, from z down. With `c^T = dL_NF/dz`, each isolated block hands down `c^(t-1)`, the product of `(c^t,
+dL_NF/dlog_det)` with its Jacobian restricted to the input, which needs no weight gradients.
+
+*Alignment*, from the data up. Decoding is `x^(t-1) = mu_t(x^(t-1)) + exp(a_t(x^(t-1))) x^t`, a fixed point in `x^(t-1)`
+whose Jacobian J is strictly lower triangular. The cotangent g of its solution therefore turns into
+
+    u = g + J^T u = g + J^T g + (J^T)^2 g + ...          (the adjoint of the fixed point; at most N terms)
+
+which gives `mu_t` the cotangent u, `a_t` the cotangent `u (x^(t-1) - mu_t)`, and hands `u exp(a_t)` to block t + 1. There
+the aligned layers add theirs. **reverse** with `gradient` = cached keeps none of this (the published Algorithm 2, which
+equals **detach**), one_step keeps the first term of the series, k the first k + 1, exact all that are not negligible.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowback.flows import TarFlow
+from flowback.flows.block import BlockOutput, FlowBlock, affine_decode
+from flowback.units import nll_per_dim
+
+Pairs = list[tuple[int, int]]
+AlignLoss = Callable[[dict[tuple[int, int], Tensor]], Tensor]
+
+STRATEGIES = ("forward", "detach", "reverse")
+GRADIENTS = ("cached", "one_step", "exact", "sequential")
+
+
+def forward(flow: TarFlow, x: Tensor, y: Tensor | None, at: Pairs, align: AlignLoss) -> tuple[Tensor, Tensor]:
+    """F-REPA: both losses on the encode graph; the alignment reaches blocks 1 … t."""
+    z, log_det, trace = flow.encode(x, y, trace=at)
+    return nll_per_dim(z, log_det), align(trace.hidden)
+
+
+def isolated(
+    flow: TarFlow, x: Tensor, y: Tensor | None, at: Pairs, align: AlignLoss, terms: int | None, tolerance: float
+) -> tuple[Tensor, Tensor, dict[int, int]]:
+    """Detach and the reverse family, as the module docstring derives them.
+
+    Args:
+        flow, x, y: what to encode.
+        at: aligned (block, layer) pairs.
+        align: hidden states to `L_align`.
+        terms: None for detach; else the number of terms after the first that the adjoint is solved to, N - 1 for all.
+        tolerance: the series ends early where a term is smaller than this share of the sum.
+
+    Returns:
+        `L_NF`, `L_align`, and for each block from the first aligned one on the number of terms that were taken.
+    """
+    first = at[0][0]
+    below: list[BlockOutput] = []  # one connected graph
+    above: dict[int, tuple[Tensor, BlockOutput]] = {}  # t -> (x^(t-1), a leaf; output of block t), each its own graph
+    for t, x_in, out in flow.run_blocks(x, y, at, isolate_from=first):
+        if t < first:
+            below.append(out)
+        else:
+            above[t] = (x_in, out)
+    outputs = [*below, *(out for _, out in above.values())]
+
+    z = outputs[-1].z.detach().requires_grad_()
+    log_det = torch.stack([out.log_det for out in outputs]).sum(0).detach().requires_grad_()
+    nll = nll_per_dim(z, log_det)
+    c, c_det = torch.autograd.grad(nll, (z, log_det))
+    carried = [(out.log_det, c_det) for out in outputs]
+    for t, (x_in, out) in reversed(above.items()):
+        carried.append((out.z, c))
+        if t > 1:
+            c = _vjp((out.z, out.log_det), x_in, (c, c_det))
+    if below:
+        carried.append((below[-1].z, c))
+    l_nf = _carry(nll.detach(), carried)
+
+    l_align = align({(t, layer): h for t, (_, out) in above.items() for layer, h in out.hidden.items()})
+    taken: dict[int, int] = {}
+    if terms is not None:
+        aligned = sorted({t for t, _ in at})
+        leaves = torch.autograd.grad(l_align, [above[t][0] for t in aligned], retain_graph=True)
+        own = dict(zip(aligned, leaves, strict=True))
+        g = torch.zeros_like(z)
+        reverse = []
+        for t, (x_in, out) in above.items():
+            g = g + own.get(t, 0)
+            u, taken[t] = _solve_adjoint(g, x_in, out, terms, tolerance)
+            reverse += [(out.mu, u), (out.a, u * (x_in - out.mu).detach())]
+            g = u * torch.exp(out.a.detach())
+        l_align = l_align + _carry(l_align.new_zeros(()), reverse)
+    return l_nf, l_align, taken
+
+
+def sequential(flow: TarFlow, x: Tensor, y: Tensor | None, at: Pairs, align: AlignLoss) -> tuple[Tensor, Tensor]:
+    """The definition of reverse: autograd through the token-by-token decode from `z.detach()`. Slow; the oracle."""
+    z, log_det = flow.encode(x, y)
+    classes = flow.class_weights(y, len(x))
+    x_rev = z.detach()
+    hidden = {}
+    for t in range(flow.config.blocks, at[0][0] - 1, -1):
+        block: Any = flow.blocks[t - 1]
+        x_rev = _decode_with_graph(block, x_rev, classes)
+        layers = [layer for b, layer in at if b == t]
+        if layers:
+            hidden.update({(t, layer): h for layer, h in block(x_rev, classes, hidden=layers).hidden.items()})
+    return nll_per_dim(z, log_det), align(hidden)
+
+
+def _solve_adjoint(g: Tensor, x_in: Tensor, out: BlockOutput, terms: int, tolerance: float) -> tuple[Tensor, int]:
+    """`u = g + J^T g + … + (J^T)^terms g`, and the number of terms after the first that were taken."""
+    scale = (x_in - out.mu).detach()  # d(exp(a) x^t + mu)/da = x^t exp(a) = x^(t-1) - mu
+    u, term = g, g
+    for k in range(terms):
+        if tolerance and term.norm() <= tolerance * u.norm():
+            return u, k
+        term = _vjp((out.mu, out.a), x_in, (term, term * scale))
+        u = u + term
+    return u, terms
+
+
+def _vjp(outputs: tuple[Tensor, ...], x_in: Tensor, cotangents: tuple[Tensor, ...]) -> Tensor:
+    """Vector-Jacobian product restricted to `x_in`: no weight gradients are computed, and the graph is kept."""
+    (grad,) = torch.autograd.grad(outputs, x_in, cotangents, retain_graph=True, materialize_grads=True)
+    return grad
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, cotangents: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.cotangents = cotangents
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grad_outputs[0] * c for c in ctx.cotangents)
+
+
+def _carry(value: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """A scalar equal to `value` whose backward pass hands the second of each pair to the first as its gradient."""
+    tensors, cotangents = zip(*pairs, strict=True)
+    result = _Carry.apply(value, list(cotangents), *tensors)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _GrowingCache:
+    """A KV cache that autograd can follow: it grows by concatenation."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.filled = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self.layers:
+            old_k, old_v = self.layers[layer]
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        self.layers[layer] = (k, v)
+        return k, v
+
+
+def _decode_with_graph(block: FlowBlock, z: Tensor, classes: Tensor | None) -> Tensor:
+    """`flowback.flows.decoders.sequential` without guidance, differentiable."""
+    tokens = block.reorder(z).split(1, dim=1)
+    x, cache = [tokens[0]], _GrowingCache()
+    for token in tokens[1:]:
+        mu, a, _ = block.predict_next(x[-1], classes, cache=cache)
+        x.append(affine_decode(token, mu, a))
+    return block.reorder(torch.cat(x, dim=1))

@@ -1,0 +1,6 @@
+"""The flow: one autoregressive block, the stack TarFlow, its decoders, guidance and denoising."""
+
+from flowback.flows.guidance import Guidance
+from flowback.flows.tarflow import FlowConfig, TarFlow, Trace
+
+__all__ = ["FlowConfig", "Guidance", "TarFlow", "Trace"]

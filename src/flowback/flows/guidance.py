@@ -1,0 +1,49 @@
+"""Classifier-free guidance of an autoregressive flow (TARFlow, arXiv 2412.06329, section 3.5)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flowback.errors import InputError
+
+SCHEDULES = ("linear", "annealed")
+TARGETS = ("both", "a", "mu")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the parameters of a block are extrapolated away from the unconditional ones: `p + w (p - p_uncond)`.
+
+    Args:
+        scale: w; 0 switches guidance off, and then a single conditional pass is run.
+        schedule: "linear" uses w for every token, "annealed" lets it grow from 0 at the first to w at the last.
+        what: which parameters are guided, "both", "a" or "mu".
+
+    Raises:
+        InputError: if one of them is not as above.
+    """
+
+    scale: float = 0.0
+    schedule: str = "linear"
+    what: str = "both"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < float("inf"):
+            raise InputError(f"guidance scale {self.scale} is not usable; allowed is a number of at least 0")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"guidance schedule {self.schedule!r} does not exist; allowed: {', '.join(SCHEDULES)}")
+        if self.what not in TARGETS:
+            raise InputError(f"guidance cannot act on {self.what!r}; allowed: {', '.join(TARGETS)}")
+
+    def apply(self, mu: Tensor, a: Tensor, token: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Combine the parameters of one token, `[2B, 1, D]` (conditional, then unconditional half), to `[B, 1, D]`.
+
+        `token` counts from 0 in the block's order, of `tokens` in all.
+        """
+        w = self.scale * token / max(tokens - 1, 1) if self.schedule == "annealed" else self.scale
+        (mu, mu_uncond), (a, a_uncond) = mu.chunk(2), a.chunk(2)
+        if self.what != "a":
+            mu = mu + w * (mu - mu_uncond)
+        if self.what != "mu":
+            a = a + w * (a - a_uncond)
+        return mu, a

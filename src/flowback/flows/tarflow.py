@@ -1,0 +1,491 @@
+"""TarFlow: a stack of autoregressive blocks with alternating token order (TARFlow, arXiv 2412.06329).
+
+`x = x^0 -> x^1 -> ... -> x^T = z`, block t maps `x^(t-1)` to `x^t`, and the log-determinants add up. The public API speaks
+images `[B, C, H, W]` in [-1, 1], latents `z [B, N, D]` and nats summed per image; blocks and layers count from 1.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowback.errors import InputError
+from flowback.flows.block import BlockOutput, FlowBlock
+from flowback.flows.decoders import DECODERS
+from flowback.flows.guidance import Guidance
+from flowback.flows.patches import patchify, unpatchify
+from flowback.nn.transformer import MLPS
+from flowback.units import LOG_2PI, bin_width
+
+POSITIONS = ("learned",)
+NOISES = ("gaussian", "uniform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """The options of a flow; a checkpoint carries all of them.
+
+    Args:
+        image_size: side H = W of the images, pixels; a recipe leaves it to the data set.
+        channels: C, 1 for grey and 3 for colour; a recipe leaves it to the data set.
+        num_classes: K; 0 makes an unconditional flow; a recipe leaves it to the data set.
+        levels: number of values that a pixel of the data can take; a recipe leaves it to the data set.
+        patch_size: side p of a token's patch, pixels; divides image_size.
+        width: size of the transformers' residual stream.
+        blocks: T, the number of autoregressive blocks.
+        layers: number of transformer layers in a block.
+        head_dim: size of an attention head; divides width.
+        mlp: kind of MLP, gelu.
+        mlp_ratio: hidden size of the MLP as a multiple of width.
+        positions: how tokens know their place, learned.
+        log_scale_bound: bound on |a|, the log-scale of one block, for numerical safety; null for none, as published.
+        noise: what training adds to the images, gaussian or uniform (dequantisation).
+        noise_std: standard deviation of the Gaussian noise; score denoising removes it from samples.
+
+    Raises:
+        InputError: if a value is impossible.
+    """
+
+    image_size: int | None = None
+    channels: int | None = None
+    num_classes: int | None = None
+    levels: int | None = None
+    patch_size: int = 4
+    width: int = 128
+    blocks: int = 4
+    layers: int = 4
+    head_dim: int = 32
+    mlp: str = "gelu"
+    mlp_ratio: float = 4.0
+    positions: str = "learned"
+    log_scale_bound: float | None = 8.0
+    noise: str = "gaussian"
+    noise_std: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"flow.{name} is {value!r}; allowed is a whole number of at least 1")
+        if self.num_classes is not None and self.num_classes < 0:
+            raise InputError(f"flow.num_classes is {self.num_classes}; allowed is 0 (unconditional) or more")
+        if self.levels is not None and self.levels < 2:
+            raise InputError(f"flow.levels is {self.levels}; allowed is a whole number of at least 2")
+        if self.image_size is not None and self.image_size % self.patch_size:
+            raise InputError(
+                f"flow.patch_size {self.patch_size} does not divide the image size {self.image_size}; "
+                f"allowed: {', '.join(str(p) for p in divisors(self.image_size))}"
+            )
+        if self.width % self.head_dim:
+            raise InputError(
+                f"flow.head_dim {self.head_dim} does not divide flow.width {self.width}; "
+                f"allowed: {', '.join(str(d) for d in divisors(self.width))}"
+            )
+        for name, table in (("mlp", MLPS), ("positions", POSITIONS), ("noise", NOISES)):
+            if getattr(self, name) not in table:
+                raise InputError(f"flow.{name} is {getattr(self, name)!r}; allowed: {', '.join(table)}")
+        if not self.mlp_ratio > 0:
+            raise InputError(f"flow.mlp_ratio is {self.mlp_ratio}; allowed is a number above 0")
+        if self.log_scale_bound is not None and not self.log_scale_bound > 0:
+            raise InputError(f"flow.log_scale_bound is {self.log_scale_bound}; allowed is a number above 0, or null")
+        if not 0 <= self.noise_std < float("inf"):
+            raise InputError(f"flow.noise_std is {self.noise_std}; allowed is a number of at least 0")
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@dataclass
+class Trace:
+    """What `encode` saw on its way, on the graph: `inputs[t]` is `x^(t-1)`, `hidden[t, l]` the state after layer l."""
+
+    inputs: dict[int, Tensor] = field(default_factory=dict)  # t -> [B, N, D]
+    hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (t, l) -> [B, N, width]
+
+
+class TarFlow(nn.Module):
+    """A transformer autoregressive flow over images.
+
+    Args:
+        **options: the fields of `FlowConfig`. `image_size` is required; channels default to 3, classes to none,
+            levels to 256.
+
+    Raises:
+        InputError: if an option does not exist or has an impossible value.
+
+    Example:
+        >>> import torch
+        >>> flow = TarFlow(image_size=8, channels=1, patch_size=2, width=32, blocks=2, layers=1, num_classes=10)
+        >>> x = torch.rand(5, 1, 8, 8) * 2 - 1
+        >>> z, log_det = flow.encode(x, torch.tensor([0, 3, -1, 9, 1]))
+        >>> z.shape, log_det.shape
+        (torch.Size([5, 16, 4]), torch.Size([5]))
+        >>> flow.sample(y=torch.tensor([3, 3]), guidance=1.0).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = [f.name for f in fields(FlowConfig)]
+        for name in options:
+            if name not in known:
+                raise InputError(f"TarFlow has no option {name!r}; allowed: {', '.join(known)}")
+        if options.get("image_size") is None:
+            raise InputError("TarFlow needs image_size, the side of its images in pixels")
+        for name, default in (("channels", 3), ("num_classes", 0), ("levels", 256)):
+            if options.get(name) is None:
+                options[name] = default
+        self.config = c = FlowConfig(**options)
+        self.image_size: int = options["image_size"]
+        self.channels: int = options["channels"]
+        self.num_classes: int = options["num_classes"]
+        self.levels: int = options["levels"]
+        side = self.image_size // c.patch_size
+        self.grid = (side, side)
+        self.token_shape = (side * side, self.channels * c.patch_size**2)  # N, D
+        self.blocks = nn.ModuleList(
+            FlowBlock(
+                *self.token_shape,
+                width=c.width,
+                layers=c.layers,
+                head_dim=c.head_dim,
+                num_classes=self.num_classes,
+                flip=t % 2 == 1,
+                mlp=c.mlp,
+                mlp_ratio=c.mlp_ratio,
+                log_scale_bound=c.log_scale_bound,
+            )
+            for t in range(c.blocks)
+        )
+
+    @property
+    def dims(self) -> int:
+        """Numbers in an image, `C H W = N D`."""
+        return self.token_shape[0] * self.token_shape[1]
+
+    # ---- pieces -------------------------------------------------------------------------------------------------
+
+    def tokenize(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` to `x^0 [B, N, D]`.
+
+        Raises:
+            InputError: if the images are of another shape than the flow's.
+        """
+        expected = (self.channels, self.image_size, self.image_size)
+        if x.dim() != 4 or x.shape[1:] != expected:
+            raise InputError(
+                f"images of shape {list(x.shape)} do not fit; allowed is [B, {', '.join(map(str, expected))}]"
+            )
+        return patchify(x, self.config.patch_size)
+
+    def class_weights(self, y: Tensor | Sequence[int] | None, batch: int) -> Tensor | None:
+        """Labels as weights of the class embeddings, `[B, K]`: one-hot, or the mean where there is no label.
+
+        Args:
+            y: labels `[B]` with -1 for none; or weights `[B, K]`, which pass unchanged; or None, no label at all.
+            batch: B.
+
+        Raises:
+            InputError: if a label is out of range, or `y` has another length than the batch.
+        """
+        K = self.num_classes
+        like = next(self.parameters())
+        y = torch.as_tensor(-1 if y is None else y, device=like.device)
+        if y.is_floating_point():
+            if y.shape != (batch, K):
+                raise InputError(f"class weights of shape {list(y.shape)} do not fit; allowed is [{batch}, {K}]")
+            return y
+        y = y.expand(batch) if y.dim() == 0 else y
+        if y.shape != (batch,):
+            raise InputError(f"labels of shape {list(y.shape)} do not fit {batch} images; allowed is [{batch}]")
+        if batch and not (int(y.min()) >= -1 and int(y.max()) < max(K, 0)):
+            bad = int(y.min()) if int(y.min()) < -1 else int(y.max())
+            allowed = f"0 to {K - 1}, or -1 for no label" if K else "only -1 or None, since the flow is unconditional"
+            raise InputError(f"label {bad} is out of range; allowed: {allowed}")
+        if not K:
+            return None
+        one_hot = F.one_hot(y.clamp(min=0), K).to(like.dtype)
+        return torch.where((y < 0)[:, None], 1 / K, one_hot)
+
+    def check_pairs(self, pairs: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
+        """(block, layer) pairs, both counted from 1, as a sorted list without repeats.
+
+        Raises:
+            InputError: if a block or layer does not exist.
+        """
+        T, L = self.config.blocks, self.config.layers
+        checked = set()
+        for pair in pairs:
+            t, layer = (int(n) for n in pair)
+            if not 1 <= t <= T:
+                raise InputError(f"block {t} does not exist; allowed: 1 to {T}")
+            if not 1 <= layer <= L:
+                raise InputError(f"layer {layer} does not exist in block {t}; allowed: 1 to {L}")
+            checked.add((t, layer))
+        return sorted(checked)
+
+    def run_blocks(
+        self, x: Tensor, y: Tensor | None, at: Iterable[tuple[int, int]] = (), isolate_from: int | None = None
+    ) -> Iterator[tuple[int, Tensor, BlockOutput]]:
+        """Encode block by block, yielding `(t, x^(t-1), output of block t)` for t = 1 … T.
+
+        Args:
+            x: images `[B, C, H, W]`.
+            y: labels, as in `encode`.
+            at: (block, layer) pairs whose hidden states the outputs carry.
+            isolate_from: blocks from this one on take a detached input, which requires a gradient of its own.
+        """
+        classes = self.class_weights(y, len(x))
+        tokens = self.tokenize(x)
+        at = list(at)
+        for t, block in enumerate(self.blocks, start=1):
+            if isolate_from is not None and t >= isolate_from:
+                tokens = tokens.detach().requires_grad_()
+            out = block(tokens, classes, hidden=[layer for b, layer in at if b == t])
+            yield t, tokens, out
+            tokens = out.z
+
+    # ---- density ------------------------------------------------------------------------------------------------
+
+    @overload
+    def encode(self, x: Tensor, y: Tensor | None = None, trace: None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def encode(
+        self, x: Tensor, y: Tensor | None = None, trace: Iterable[Sequence[int]] = ...
+    ) -> tuple[Tensor, Tensor, Trace]: ...
+    def encode(
+        self, x: Tensor, y: Tensor | None = None, trace: Iterable[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Trace]:
+        """Map images to noise.
+
+        Args:
+            x: images `[B, C, H, W]` in [-1, 1].
+            y: labels `[B]`, -1 for no label; or class weights `[B, K]`; or None.
+            trace: (block, layer) pairs; if given, a `Trace` is returned as well.
+
+        Returns:
+            `z [B, N, D]`; `log_det [B]`, nats, summed over the image; and the trace, if asked for.
+
+        Raises:
+            InputError: if shapes, labels, blocks or layers do not fit the flow.
+        """
+        record = Trace()
+        log_det = torch.zeros((), dtype=x.dtype, device=x.device)
+        for t, tokens, out in self.run_blocks(x, y, self.check_pairs(trace or ())):
+            record.inputs[t] = tokens
+            record.hidden.update({(t, layer): h for layer, h in out.hidden.items()})
+            log_det, z = log_det + out.log_det, out.z
+        return (z, log_det) if trace is None else (z, log_det, record)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`encode` without a trace."""
+        return self.encode(x, y)
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Log-density `[B]`, nats, of images `x` on the [-1, 1] scale, under the density that the flow was trained on.
+
+        That is the density of *noised* images (`perturb`); `flowback.units.bits_per_dim` says what bits need.
+        """
+        z, log_det = self.encode(x, y)
+        return -0.5 * (z.square() + LOG_2PI).sum(dim=(1, 2)) + log_det
+
+    def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Add the noise of training to clean images: Gaussian of `noise_std`, or uniform over a pixel's bin."""
+        if self.config.noise == "uniform":
+            return self.dequantise(x, generator)
+        return x + self.config.noise_std * _draw(torch.randn, x, generator)
+
+    def dequantise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Spread clean images uniformly over the bins of their pixel values (`flowback.units`)."""
+        return x + bin_width(self.levels) * (_draw(torch.rand, x, generator) - 0.5)
+
+    # ---- generation ---------------------------------------------------------------------------------------------
+
+    def decode(
+        self, z: Tensor, y: Tensor | None = None, guidance: float | Guidance = 0.0, method: str = "auto"
+    ) -> Tensor:
+        """Map noise to images; without guidance the inverse of `encode`.
+
+        Args:
+            z: `[B, N, D]`; it is not written to.
+            y: labels, as in `encode`.
+            guidance: scale, or a `Guidance`. It needs labels, and conditional and unconditional run as one batch.
+            method: "auto" or "sequential".
+
+        Returns:
+            Images `[B, C, H, W]`.
+
+        Raises:
+            InputError: if shapes or labels do not fit, the method does not exist, or an unconditional flow is guided.
+        """
+        if z.dim() != 3 or z.shape[1:] != self.token_shape:
+            N, D = self.token_shape
+            raise InputError(f"z of shape {list(z.shape)} does not fit; allowed is [B, {N}, {D}]")
+        if method != "auto" and method not in DECODERS:
+            raise InputError(f"decoding method {method!r} does not exist; allowed: auto, {', '.join(DECODERS)}")
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        if guidance.scale and not self.num_classes:
+            raise InputError(f"guidance {guidance.scale} needs a class-conditional flow; allowed here: 0")
+        solve = DECODERS["sequential" if method == "auto" else method]
+        classes = self.class_weights(y, len(z))
+        if guidance.scale and classes is not None:
+            classes = torch.cat([classes, torch.full_like(classes, 1 / self.num_classes)])
+        tokens = z
+        for block in reversed(self.blocks):
+            tokens = solve(block, tokens, classes, guidance)
+        return unpatchify(tokens, self.config.patch_size, self.image_size)
+
+    def denoise(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Remove the training noise by one score step, `x + sigma^2 grad_x log p(x)` (Tweedie; TARFlow, eq. 8)."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (score,) = torch.autograd.grad(self.log_prob(x, y).sum(), x)
+        sigma = self.config.noise_std if self.config.noise == "gaussian" else 0.0
+        return x.detach() + sigma**2 * score
+
+    @torch.no_grad()
+    def sample(
+        self,
+        y: Tensor | Sequence[int] | int,
+        guidance: float | Guidance = 0.0,
+        temperature: float = 1.0,
+        denoise: bool = True,
+        generator: torch.Generator | None = None,
+        method: str = "auto",
+        batch_size: int = 64,
+        return_log_prob: bool = False,
+    ) -> Any:
+        """Draw images.
+
+        Args:
+            y: labels `[B]` (-1 for none), or a count: then labels are drawn uniformly, if the flow has any.
+            guidance: scale, or a `Guidance`; 0 for none.
+            temperature: standard deviation of z.
+            denoise: whether the score step removes the training noise (Gaussian noise only).
+            generator: source of z and of drawn labels; the images do not depend on `batch_size` but to rounding.
+            method: as in `decode`.
+            batch_size: images decoded at once; bounds the memory.
+            return_log_prob: also return `log p(x | y) [B]`, nats, of the images before the score step.
+
+        Returns:
+            Images `[B, C, H, W]`, nearly in [-1, 1]; with `return_log_prob` a pair.
+
+        Raises:
+            InputError: if a label, the count, the temperature or the guidance is impossible.
+        """
+        if not 0 < temperature < float("inf"):
+            raise InputError(f"temperature {temperature} is not usable; allowed is a number above 0")
+        like = next(self.parameters())
+        if isinstance(y, int):
+            if y < 1:
+                raise InputError(f"{y} samples cannot be drawn; allowed is a whole number of at least 1")
+            source = generator.device if generator is not None else like.device
+            y = (
+                torch.randint(self.num_classes, (y,), generator=generator, device=source)
+                if self.num_classes
+                else [-1] * y
+            )
+        labels = torch.as_tensor(y, device=like.device)
+        z = temperature * _draw(torch.randn, like.new_empty(len(labels), *self.token_shape), generator)
+        images, log_probs = [], []
+        for z_part, y_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
+            x = self.decode(z_part, y_part, guidance, method)
+            if return_log_prob:
+                log_probs.append(self.log_prob(x, y_part))
+            noisy = denoise and self.config.noise == "gaussian" and self.config.noise_std > 0
+            images.append(self.denoise(x, y_part) if noisy else x)
+        x = torch.cat(images)
+        return (x, torch.cat(log_probs)) if return_log_prob else x
+
+    # ---- classification -----------------------------------------------------------------------------------------
+
+    def classify(self, x: Tensor, rule: str = "single_gradient", draws: int = 1, batch_size: int = 256) -> Tensor:
+        """Scores `[B, K]` of clean images, larger is likelier, without any training: see `flowback.classify`."""
+        from flowback.classify import classify
+
+        return classify(self, x, rule=rule, draws=draws, batch_size=batch_size)
+
+    # ---- on disk ------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into the folder `path`."""
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
+        config = {"model": "TarFlow", "format": 1, **asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path) -> "TarFlow":
+        """Load a flow from a folder written by `save_pretrained`, or from the Hugging Face hub by `owner/name`.
+
+        Raises:
+            InputError: if there is no such folder or hub entry, or what is there is not a whole flow.
+        """
+        folder = _pretrained_folder(str(path_or_hub_id))
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} holds no readable config.json of a flow ({error})") from None
+        if not isinstance(config, dict) or config.pop("model", None) != "TarFlow" or config.pop("format", None) != 1:
+            raise InputError(f"{folder / 'config.json'} does not describe a TarFlow of format 1")
+        flow = cls(**config)
+        load_tensors(flow, folder / "model.safetensors")
+        return flow.eval()
+
+
+def load_tensors(module: nn.Module, file: Path) -> None:
+    """Load a safetensors file into a module, strictly.
+
+    Raises:
+        InputError: naming the first tensor that is missing, superfluous or of another shape, or an unreadable file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error})") from None
+    expected = module.state_dict()
+    for name in expected.keys() | found.keys():
+        if name not in found:
+            raise InputError(f"{file} lacks the tensor {name}")
+        if name not in expected:
+            raise InputError(f"{file} has a tensor {name} that the model does not know")
+        if expected[name].shape != found[name].shape:
+            raise InputError(
+                f"{file} has {name} of shape {list(found[name].shape)}; allowed is {list(expected[name].shape)}"
+            )
+    module.load_state_dict(found)
+
+
+def _pretrained_folder(path_or_hub_id: str) -> Path:
+    folder = Path(path_or_hub_id)
+    if folder.exists():
+        return folder
+    if path_or_hub_id.count("/") != 1 or path_or_hub_id.startswith((".", "/", "~")):
+        raise InputError(f"{path_or_hub_id} is neither a folder nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path_or_hub_id} is no local folder and the hub did not give it ({reason})") from None
+
+
+def _draw(distribution: Any, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random numbers of the shape, type and device of `like`, drawn where the generator lives."""
+    device = generator.device if generator is not None else like.device
+    return distribution(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

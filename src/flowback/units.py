@@ -1,0 +1,51 @@
+"""Changes of unit, each in one named function.
+
+Three units meet in a flow: the pixel value `0 .. levels-1` of a file, the number in [-1, 1] that the flow sees, and the
+likelihood in nats per image. Images sit at the *centres* of the bins that dequantisation fills, so that clean, noised and
+dequantised images all live on one scale and the data-scaling constant is the papers' `log(levels / 2)` per dimension.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def from_levels(v: Tensor, levels: int = 256) -> Tensor:
+    """Pixel values `v` in 0..levels-1, any shape, to the centres of their bins in [-1, 1]: `(2 v + 1) / levels - 1`."""
+    return (2 * v.to(torch.get_default_dtype()) + 1) / levels - 1
+
+
+def to_levels(x: Tensor, levels: int = 256) -> Tensor:
+    """Numbers in [-1, 1] to the pixel value (int64) of the bin they lie in; what lies outside goes to the nearest bin."""
+    return ((x + 1) * (levels / 2)).floor().clamp(0, levels - 1).long()
+
+
+def bin_width(levels: int) -> float:
+    """Width of one pixel value's bin on the [-1, 1] scale."""
+    return 2 / levels
+
+
+def nats_per_dim(log_prob: Tensor, dims: int) -> Tensor:
+    """Negative log-density per dimension, nats, of the density on the [-1, 1] scale."""
+    return -log_prob / dims
+
+
+def nll_per_dim(z: Tensor, log_det: Tensor) -> Tensor:
+    """The training loss `mean(z^2)/2 - mean(log|det|)`, nats per dimension, averaged over the batch (TARFlow, eq. 5).
+
+    It is `nats_per_dim` without the prior's constant `log(2 pi) / 2`.
+    """
+    return 0.5 * z.square().mean() - log_det.mean() / z[0].numel()
+
+
+def bits_per_dim(log_prob: Tensor, dims: int, levels: int) -> Tensor:
+    """Bits per dimension of *discrete* pixels from the log-density of uniformly dequantised ones.
+
+    `log_prob` is `log p(x + u)` in nats on the [-1, 1] scale, `u` uniform over the pixel's bin of width `2/levels`; the
+    constant `log2(levels / 2)` (7 for 256 levels) accounts for that scale. By Jensen's inequality the mean is an upper
+    bound of the bits that the model needs. Densities of Gaussian-noised data are not bits per dimension: pass none.
+    """
+    return (nats_per_dim(log_prob, dims) - math.log(bin_width(levels))) / math.log(2)
