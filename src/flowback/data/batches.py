@@ -1,0 +1,78 @@
+"""Batches for training. What a step sees is a function of (seed, step), so a resumed run sees what it would have seen."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flowback.data.datasets import Split
+from flowback.errors import InputError
+
+
+def _generator(*key: int) -> torch.Generator:
+    """A generator seeded by a tuple of numbers; different tuples give independent streams."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of everything random in one step: flips, noise, dropped labels."""
+    return _generator(seed, 0, step)
+
+
+class StepOrder:
+    """The indices of each step's batch, from step `start` to `stop`: epochs, each in an order of its own, end to end."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.start, self.stop = start, stop
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            yield [self._index(position) for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, self.count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, torch.randperm(self.count, generator=_generator(self.seed, 1, epoch))
+        return int(self._order[offset])
+
+
+class _Fetch(Dataset[tuple[list[int], Tensor, Tensor]]):
+    """Lets a DataLoader fetch a whole batch at once from a `Split`."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels = self.split[indices]
+        return torch.as_tensor(indices), images, labels
+
+
+def _as_is(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return batch
+
+
+def batches(
+    split: Split, batch_size: int, seed: int, start: int, stop: int, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (indices `[B]`, images uint8 `[B, C, H, W]`, labels `[B]`) for the steps `start` … `stop - 1`.
+
+    Raises:
+        InputError: if an image cannot be read.
+    """
+    order = StepOrder(len(split), batch_size, seed, start, stop)
+    loader = DataLoader(_Fetch(split), batch_sampler=order, num_workers=workers, collate_fn=_as_is)
+    try:
+        yield from loader
+    except InputError as error:  # one raised in a worker arrives as a whole traceback, its own sentence last
+        raise InputError(str(error).strip().splitlines()[-1].removeprefix("flowback.errors.InputError: ")) from None

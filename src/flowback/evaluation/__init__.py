@@ -1,0 +1,1 @@
+"""Measuring a flow: density, accuracy, pictures, and the report."""

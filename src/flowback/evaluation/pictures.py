@@ -1,0 +1,38 @@
+"""Images on disk: grids of samples, and tensors as uint8 pixels."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowback.flows import Guidance, TarFlow
+from flowback.units import to_levels
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 of the same shape, for files that people look at."""
+    return to_levels(x, 256).to(torch.uint8)
+
+
+def class_grid(flow: TarFlow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0) -> Tensor:
+    """Samples `[K * per_class, C, H, W]`, one row a class (or `per_class` rows of unconditional ones)."""
+    rows = flow.num_classes or per_class
+    y = torch.arange(rows).repeat_interleave(per_class) if flow.num_classes else torch.full((rows * per_class,), -1)
+    return flow.sample(y, guidance=guidance, generator=torch.Generator().manual_seed(seed), batch_size=128)
+
+
+def save_grid(x: Tensor, file: Path, columns: int, smallest: int = 28) -> None:
+    """Write images `[B, C, H, W]` as one PNG; images smaller than `smallest` pixels are enlarged by a whole factor."""
+    from PIL import Image
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid_array(x, columns, smallest).numpy()).save(file)
+
+
+def grid_array(x: Tensor, columns: int, smallest: int = 28) -> Tensor:
+    """Images `[B, C, H, W]` in [-1, 1] as one uint8 picture `[rows, columns, 3]` with thin lines between them."""
+    from torchvision.utils import make_grid
+
+    factor = max(1, -(-smallest // x.shape[-1]))
+    x = to_uint8(x).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    return make_grid(x.cpu(), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0)

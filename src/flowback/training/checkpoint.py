@@ -1,0 +1,135 @@
+"""Checkpoints: folders `checkpoints/step_00000500` that hold everything a run needs to go on. Nothing is pickled.
+
+    config.json, model.safetensors    the flow with its averaged (EMA) weights, as `TarFlow.save_pretrained` writes it
+    training.safetensors              the raw weights, the projector, and AdamW's state, tensor by tensor
+    state.json                        step, seconds of training, steps that were skipped
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flowback.errors import InputError
+from flowback.flows import TarFlow
+
+
+@dataclass
+class State:
+    """Where a run stands."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0  # of training, evaluation excluded
+    skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run, if it has any."""
+    found = sorted((run / "checkpoints").glob("step_*[0-9]"))
+    return found[-1] if found else None
+
+
+def save(
+    run: Path, state: State, average: TarFlow, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
+    """Write a checkpoint beside the others, then rename it to its name, so that a name always means a whole one.
+
+    Args:
+        run: the run's folder.
+        state: where the run stands.
+        average: the flow with averaged weights.
+        trained: the modules whose raw parameters are trained, by name.
+        optimizer: of exactly those parameters, in their order.
+        keep: how many checkpoints to keep.
+    """
+    final = run / "checkpoints" / f"step_{state.step:08d}"
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    average.save_pretrained(partial)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _named(trained):
+        tensors[f"weights.{name}"] = parameter.detach().contiguous()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).contiguous()
+    save_file(tensors, partial / "training.safetensors")
+    (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+    for file in partial.iterdir():  # on disk before the name says so
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in sorted((run / "checkpoints").glob("step_*[0-9]"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(
+    checkpoint: Path, average: TarFlow, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> State:
+    """Read a checkpoint back into what `save` was given.
+
+    Raises:
+        InputError: if it is not whole, or of another model.
+    """
+    average.load_state_dict(TarFlow.from_pretrained(checkpoint).state_dict())
+    try:
+        tensors = load_file(checkpoint / "training.safetensors")
+        state = State(**json.loads((checkpoint / "state.json").read_text()))
+        with torch.no_grad():
+            for name, parameter in _named(trained):
+                parameter.copy_(tensors.pop(f"weights.{name}"))
+                prefix = f"optimizer.{name}."
+                keys = [key for key in tensors if key.startswith(prefix)]
+                # moments live with the parameter, AdamW's step counter where the optimiser keeps it
+                optimizer.state[parameter] = {
+                    key.removeprefix(prefix): _placed(tensors.pop(key), parameter) for key in keys
+                }
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"checkpoint {checkpoint} cannot be read back ({error})") from None
+    if tensors:
+        raise InputError(f"checkpoint {checkpoint} has a tensor {next(iter(tensors))} that this run does not know")
+    return state
+
+
+def load_flow(run: str | Path, weights: str = "ema") -> tuple[TarFlow, str]:
+    """The flow of a run (its newest checkpoint), of a checkpoint, or of any folder or hub id of a flow.
+
+    Args:
+        run: folder or hub id.
+        weights: "ema" for the averaged weights, "raw" for those of the last step.
+
+    Returns:
+        The flow, and which weights of which checkpoint it has, to be stamped into what is measured with it.
+
+    Raises:
+        InputError: if there is no flow, or `weights` is something else.
+    """
+    if weights not in ("ema", "raw"):
+        raise InputError(f"weights {weights!r} do not exist; allowed: ema, raw")
+    source = newest(Path(run)) or run
+    if Path(run).is_dir() and source == run and not (Path(run) / "config.json").exists():
+        raise InputError(f"{run} holds no checkpoint and no flow; allowed is a run's folder, a checkpoint or a flow")
+    flow = TarFlow.from_pretrained(source)
+    if weights == "raw":
+        file = Path(source) / "training.safetensors"
+        if not file.is_file():
+            raise InputError(f"{source} has no raw weights; allowed here: ema")
+        raw = {k.removeprefix("weights.flow."): v for k, v in load_file(file).items() if k.startswith("weights.flow.")}
+        flow.load_state_dict(raw)
+    name = source.name if isinstance(source, Path) else str(source)
+    return flow, f"{weights} weights of {name}"
+
+
+def _named(trained: dict[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"{k}.{name}", p) for k, module in trained.items() for name, p in module.named_parameters()]
+
+
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
+    return value.to(parameter.device) if value.dim() else value

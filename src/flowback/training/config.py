@@ -1,0 +1,180 @@
+"""A run's configuration: one dataclass a section, from which the YAML, `--help` and the checks are made."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowback.alignment.strategies import GRADIENTS, STRATEGIES
+from flowback.data import DataConfig
+from flowback.errors import InputError
+from flowback.flows import FlowConfig
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """What the flow is aligned with, where, and how.
+
+    Args:
+        strategy: none, forward, detach or reverse: where the alignment's gradient flows.
+        gradient: of reverse: cached, one_step, a whole number k (terms of the adjoint), exact or sequential.
+        at: aligned pairs [block, layer], counted from 1.
+        weight: of the alignment loss.
+        encoder: efficientnet_lite0 (ships with its weights), or any timm model name.
+        encoder_weights: a local file of weights, or random; null for the shipped ones or the hub.
+        projector_width: hidden size of the projector.
+        cache: compute the encoder's features once and keep them on disk.
+
+    Raises:
+        InputError: if a value is impossible.
+    """
+
+    strategy: str = "none"
+    gradient: str | int = "one_step"
+    at: list[list[int]] = field(default_factory=list)
+    weight: float = 0.1
+    encoder: str = "efficientnet_lite0"
+    encoder_weights: str | None = None
+    projector_width: int = 1024
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.strategy not in ("none", *STRATEGIES):
+            raise InputError(f"alignment.strategy is {self.strategy!r}; allowed: none, {', '.join(STRATEGIES)}")
+        if isinstance(self.gradient, str) and self.gradient not in GRADIENTS:
+            raise InputError(f"alignment.gradient is {self.gradient!r}; allowed: {', '.join(GRADIENTS)}, or a number")
+        if any(len(pair) != 2 for pair in self.at):
+            raise InputError(f"alignment.at is {self.at}; allowed are pairs of block and layer, like [[3, 2], [4, 2]]")
+        if self.projector_width < 1:
+            raise InputError(f"alignment.projector_width is {self.projector_width}; allowed is at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the flow is trained. AdamW with linear warm-up and a cosine to zero.
+
+    Args:
+        steps: optimiser steps in all; the schedule spans them.
+        batch_size: images per step.
+        lr: learning rate at the end of the warm-up.
+        warmup: steps over which the learning rate rises from zero.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        clip: largest norm of the gradient; null for no clipping.
+        ema: decay of the averaged weights, which are the ones used for sampling and evaluation.
+        label_drop: share of the samples that are trained without their label, for guidance.
+        flip: mirror half of the images.
+        seed: of weights, order, noise, flips and dropped labels.
+        precision: 32-true, or bf16-mixed (autocast; pays from a width of about 256 on CPUs with bfloat16 units).
+        accelerator: where to run, as in Lightning Fabric; auto takes what is there.
+        devices: how many of them, or auto.
+        log_every: steps between rows of metrics.csv.
+        eval_every: steps between evaluations on held-out images.
+        eval_images: held-out images in such an evaluation.
+        sample_every: steps between sample grids.
+        checkpoint_every: steps between checkpoints.
+        keep: newest checkpoints that are kept.
+        resume: go on from the newest checkpoint of the run.
+        until: stop at this step as if interrupted; the schedule still spans all steps.
+
+    Raises:
+        InputError: if a value is impossible.
+    """
+
+    steps: int = 1000
+    batch_size: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = 1.0
+    ema: float = 0.999
+    label_drop: float = 0.1
+    flip: bool = False
+    seed: int = 0
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    devices: int | str = 1
+    log_every: int = 10
+    eval_every: int = 250
+    eval_images: int = 500
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    keep: int = 2
+    resume: bool = False
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("steps", "batch_size", "keep", "eval_images"), 1)
+        least |= dict.fromkeys(("log_every", "eval_every", "sample_every", "checkpoint_every"), 1)
+        for name, minimum in (least | {"warmup": 0, "seed": 0, "until": 1}).items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InputError(f"train.{name} is {value}; allowed is a whole number of at least {minimum}")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"train.lr is {self.lr}; allowed is a number above 0")
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"train.clip is {self.clip}; allowed is a number above 0, or null")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise InputError(f"train.weight_decay is {self.weight_decay}; allowed is a number of at least 0")
+        for name, value in (("ema", self.ema), ("beta 1", self.betas[0]), ("beta 2", self.betas[1])):
+            if not 0 <= value < 1:
+                raise InputError(f"train.{name} is {value}; allowed is a number from 0 to 1, 1 excluded")
+        if not 0 <= self.label_drop <= 1:
+            raise InputError(f"train.label_drop is {self.label_drop}; allowed is a share from 0 to 1")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"train.precision is {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run.
+
+    Args:
+        run: the run's folder; null for runs/ and the name of the data set.
+        data: which images.
+        flow: the model.
+        alignment: with what the flow is aligned, if at all.
+        train: how.
+    """
+
+    run: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run or f"runs/{self.data.name}")
+
+    def to_yaml(self) -> str:
+        """All values, in a form that `flowback train --config` takes."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "RunConfig":
+        """The inverse of `to_yaml`.
+
+        Raises:
+            InputError: if the text is not a whole configuration.
+        """
+        types = {"data": DataConfig, "flow": FlowConfig, "alignment": AlignmentConfig, "train": TrainConfig}
+        try:
+            values = yaml.safe_load(text)
+            values["train"]["betas"] = tuple(values["train"]["betas"])
+            return cls(**{k: types[k](**v) if k in types else v for k, v in values.items()})
+        except (yaml.YAMLError, TypeError, KeyError) as error:
+            raise InputError(f"this is not the configuration of a run ({error})") from None
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, all the way down."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

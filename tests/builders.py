@@ -1,0 +1,97 @@
+"""What several test files build: small flows that are nowhere the identity, a toy encoder, views of a module's state."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowback import TarFlow
+
+SMALL: dict[str, Any] = {
+    "image_size": 6,
+    "channels": 2,
+    "patch_size": 2,
+    "width": 16,
+    "head_dim": 8,
+    "blocks": 3,
+    "layers": 2,
+    "num_classes": 4,
+}
+
+
+def normal_(module: nn.Module, std: float, seed: int = 0) -> nn.Module:
+    """Make every parameter normal: nothing starts at zero. Norms stay around one, matrices are scaled by their input."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        is_norm = p.dim() == 1 and "norm" in name and name.endswith("weight")
+        p.data = 1 + 0.1 * noise if is_norm else std * noise
+    return module
+
+
+def random_flow(dtype: torch.dtype = torch.float64, std: float = 0.12, seed: int = 0, **options: Any) -> TarFlow:
+    """A small flow with random parameters; `options` replace those of `SMALL`."""
+    flow = TarFlow(**{**SMALL, **options}).to(torch.float64)
+    normal_(flow, std, seed)
+    return flow.to(dtype).eval()
+
+
+def images(flow: TarFlow, n: int = 3, seed: int = 1) -> Tensor:
+    """`n` random images in [-1, 1] that fit the flow, in its dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, flow.channels, flow.image_size, flow.image_size, generator=generator, dtype=torch.float64)
+    return (2 * x - 1).to(next(flow.parameters()).dtype)
+
+
+def labels(flow: TarFlow, n: int = 3) -> Tensor | None:
+    """Labels that include a dropped one (-1); None for an unconditional flow."""
+    return (torch.arange(n) % (flow.num_classes + 1)) - 1 if flow.num_classes else None
+
+
+class PatchEncoder(nn.Module):
+    """A toy encoder: every patch through one nonlinear layer. It has parameters, so that a leak of gradient shows."""
+
+    def __init__(self, flow: TarFlow, dim: int = 5, grid: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.grid = grid or flow.grid
+        self.dim = dim
+        self.conv = nn.Conv2d(flow.channels, dim, 1)
+        self.to(next(flow.parameters()).dtype)
+        normal_(self, 0.7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.adaptive_avg_pool2d(torch.tanh(self.conv(x)), self.grid)
+        return x.flatten(2).transpose(1, 2)
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """Everything that lies on a module and its children, to see that a call leaves nothing behind."""
+    state: dict[str, Any] = {}
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            if isinstance(value, dict):  # parameters, buffers, children, hooks
+                state |= {f"{path}.{name}.{key}": id(item) for key, item in value.items()}
+            else:
+                state[f"{path}.{name}"] = id(value)
+    return state
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter's gradient by name; zeros where there is none."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error by name, absolute where the wanted tensor is zero."""
+    assert found.keys() == wanted.keys()
+    return {
+        name: ((found[name] - w).norm() / (w.norm() if w.norm() > 0 else 1)).item() for name, w in wanted.items()
+    }
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    """All tensors as one vector."""
+    return torch.cat([t.flatten() for t in tensors.values()])

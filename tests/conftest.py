@@ -1,0 +1,52 @@
+"""Few threads, fixed seeds, one profile for the property tests, and the real data that ships with scikit-learn."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from sklearn.datasets import load_digits
+
+from flowback import TarFlow
+from flowback.units import from_levels, nll_per_dim
+
+torch.set_num_threads(2)
+settings.register_profile(
+    "flowback", deadline=None, max_examples=20, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("flowback")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The 1,797 real 8x8 digits as the flow sees them, in a fixed random order: images in [-1, 1], labels."""
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    x = from_levels(torch.tensor(data.images), levels=17)[:, None]
+    return x[order].float(), torch.tensor(data.target)[order]
+
+
+@pytest.fixture(scope="session")
+def trained(digits):
+    """A small flow after a few seconds of training on the first 1,500 digits; the rest is held out."""
+    torch.manual_seed(0)
+    x, y = digits[0][:1500], digits[1][:1500]
+    flow = TarFlow(
+        image_size=8, channels=1, patch_size=2, width=64, head_dim=32, blocks=4, layers=2, num_classes=10, levels=17,
+        noise_std=0.1,
+    )
+    steps = 150
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (128,))
+        label = torch.where(torch.rand(128) < 0.1, -1, y[rows])
+        loss = nll_per_dim(*flow.encode(flow.perturb(x[rows]), label))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return flow.eval()

@@ -1,0 +1,123 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import attributes, normal_
+from torch import nn
+
+from flowback.nn import CausalTransformer, Projector
+
+N, WIDTH, LAYERS, HEAD_DIM = 7, 16, 3, 8
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return normal_(CausalTransformer(WIDTH, LAYERS, HEAD_DIM).double(), 0.2)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, N, WIDTH, dtype=torch.float64)
+
+
+def plain(transformer, x):
+    """The transformer's equations with loops over heads and tokens."""
+    for layer in transformer.layers:
+        attention = layer.attention
+        normed = F.layer_norm(x, (WIDTH,), attention.norm.weight, attention.norm.bias)
+        q, k, v = (normed @ attention.qkv.weight.T + attention.qkv.bias).chunk(3, dim=-1)
+        out = torch.zeros_like(x)
+        for head in range(WIDTH // HEAD_DIM):
+            part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            for t in range(x.shape[1]):
+                scores = (k[:, : t + 1, part] @ q[:, t, part, None])[..., 0] / HEAD_DIM**0.5
+                out[:, t, part] = (scores.softmax(dim=1)[..., None] * v[:, : t + 1, part]).sum(dim=1)
+        x = x + out @ attention.proj.weight.T + attention.proj.bias
+        normed = F.layer_norm(x, (WIDTH,), layer.norm.weight, layer.norm.bias)
+        first, last = layer.mlp[0], layer.mlp[2]
+        x = x + F.gelu(normed @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    return x
+
+
+def test_equals_its_equations(transformer, x):
+    assert torch.allclose(transformer(x)[0], plain(transformer, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("t", range(N))
+def test_output_depends_on_no_later_token(transformer, x, t):
+    moved = x.clone()
+    moved[:, t] += 1
+    change = (transformer(moved)[0] - transformer(x)[0]).abs().amax(dim=(0, 2))
+    assert (change[:t] <= 1e-12).all()
+    assert (change[t:] > 1e-6).all()
+
+
+@pytest.mark.parametrize("prefix", [1, 3, N])
+def test_cached_tokens_equal_one_pass(transformer, x, prefix):
+    expected, expected_states = transformer(x, hidden=[1, 3])
+    cache = transformer.new_cache(x, N)
+    parts = [transformer(x[:, :prefix], hidden=[1, 3], cache=cache)]
+    parts += [transformer(x[:, t : t + 1], hidden=[1, 3], cache=cache) for t in range(prefix, N)]
+    assert cache.filled == N
+    assert torch.allclose(torch.cat([out for out, _ in parts], dim=1), expected, atol=1e-10)
+    for layer, state in expected_states.items():
+        assert torch.allclose(torch.cat([states[layer] for _, states in parts], dim=1), state, atol=1e-10)
+
+
+def test_cache_is_allocated_once_and_nothing_stays_on_the_modules(transformer, x):
+    before = attributes(transformer)
+    cache = transformer.new_cache(x, N)
+    places = cache.keys.data_ptr(), cache.values.data_ptr()
+    assert cache.keys.shape == cache.values.shape == (LAYERS, 2, WIDTH // HEAD_DIM, N, HEAD_DIM)
+    assert cache.keys.dtype == x.dtype
+    for t in range(N):
+        transformer(x[:, t : t + 1], cache=cache)
+        assert (cache.keys.data_ptr(), cache.values.data_ptr()) == places
+        assert cache.filled == t + 1
+    assert attributes(transformer) == before
+
+
+def test_a_call_without_cache_has_no_memory(transformer, x):
+    expected = transformer(x)[0]
+    transformer(torch.randn_like(x), cache=transformer.new_cache(x, N))
+    assert torch.equal(transformer(x)[0], expected)
+
+
+def test_hidden_states_are_those_of_a_truncated_stack(transformer, x):
+    out, states = transformer(x, hidden=[1, 2, 3])
+    assert sorted(states) == [1, 2, 3]
+    for layers, state in states.items():
+        truncated = CausalTransformer(WIDTH, layers, HEAD_DIM).double()
+        truncated.load_state_dict({k: v for k, v in transformer.state_dict().items() if k in truncated.state_dict()})
+        assert torch.equal(truncated(x)[0], state)
+    assert torch.equal(states[3], out)
+
+
+def test_only_requested_states_are_returned(transformer, x):
+    assert transformer(x)[1] == {}
+    assert list(transformer(x, hidden=[2])[1]) == [2]
+
+
+def test_cache_under_autocast_has_the_dtype_of_the_keys(transformer):
+    model = CausalTransformer(WIDTH, LAYERS, HEAD_DIM)
+    x = torch.randn(2, N, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.new_cache(x, N)
+        assert cache.keys.dtype == torch.bfloat16
+        cached = torch.cat([model(x[:, t : t + 1], cache=cache)[0] for t in range(N)], dim=1)
+        whole = model(x)[0]
+    assert torch.allclose(cached, whole, atol=0.05)
+
+
+def test_mlp_ratio_sets_the_hidden_size():
+    mlp = CausalTransformer(WIDTH, 1, HEAD_DIM, mlp_ratio=2.5).layers[0].mlp
+    assert mlp[0].out_features == mlp[2].in_features == 40
+
+
+def test_projector_is_three_layers_token_by_token():
+    projector = normal_(Projector(6, 3, hidden=10).double(), 0.5)
+    h = torch.randn(2, 4, 6, dtype=torch.float64)
+    first, second, third = (m for m in projector if isinstance(m, nn.Linear))
+    expected = third(F.silu(second(F.silu(first(h)))))
+    assert projector(h).shape == (2, 4, 3)
+    assert torch.allclose(projector(h), expected, atol=1e-12)
+    assert torch.allclose(projector(h[:, 2]), projector(h)[:, 2], atol=1e-12)
