@@ -78,18 +78,13 @@ def attributes(module: nn.Module) -> dict[str, Any]:
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter's gradient by name; zeros where there is none."""
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in module.named_parameters()
-    }
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
 
 
 def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
     """Relative error by name, absolute where the wanted tensor is zero."""
     assert found.keys() == wanted.keys()
-    return {
-        name: ((found[name] - w).norm() / (w.norm() if w.norm() > 0 else 1)).item() for name, w in wanted.items()
-    }
+    return {name: ((found[name] - w).norm() / (w.norm() if w.norm() > 0 else 1)).item() for name, w in wanted.items()}
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:

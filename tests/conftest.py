@@ -1,4 +1,4 @@
-"""Few threads, fixed seeds, one profile for the property tests, and the real data that ships with scikit-learn."""
+"""One thread, fixed seeds, one profile for the property tests, and the real data that ships with scikit-learn."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from sklearn.datasets import load_digits
 from flowback import TarFlow
 from flowback.units import from_levels, nll_per_dim
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # for tensors this small a second thread only waits, and on a busy machine for long
 settings.register_profile(
-    "flowback", deadline=None, max_examples=20, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "flowback", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("flowback")
 
@@ -31,19 +31,18 @@ def digits():
 
 @pytest.fixture(scope="session")
 def trained(digits):
-    """A small flow after a few seconds of training on the first 1,500 digits; the rest is held out."""
+    """A small flow after two seconds of training on the first 1,500 digits; the rest is held out."""
     torch.manual_seed(0)
     x, y = digits[0][:1500], digits[1][:1500]
     flow = TarFlow(
-        image_size=8, channels=1, patch_size=2, width=64, head_dim=32, blocks=4, layers=2, num_classes=10, levels=17,
-        noise_std=0.1,
+        image_size=8, channels=1, num_classes=10, levels=17, patch_size=4, width=64, blocks=2, layers=1, noise_std=0.3
     )
-    steps = 150
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    steps, batch = 250, 64
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=5e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for _ in range(steps):
-        rows = torch.randint(len(x), (128,))
-        label = torch.where(torch.rand(128) < 0.1, -1, y[rows])
+        rows = torch.randint(len(x), (batch,))
+        label = torch.where(torch.rand(batch) < 0.1, -1, y[rows])
         loss = nll_per_dim(*flow.encode(flow.perturb(x[rows]), label))
         optimizer.zero_grad()
         loss.backward()

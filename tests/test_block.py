@@ -1,8 +1,8 @@
 import pytest
 import torch
-from builders import normal_
 from torch.autograd.functional import jacobian
 
+from builders import normal_
 from flowback.flows.block import FlowBlock, affine_decode, affine_encode
 from flowback.flows.decoders import sequential
 from flowback.flows.guidance import Guidance
@@ -138,7 +138,7 @@ def test_log_scale_stays_within_its_bound():
     x, classes = inputs()
     a, raw = block(x, classes).a, free(x, classes).a
     assert raw.abs().max() > 1  # unbounded it would be far above
-    assert a.abs().max() < 0.4
+    assert a.abs().max() <= 0.4
     assert torch.allclose(a, 0.4 * torch.tanh(raw / 0.4), atol=1e-12)
 
 
@@ -165,7 +165,7 @@ def test_affine_maps_are_inverse():
 
 
 def test_map_stays_in_full_precision_under_autocast():
-    block = make(dtype=torch.float32)
+    block = make(dtype=torch.float32, std=0.12)
     x, classes = (t.float() for t in inputs())
     with torch.autocast("cpu", torch.bfloat16):
         out = block(x, classes, hidden=[1])

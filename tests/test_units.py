@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from builders import images, labels, random_flow
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import images, labels, random_flow
 from flowback import InputError
 from flowback.units import LOG_2PI, bin_width, bits_per_dim, from_levels, nats_per_dim, nll_per_dim, to_levels
 

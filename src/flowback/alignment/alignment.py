@@ -57,6 +57,11 @@ class Alignment(nn.Module):
         self.strategy, self.gradient, self.weight = strategy, gradient, weight
         self.projector = Projector(flow.config.width, encoder.dim, projector_width)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the modules are."""
+        return next(self.projector.parameters()).device
+
     def targets(self, x_clean: Tensor) -> Tensor:
         """The encoder's features of clean images on the flow's grid, `[B, N, F]`, without gradient."""
         with torch.no_grad():

@@ -99,18 +99,17 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     timm_name, shipped = KNOWN.get(name, (name, None))
     if not timm.is_model(timm_name):
         near = difflib.get_close_matches(name, [*KNOWN, *timm.list_models()], n=3)
-        raise InputError(
-            f"encoder {name!r} is unknown; allowed: a timm model name" + (f", like {near}" if near else "")
-        )
-    source = Path(weights) if weights not in (None, "random") else None  # pyright: ignore[reportArgumentType]
+        raise InputError(f"encoder {name!r} is unknown; allowed: a timm model name" + (f", like {near}" if near else ""))
+    source = None if weights is None or weights == "random" else Path(weights)
     if source is not None and not source.is_file():
         raise InputError(f"encoder weights {source} are not a file; allowed: a .safetensors or .pth file, or 'random'")
 
-    own = timm.create_model(timm_name, pretrained=False)
-    stride = own.feature_info[-1]["reduction"]
+    own: Any = timm.create_model(timm_name, pretrained=False)
+    stride: int = own.feature_info[-1]["reduction"]
     height, width = (stride * n for n in grid) if grid else own.pretrained_cfg["input_size"][-2:]
     # a ViT is built for its input size, so that its positions are interpolated as the weights are loaded
-    sized = {"img_size": (height, width)} if hasattr(own, "patch_embed") and hasattr(own, "pos_embed") else {}
+    is_vit = hasattr(own, "patch_embed") and hasattr(own, "pos_embed")
+    sized: dict[str, Any] = {"img_size": (height, width)} if is_vit else {}
     if weights is None and shipped is not None:
         model = timm.create_model(timm_name, pretrained=False, **sized)
         load_by_order(model, shipped())
@@ -128,8 +127,7 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
                 f"encoder {name!r}: {where} not give weights that fit ({reason}); "
                 "allowed: a reachable hub, or a local file of this model's weights"
             ) from None
-    cfg = model.pretrained_cfg
-    return TimmEncoder(model, (height, width), cfg["mean"], cfg["std"])
+    return TimmEncoder(model, (height, width), own.pretrained_cfg["mean"], own.pretrained_cfg["std"])
 
 
 def load_by_order(model: nn.Module, file: Path) -> None:

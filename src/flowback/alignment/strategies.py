@@ -21,7 +21,7 @@ the aligned layers add theirs. **reverse** with `gradient` = cached keeps none o
 equals **detach**), one_step keeps the first term of the series, k the first k + 1, exact all that are not negligible.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,9 @@ def isolated(
     """Detach and the reverse family, as the module docstring derives them.
 
     Args:
-        flow, x, y: what to encode.
+        flow: the flow.
+        x: images `[B, C, H, W]`.
+        y: labels, as in `flow.encode`.
         at: aligned (block, layer) pairs.
         align: hidden states to `L_align`.
         terms: None for detach; else the number of terms after the first that the adjoint is solved to, N - 1 for all.
@@ -72,12 +74,12 @@ def isolated(
     z = outputs[-1].z.detach().requires_grad_()
     log_det = torch.stack([out.log_det for out in outputs]).sum(0).detach().requires_grad_()
     nll = nll_per_dim(z, log_det)
-    c, c_det = torch.autograd.grad(nll, (z, log_det))
+    c, c_det = _grad((nll,), (z, log_det))
     carried = [(out.log_det, c_det) for out in outputs]
     for t, (x_in, out) in reversed(above.items()):
         carried.append((out.z, c))
         if t > 1:
-            c = _vjp((out.z, out.log_det), x_in, (c, c_det))
+            (c,) = _grad((out.z, out.log_det), (x_in,), (c, c_det))
     if below:
         carried.append((below[-1].z, c))
     l_nf = _carry(nll.detach(), carried)
@@ -86,8 +88,7 @@ def isolated(
     taken: dict[int, int] = {}
     if terms is not None:
         aligned = sorted({t for t, _ in at})
-        leaves = torch.autograd.grad(l_align, [above[t][0] for t in aligned], retain_graph=True)
-        own = dict(zip(aligned, leaves, strict=True))
+        own = dict(zip(aligned, _grad((l_align,), [above[t][0] for t in aligned]), strict=True))
         g = torch.zeros_like(z)
         reverse = []
         for t, (x_in, out) in above.items():
@@ -121,15 +122,20 @@ def _solve_adjoint(g: Tensor, x_in: Tensor, out: BlockOutput, terms: int, tolera
     for k in range(terms):
         if tolerance and term.norm() <= tolerance * u.norm():
             return u, k
-        term = _vjp((out.mu, out.a), x_in, (term, term * scale))
+        (term,) = _grad((out.mu, out.a), (x_in,), (term, term * scale))
         u = u + term
     return u, terms
 
 
-def _vjp(outputs: tuple[Tensor, ...], x_in: Tensor, cotangents: tuple[Tensor, ...]) -> Tensor:
-    """Vector-Jacobian product restricted to `x_in`: no weight gradients are computed, and the graph is kept."""
-    (grad,) = torch.autograd.grad(outputs, x_in, cotangents, retain_graph=True, materialize_grads=True)
-    return grad
+def _grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """Vector-Jacobian products restricted to `inputs`: no weight gradients are computed, and the graph is kept.
+
+    Autocast is off, as it is in `loss.backward()`: a product has the precision of the forward operation it belongs to.
+    """
+    with torch.autocast(outputs[0].device.type, enabled=False):
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True)
 
 
 class _Carry(torch.autograd.Function):

@@ -35,7 +35,7 @@ class FeatureCache:
         compute: images `[B, C, H, W]` in [-1, 1] to features `[B, P, F]`.
         shape: (P, F).
         key: names the encoder, its weights and precision; with the images' fingerprint it names the file.
-        report: called with (images done, images in all) while the features are computed.
+        report: called with the number of images done while the features are computed.
 
     Raises:
         InputError: if the disk has no room.
@@ -49,7 +49,7 @@ class FeatureCache:
         compute: Callable[[Tensor], Tensor],
         shape: tuple[int, int],
         key: str,
-        report: Callable[[int, int], None],
+        report: Callable[[int], None],
     ) -> None:
         self.shape = (len(split), 2 if flips else 1, *shape)
         name = hashlib.sha256(f"{key} {split.fingerprint()} {self.shape}".encode()).hexdigest()[:24]
@@ -67,9 +67,7 @@ class FeatureCache:
         """Features `[B, P, F]` of images `indices [B]`, mirrored where `flipped [B]` says so."""
         return torch.from_numpy(self.array[indices.numpy(), flipped.long().numpy()])
 
-    def _fill(
-        self, split: Split, levels: int, compute: Callable[[Tensor], Tensor], report: Callable[[int, int], None]
-    ) -> None:
+    def _fill(self, split: Split, levels: int, compute: Callable[[Tensor], Tensor], report: Callable[[int], None]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial, progress = self.file.with_suffix(".partial"), self.file.with_suffix(".json")
         done = 0
@@ -91,7 +89,7 @@ class FeatureCache:
             if (start // BATCH) % 20 == 19:
                 array.flush()
                 progress.write_text(json.dumps({"done": stop}))
-            report(stop, len(split))
+            report(stop)
         array.flush()
         partial.rename(self.file)
         progress.unlink(missing_ok=True)

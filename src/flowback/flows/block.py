@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowback.nn import CausalTransformer, KVCache
+from flowback.nn import Cache, CausalTransformer
 
 
 @dataclass
@@ -84,7 +84,7 @@ class FlowBlock(nn.Module):
         x: Tensor,
         classes: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         hidden: Collection[int] = (),
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """The parameters of the token *after* each of `x [B, n, D]`, which follow those already in `cache`.

@@ -1,5 +1,8 @@
 """Inverses of a block: free functions over its causal parameters, so that a new decoder touches no model."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,4 +38,5 @@ def sequential(block: FlowBlock, z: Tensor, classes: Tensor | None, guidance: Gu
     return block.reorder(x)
 
 
-DECODERS = {"sequential": sequential}
+Decoder = Callable[[Any, Tensor, Tensor | None, Guidance], Tensor]
+DECODERS: dict[str, Decoder] = {"sequential": sequential}

@@ -180,9 +180,7 @@ class TarFlow(nn.Module):
         """
         expected = (self.channels, self.image_size, self.image_size)
         if x.dim() != 4 or x.shape[1:] != expected:
-            raise InputError(
-                f"images of shape {list(x.shape)} do not fit; allowed is [B, {', '.join(map(str, expected))}]"
-            )
+            raise InputError(f"images of shape {list(x.shape)} do not fit; allowed is [B, {', '.join(map(str, expected))}]")
         return patchify(x, self.config.patch_size)
 
     def class_weights(self, y: Tensor | Sequence[int] | None, batch: int) -> Tensor | None:
@@ -258,7 +256,7 @@ class TarFlow(nn.Module):
     def encode(self, x: Tensor, y: Tensor | None = None, trace: None = None) -> tuple[Tensor, Tensor]: ...
     @overload
     def encode(
-        self, x: Tensor, y: Tensor | None = None, trace: Iterable[Sequence[int]] = ...
+        self, x: Tensor, y: Tensor | None = None, *, trace: Iterable[Sequence[int]]
     ) -> tuple[Tensor, Tensor, Trace]: ...
     def encode(
         self, x: Tensor, y: Tensor | None = None, trace: Iterable[Sequence[int]] | None = None
@@ -277,7 +275,7 @@ class TarFlow(nn.Module):
             InputError: if shapes, labels, blocks or layers do not fit the flow.
         """
         record = Trace()
-        log_det = torch.zeros((), dtype=x.dtype, device=x.device)
+        z, log_det = x, torch.zeros((), dtype=x.dtype, device=x.device)
         for t, tokens, out in self.run_blocks(x, y, self.check_pairs(trace or ())):
             record.inputs[t] = tokens
             record.hidden.update({(t, layer): h for layer, h in out.hidden.items()})
@@ -308,9 +306,7 @@ class TarFlow(nn.Module):
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
-    def decode(
-        self, z: Tensor, y: Tensor | None = None, guidance: float | Guidance = 0.0, method: str = "auto"
-    ) -> Tensor:
+    def decode(self, z: Tensor, y: Tensor | None = None, guidance: float | Guidance = 0.0, method: str = "auto") -> Tensor:
         """Map noise to images; without guidance the inverse of `encode`.
 
         Args:
@@ -387,11 +383,7 @@ class TarFlow(nn.Module):
             if y < 1:
                 raise InputError(f"{y} samples cannot be drawn; allowed is a whole number of at least 1")
             source = generator.device if generator is not None else like.device
-            y = (
-                torch.randint(self.num_classes, (y,), generator=generator, device=source)
-                if self.num_classes
-                else [-1] * y
-            )
+            y = torch.randint(self.num_classes, (y,), generator=generator, device=source) if self.num_classes else [-1] * y
         labels = torch.as_tensor(y, device=like.device)
         z = temperature * _draw(torch.randn, like.new_empty(len(labels), *self.token_shape), generator)
         images, log_probs = [], []

@@ -1,6 +1,6 @@
 """The map from a flow's hidden states to the encoder's feature space (REPA, arXiv 2410.06940, section 3)."""
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class Projector(nn.Sequential):
@@ -10,7 +10,3 @@ class Projector(nn.Sequential):
         super().__init__(
             nn.Linear(in_dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim)
         )
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Project hidden states `h [..., in_dim]` to `[..., out_dim]`."""
-        return super().forward(h)

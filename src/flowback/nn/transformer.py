@@ -5,6 +5,7 @@ MLP; no norm at the end, so that the residual stream is read directly.
 """
 
 from collections.abc import Callable, Collection
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,16 @@ class GeluMLP(nn.Sequential):
 
 
 MLPS: dict[str, Callable[[int, float], nn.Module]] = {"gelu": GeluMLP}
+
+
+class Cache(Protocol):
+    """What attention needs of a cache: how many tokens it holds, and a place for those of the next ones."""
+
+    filled: int
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `k, v [B, heads, n, head_dim]` of the next n tokens; return those of all tokens so far."""
+        ...
 
 
 class KVCache:
@@ -54,7 +65,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layer: int = 0, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None) -> Tensor:
         """`[B, n, C] -> [B, n, C]`, the update of the residual stream."""
         B, n, C = x.shape
         qkv = self.qkv(self.norm(x)).view(B, n, 3, self.heads, C // self.heads)
@@ -76,7 +87,7 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mlp = MLPS[mlp](width, mlp_ratio)
 
-    def forward(self, x: Tensor, layer: int = 0, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None) -> Tensor:
         """`[B, n, C] -> [B, n, C]`."""
         x = x + self.attention(x, layer, cache)
         return x + self.mlp(self.norm(x))
@@ -99,7 +110,7 @@ class CausalTransformer(nn.Module):
         self.heads, self.head_dim = width // head_dim, head_dim
 
     def forward(
-        self, x: Tensor, *, hidden: Collection[int] = (), cache: KVCache | None = None
+        self, x: Tensor, *, hidden: Collection[int] = (), cache: Cache | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run `x [B, n, C]` through all layers.
 

@@ -1,8 +1,8 @@
 """Checkpoints: folders `checkpoints/step_00000500` that hold everything a run needs to go on. Nothing is pickled.
 
-    config.json, model.safetensors    the flow with its averaged (EMA) weights, as `TarFlow.save_pretrained` writes it
-    training.safetensors              the raw weights, the projector, and AdamW's state, tensor by tensor
-    state.json                        step, seconds of training, steps that were skipped
+config.json, model.safetensors    the flow with its averaged (EMA) weights, as `TarFlow.save_pretrained` writes it
+training.safetensors              the raw weights, the projector, and AdamW's state, tensor by tensor
+state.json                        step, seconds of training, steps that were skipped
 """
 
 import json
@@ -37,7 +37,12 @@ def newest(run: Path) -> Path | None:
 
 
 def save(
-    run: Path, state: State, average: TarFlow, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, keep: int
+    run: Path,
+    state: State,
+    average: TarFlow,
+    trained: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
 ) -> Path:
     """Write a checkpoint beside the others, then rename it to its name, so that a name always means a whole one.
 
@@ -70,9 +75,7 @@ def save(
     return final
 
 
-def load(
-    checkpoint: Path, average: TarFlow, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer
-) -> State:
+def load(checkpoint: Path, average: TarFlow, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> State:
     """Read a checkpoint back into what `save` was given.
 
     Raises:

@@ -26,6 +26,7 @@ class AlignmentConfig:
         weight: of the alignment loss.
         encoder: efficientnet_lite0 (ships with its weights), or any timm model name.
         encoder_weights: a local file of weights, or random; null for the shipped ones or the hub.
+        encoder_precision: 32-true, or bf16-mixed (autocast).
         projector_width: hidden size of the projector.
         cache: compute the encoder's features once and keep them on disk.
 
@@ -39,6 +40,7 @@ class AlignmentConfig:
     weight: float = 0.1
     encoder: str = "efficientnet_lite0"
     encoder_weights: str | None = None
+    encoder_precision: str = "32-true"
     projector_width: int = 1024
     cache: bool = True
 
@@ -49,6 +51,9 @@ class AlignmentConfig:
             raise InputError(f"alignment.gradient is {self.gradient!r}; allowed: {', '.join(GRADIENTS)}, or a number")
         if any(len(pair) != 2 for pair in self.at):
             raise InputError(f"alignment.at is {self.at}; allowed are pairs of block and layer, like [[3, 2], [4, 2]]")
+        if self.encoder_precision not in PRECISIONS:
+            allowed = ", ".join(PRECISIONS)
+            raise InputError(f"alignment.encoder_precision is {self.encoder_precision!r}; allowed: {allowed}")
         if self.projector_width < 1:
             raise InputError(f"alignment.projector_width is {self.projector_width}; allowed is at least 1")
 

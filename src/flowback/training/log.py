@@ -79,7 +79,12 @@ class Bar:
     def __init__(self, title: str, total: int, done: int = 0, seconds_between_lines: float = 20) -> None:
         self.title, self.total, self.first, self.between = title, total, done, seconds_between_lines
         self.started = self.printed = time.monotonic()
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+        ]
         columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task(title, total=total, completed=done, text="")

@@ -1,5 +1,6 @@
 """The training loop, from top to bottom."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from flowback.evaluation.pictures import class_grid, save_grid
 from flowback.flows import FlowConfig, TarFlow
 from flowback.training import checkpoint
 from flowback.training.checkpoint import State
-from flowback.training.config import RunConfig
+from flowback.training.config import AlignmentConfig, RunConfig
 from flowback.training.log import Bar, MetricsLog, console
 from flowback.training.optim import learning_rate, update_ema
 from flowback.units import LOG_2PI, from_levels, nll_per_dim
@@ -84,9 +85,8 @@ def train(config: RunConfig) -> RunResult:
     data = load_data(config.data)
     torch.manual_seed(c.seed)
     flow = build_flow(config.flow, data)
-    resume_from = _open_run(config)
 
-    fabric = Fabric(accelerator=c.accelerator, devices=c.devices, precision=c.precision)  # pyright: ignore[reportArgumentType]
+    fabric = Fabric(accelerator=c.accelerator, devices=c.devices)
     fabric.launch()
     features: FeatureCache | None = None
     if config.alignment.strategy == "none":
@@ -97,9 +97,11 @@ def train(config: RunConfig) -> RunResult:
         encoder = load_encoder(a.encoder, a.encoder_weights, grid=flow.grid)
         objective = Alignment(flow, encoder, a.at, a.strategy, a.gradient, a.weight, a.projector_width)
         trained = {"flow": flow, "projector": objective.projector}
+    resume_from = _open_run(config)  # nothing is written before everything that was asked for exists
+    (run / "classes.json").write_text(json.dumps(data.classes) + "\n")
+    if isinstance(objective, Alignment) and config.alignment.cache:
         objective.to(fabric.device)
-        if a.cache:
-            features = _cache_features(config, data, objective, fabric)
+        features = _cache_features(config.alignment, data, objective, c.flip)
     console.print(describe(config, flow, data), highlight=False, soft_wrap=True)
 
     parameters = [p for module in trained.values() for p in module.parameters()]
@@ -131,7 +133,8 @@ def train(config: RunConfig) -> RunResult:
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, c.lr, c.warmup, c.steps)
-            loss, parts = model(x_noisy, y, seen, targets)
+            with autocast(fabric.device, c.precision):
+                loss, parts = model(x_noisy, y, seen, targets)
             fabric.backward(loss)
             norm = nn.utils.clip_grad_norm_(parameters, c.clip or float("inf"))
             state.step += 1
@@ -219,17 +222,24 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return leaves | {f"{section}.{k}": v for section, inner in sections for k, v in inner.items()}
 
 
-def _cache_features(config: RunConfig, data: ImageSet, objective: Alignment, fabric: Any) -> FeatureCache:
-    a, N = config.alignment, objective.flow.token_shape[0]
-    key = f"{a.encoder} {a.encoder_weights} {objective.flow.grid} {config.train.precision}"
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of a precision.
+
+    Not Fabric's own bf16-mixed, which would round the noised images to bfloat16 before the flow sees them.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
+def _cache_features(config: AlignmentConfig, data: ImageSet, objective: Alignment, flips: bool) -> FeatureCache:
+    key = f"{config.encoder} {config.encoder_weights} {config.encoder_precision} {objective.flow.grid}"
+    shape = (objective.flow.token_shape[0], objective.encoder.dim)
     with Bar("features", len(data.train)) as bar:
 
         def compute(x: Tensor) -> Tensor:
-            with fabric.autocast():
-                return objective.targets(x.to(fabric.device))
+            with autocast(objective.device, config.encoder_precision):
+                return objective.targets(x.to(objective.device))
 
-        shape = (N, objective.encoder.dim)
-        return FeatureCache(data.train, data.levels, config.train.flip, compute, shape, key, bar.update)
+        return FeatureCache(data.train, data.levels, flips, compute, shape, key, bar.update)
 
 
 def _evaluate(flow: TarFlow, data: ImageSet, images: int) -> dict[str, float]:
@@ -245,9 +255,7 @@ def _evaluate(flow: TarFlow, data: ImageSet, images: int) -> dict[str, float]:
 
 def _status(row: dict[str, float]) -> str:
     align = f"  align {row['align']:.3f}" if "align" in row else ""
-    return (
-        f"loss {row['loss']:.4f}  nats/dim {row['nats_per_dim']:.4f}{align}  {row['images_per_second']:.0f} images/s"
-    )
+    return f"loss {row['loss']:.4f}  nats/dim {row['nats_per_dim']:.4f}{align}  {row['images_per_second']:.0f} images/s"
 
 
 @contextmanager

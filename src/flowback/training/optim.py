@@ -22,4 +22,5 @@ def update_ema(average: Iterable[Tensor], current: Iterable[Tensor], decay: floa
     The growing decay forgets the random start within the first steps, so that short runs have a useful average.
     """
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average), list(current), 1 - d)
+    for mean, value in zip(average, current, strict=True):
+        mean.lerp_(value, 1 - d)

@@ -1,0 +1,326 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from builders import PatchEncoder, attributes, flat, gradients, images, labels, normal_, random_flow
+from flowback import InputError
+from flowback.alignment import Alignment, strategies
+from flowback.alignment.encoders import match_grid
+
+AT = [(2, 1), (3, 2)]
+KINDS = [
+    ("forward", "one_step"),
+    ("detach", "one_step"),
+    ("reverse", "cached"),
+    ("reverse", "one_step"),
+    ("reverse", 1),
+    ("reverse", 2),
+    ("reverse", "exact"),
+    ("reverse", "sequential"),
+]
+kinds = pytest.mark.parametrize(("strategy", "gradient"), KINDS)
+
+
+def make(strategy="reverse", gradient="one_step", at=AT, weight=0.1, dtype=torch.float64, std=0.12, grid=None, **options):
+    flow = random_flow(dtype, std=std, **options)
+    align = Alignment(flow, PatchEncoder(flow, grid=grid), at, strategy, gradient, weight, projector_width=8)
+    normal_(align.projector.to(dtype), 0.4)
+    return align
+
+
+def batch(align, n=4):
+    """Noisy images, labels, clean images."""
+    return images(align.flow, n, seed=1), labels(align.flow, n), images(align.flow, n, seed=2)
+
+
+def total_gradients(align, *arguments, **named):
+    align.zero_grad(set_to_none=True)
+    align.loss(*arguments, **named)[0].backward()
+    return gradients(align)
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=tolerance, atol=tolerance), name
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("num_classes", [0, 4])
+def test_loss_is_the_weighted_sum_of_its_definitions(strategy, gradient, num_classes):
+    align = make(strategy, gradient, weight=0.7, num_classes=num_classes)
+    x, y, clean = batch(align)
+    loss, parts = align.loss(x, y, clean)
+    z, log_det, trace = align.flow.encode(x, y, trace=AT)
+    nll = z.square().mean() / 2 - log_det.mean() / align.flow.dims
+    targets = align.encoder(clean)
+    cosines = [F.cosine_similarity(align.projector(h), targets, dim=-1) for h in trace.hidden.values()]
+    expected = -torch.stack(cosines).mean()
+    assert abs(parts["nll"] - nll) < 1e-12
+    assert abs(parts["align"] - expected) < 1e-12
+    assert abs(loss - (nll + 0.7 * expected)) < 1e-12
+    assert -1 <= parts["align"] <= 1
+
+
+@kinds
+def test_parts_are_plain_values(strategy, gradient):
+    align = make(strategy, gradient)
+    _, parts = align.loss(*batch(align))
+    assert not parts["nll"].requires_grad
+    assert not parts["align"].requires_grad
+    with_terms = strategy == "reverse" and gradient not in ("cached", "sequential")
+    assert sorted(parts) == sorted(["nll", "align"] + ["terms"] * with_terms)
+    if with_terms:
+        assert sorted(parts["terms"]) == [2, 3]  # the blocks from the first aligned one up
+        if isinstance(gradient, int):
+            assert set(parts["terms"].values()) == {gradient}
+        elif gradient == "one_step":
+            assert set(parts["terms"].values()) == {0}
+
+
+def test_alignment_does_not_care_about_the_length_of_features():
+    align = make()
+    x, y, clean = batch(align)
+    targets = align.targets(clean)
+    loss = align.loss(x, y, targets=targets)[0]
+    assert align.loss(x, y, targets=targets * torch.rand(4, 9, 1).double().add(0.1))[0].item() == pytest.approx(loss.item())
+    assert align.loss(x, y, targets=-targets)[1]["align"].item() == pytest.approx(
+        -align.loss(x, y, clean)[1]["align"].item()
+    )
+
+
+def test_call_is_loss():
+    align = make()
+    x, y, clean = batch(align)
+    assert torch.equal(align(x, y, clean)[0], align.loss(x, y, clean)[0])
+    assert torch.equal(align(x, y, x_clean=clean)[0], align.loss(x, y, clean)[0])
+
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [None, (4, 5)])
+def test_targets_are_features_on_the_flows_grid(grid):
+    align = make(grid=grid)
+    _, _, clean = batch(align)
+    targets = align.targets(clean)
+    assert targets.shape == (4, 9, 5)
+    assert not targets.requires_grad
+    assert torch.equal(targets, match_grid(align.encoder(clean), align.encoder.grid, (3, 3)))
+
+
+@kinds
+def test_given_targets_equal_computed_ones(strategy, gradient):
+    align = make(strategy, gradient)
+    x, y, clean = batch(align)
+    computed = total_gradients(align, x, y, clean)
+    given = total_gradients(align, x, y, targets=align.targets(clean))
+    assert all(torch.equal(given[name], computed[name]) for name in computed)
+
+
+def test_given_targets_spare_the_encoder(monkeypatch):
+    align = make()
+    x, y, clean = batch(align)
+    targets = align.targets(clean)
+    monkeypatch.setattr(PatchEncoder, "forward", lambda *a: pytest.fail("the encoder ran"))
+    align.loss(x, y, targets=targets)
+
+
+@kinds
+def test_no_gradient_leaks_to_the_encoder_or_the_clean_images(strategy, gradient):
+    align = make(strategy, gradient)
+    x, y, clean = batch(align)
+    clean.requires_grad_()
+    align.loss(x, y, clean)[0].backward()
+    assert clean.grad is None
+    assert all(p.requires_grad and p.grad is None for p in align.encoder.parameters())
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_options_choose_the_strategy(strategy, gradient):
+    align = make(strategy, gradient, weight=0.7)
+    x, y, clean = batch(align)
+    unit = F.normalize(align.targets(clean), dim=-1)
+    N = align.flow.token_shape[0]
+
+    def loss(hidden):
+        h = torch.stack(list(hidden.values()))
+        return -(F.normalize(align.projector(h), dim=-1) * unit).sum(-1).mean()
+
+    arguments = align.flow, x, y, AT, loss
+    if strategy == "forward":
+        l_nf, l_align = strategies.forward(*arguments)
+    elif gradient == "sequential":
+        l_nf, l_align = strategies.sequential(*arguments)
+    else:
+        terms = {"cached": None, "one_step": 0, "exact": N - 1}.get(gradient, gradient)
+        l_nf, l_align, _ = strategies.isolated(*arguments, None if strategy == "detach" else terms, 0.0)
+    (l_nf + 0.7 * l_align).backward()
+    expected = gradients(align)
+    assert_close(total_gradients(align, x, y, clean), expected, 1e-10)
+
+
+def test_every_kind_is_another_gradient_but_cached_which_is_detach():
+    found = {}
+    for kind in KINDS:
+        align = make(*kind, weight=10.0)
+        found[kind] = flat(total_gradients(align, *batch(align)))
+    assert torch.equal(found.pop(("reverse", "cached")), found["detach", "one_step"])
+    assert torch.allclose(found.pop(("reverse", "sequential")), found["reverse", "exact"], rtol=1e-9, atol=1e-11)
+    for first, second in itertools.combinations(found.values(), 2):
+        assert (first - second).norm() > 1e-3 * first.norm()
+
+
+@pytest.mark.parametrize("at", [[(1, 2)], AT, [(3, 1)]])
+def test_exact_equals_sequential_for_every_parameter(at):
+    exact, sequential = make("reverse", "exact", at, weight=1.0), make("reverse", "sequential", at, weight=1.0)
+    expected, found = (total_gradients(a, *batch(a)) for a in (sequential, exact))
+    for name, g in expected.items():
+        if g.norm() > 0:
+            assert (found[name] - g).norm() < 1e-9 * g.norm(), name
+
+
+@kinds
+def test_weight_zero_is_the_plain_likelihood(strategy, gradient):
+    align = make(strategy, gradient, weight=0.0)
+    x, y, clean = batch(align)
+    found = total_gradients(align, x, y, clean)
+    align.zero_grad()
+    (-align.flow.log_prob(x, y).mean() / align.flow.dims).backward()
+    assert_close(found, gradients(align), 1e-11)
+
+
+@kinds
+def test_scaled_loss_scales_every_gradient(strategy, gradient):
+    align = make(strategy, gradient)
+    x, y, clean = batch(align)
+    expected = total_gradients(align, x, y, clean)
+    align.zero_grad()
+    (align.loss(x, y, clean)[0] / 2).backward()
+    assert_close(gradients(align), {name: g / 2 for name, g in expected.items()})
+
+
+@kinds
+def test_micro_batches_add_up_to_the_batch(strategy, gradient):
+    align = make(strategy, gradient)
+    x, y, clean = batch(align)
+    expected = total_gradients(align, x, y, clean)
+    align.zero_grad()
+    for part in (slice(0, 2), slice(2, 4)):
+        (align.loss(x[part], y[part], clean[part])[0] / 2).backward()
+    assert_close(gradients(align), expected, 1e-10)
+
+
+@kinds
+def test_every_parameter_is_trained(strategy, gradient):
+    align = make(strategy, gradient, at=[(1, 2)])
+    grads = total_gradients(align, *batch(align))
+    without = [name for name, g in grads.items() if not name.startswith("encoder") and not g.abs().max() > 0]
+    assert without == []
+
+
+@kinds
+def test_order_of_the_pairs_does_not_matter(strategy, gradient):
+    align, other = make(strategy, gradient), make(strategy, gradient, at=[[3, 2], (2, 1), (3, 2)])
+    assert other.at == AT
+    expected, found = (total_gradients(a, *batch(a)) for a in (align, other))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@kinds
+def test_a_step_along_the_gradient_lowers_the_loss(strategy, gradient):
+    align = make(strategy, gradient, weight=0.5, std=0.08)
+    x, y, clean = batch(align)
+    optimizer = torch.optim.SGD([*align.flow.parameters(), *align.projector.parameters()], lr=0.02)
+    before = align.loss(x, y, clean)[0].item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        align.loss(x, y, clean)[0].backward()
+        optimizer.step()
+    assert align.loss(x, y, clean)[0].item() < before - 1e-3
+
+
+@kinds
+def test_bfloat16_autocast_keeps_the_direction(strategy, gradient):
+    align = make(strategy, gradient, dtype=torch.float32, std=0.1)
+    x, y, clean = batch(align, 8)
+    expected = total_gradients(align, x, y, clean)
+    align.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, parts = align.loss(x, y, clean)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    found = gradients(align)
+    assert all(g.dtype == torch.float32 for g in found.values())
+    assert torch.cosine_similarity(flat(found), flat(expected), dim=0) > 0.99
+    assert not torch.equal(flat(found), flat(expected))
+    assert parts["nll"].item() == pytest.approx(align.loss(x, y, clean)[1]["nll"].item(), abs=0.02)
+
+
+@kinds
+def test_a_step_leaves_nothing_behind(strategy, gradient):
+    align = make(strategy, gradient)
+    x, y, clean = batch(align)
+    before = attributes(align)
+    align.loss(x, y, clean)[0].backward()
+    assert attributes(align) == before
+
+
+def test_projector_fits_between_flow_and_encoder():
+    align = make()
+    h = torch.randn(2, 9, 16, dtype=torch.float64)
+    assert align.projector(h).shape == (2, 9, align.encoder.dim)
+    linear = [m for m in align.projector if isinstance(m, nn.Linear)]
+    assert [m.out_features for m in linear] == [8, 8, 5]
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"at": []}, r"alignment\.at is empty; allowed is at least one pair"),
+        ({"at": [(9, 1)]}, "block 9 does not exist; allowed: 1 to 3"),
+        ({"at": [(0, 1)]}, "block 0 does not exist"),
+        ({"at": [(1, 1), (2, 0)]}, "layer 0 does not exist in block 2; allowed: 1 to 2"),
+        ({"at": [(2, 3)]}, "layer 3 does not exist in block 2"),
+        ({"strategy": "backward"}, "strategy 'backward' does not exist; allowed: forward, detach, reverse"),
+        ({"gradient": "two_step"}, "gradient 'two_step' does not exist; allowed: cached, one_step, exact, sequential, or"),
+        ({"gradient": -1}, "gradient -1 does not exist; allowed: .*a whole number of at least 0"),
+        ({"weight": -0.1}, r"alignment weight -0\.1 is not usable; allowed is a number of at least 0"),
+        ({"weight": float("nan")}, "alignment weight nan"),
+        ({"weight": float("inf")}, "alignment weight inf"),
+    ],
+)
+def test_impossible_alignments_are_named(arguments, message):
+    flow = random_flow()
+    with pytest.raises(InputError, match=message):
+        Alignment(flow, PatchEncoder(flow), **{"at": AT, **arguments})
+
+
+def test_clean_images_or_targets_are_needed():
+    align = make()
+    x, y, _ = batch(align)
+    with pytest.raises(InputError, match="needs the clean images or the targets made from them; neither was given"):
+        align.loss(x, y)
+
+
+@kinds
+def test_impossible_batches_are_named(strategy, gradient):
+    align = make(strategy, gradient)
+    x, y, clean = batch(align)
+    with pytest.raises(InputError, match="label 6 is out of range"):
+        align.loss(x, y + 4, clean)
+    with pytest.raises(InputError, match=r"labels of shape \[3\] do not fit 4 images"):
+        align.loss(x, y[:3], clean)
+    with pytest.raises(InputError, match="images of shape"):
+        align.loss(x[..., :4, :4], y, clean)

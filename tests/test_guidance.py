@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from builders import random_flow
+from flowback import Guidance, InputError
+from flowback.flows.patches import unpatchify
+
+
+def slow_decode(flow, z, y, scale, schedule, what):
+    """Guidance by its definition: two separate full passes for every token, no cache, nothing batched."""
+    K, N = flow.num_classes, z.shape[1]
+    conditional = torch.zeros(len(y), K, dtype=torch.float64)
+    for i, label in enumerate(y.tolist()):
+        conditional[i] = torch.full((K,), 1 / K) if label < 0 else torch.eye(K)[label]
+    unconditional = torch.full((len(y), K), 1 / K, dtype=torch.float64)
+    for t in range(len(flow.blocks), 0, -1):
+        block = flow.blocks[t - 1]
+        order = list(range(N)) if t % 2 else list(range(N - 1, -1, -1))
+        x = torch.zeros_like(z)
+        for n, d in enumerate(order):
+            mu, a, _ = block.predict(x[:, order], conditional)
+            mu_u, a_u, _ = block.predict(x[:, order], unconditional)
+            w = scale * n / (N - 1) if schedule == "annealed" else scale
+            mu, mu_u, a, a_u = mu[:, n], mu_u[:, n], a[:, n], a_u[:, n]
+            if what in ("both", "mu"):
+                mu = (1 + w) * mu - w * mu_u
+            if what in ("both", "a"):
+                a = (1 + w) * a - w * a_u
+            x[:, d] = z[:, d] * torch.exp(a) + mu
+        z = x
+    return unpatchify(z, flow.config.patch_size, flow.image_size)
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return random_flow(std=0.1)
+
+
+@pytest.fixture
+def z(flow):
+    return torch.randn(3, *flow.token_shape, dtype=torch.float64)
+
+
+Y = torch.tensor([2, 0, -1])
+
+
+@pytest.mark.parametrize("what", ["both", "a", "mu"])
+@pytest.mark.parametrize("schedule", ["linear", "annealed"])
+@torch.no_grad()
+def test_guided_decoding_equals_the_slow_definition(flow, z, schedule, what):
+    expected = slow_decode(flow, z, Y, 1.7, schedule, what)
+    found = flow.decode(z, Y, Guidance(1.7, schedule, what))
+    assert torch.allclose(found, expected, atol=1e-10)
+    assert (found - flow.decode(z, Y))[:2].abs().amax(dim=(1, 2, 3)).min() > 1e-3  # guidance did something
+
+
+def test_every_schedule_and_target_is_another_guidance(flow, z):
+    kinds = [Guidance(1.7, schedule, what) for schedule in ("linear", "annealed") for what in ("both", "a", "mu")]
+    results = [flow.decode(z, Y, kind)[:2] for kind in kinds]
+    for i, first in enumerate(results):
+        for second in results[:i]:
+            assert (first - second).abs().max() > 1e-3
+
+
+def test_a_number_means_linear_guidance_of_both(flow, z):
+    assert torch.equal(flow.decode(z, Y, 1.7), flow.decode(z, Y, Guidance(1.7, "linear", "both")))
+
+
+@pytest.mark.parametrize("guidance", [0, 0.0, Guidance(0.0, "annealed", "mu")])
+def test_no_guidance_is_plain_decoding(flow, z, guidance):
+    assert torch.equal(flow.decode(z, Y, guidance), flow.decode(z, Y))
+
+
+@pytest.mark.parametrize("y", [None, torch.full((3,), -1)])
+@pytest.mark.parametrize("schedule", ["linear", "annealed"])
+def test_without_labels_there_is_nothing_to_guide(flow, z, y, schedule):
+    assert torch.allclose(flow.decode(z, y, Guidance(3.0, schedule)), flow.decode(z), atol=1e-10)
+
+
+def test_guided_rows_keep_to_their_own_label_and_noise(flow, z):
+    together = flow.decode(z, Y, 2.0)
+    for i in range(3):
+        assert torch.allclose(flow.decode(z[i : i + 1], Y[i : i + 1], 2.0)[0], together[i], atol=1e-10)
+
+
+def test_annealed_guidance_starts_at_nothing_and_ends_at_its_scale():
+    mu, a = torch.randn(2, 6, 1, 4)
+    guidance = Guidance(2.0, "annealed")
+    for found, plain in zip(guidance.apply(mu, a, 0, 9), (mu[:3], a[:3]), strict=True):
+        assert torch.equal(found, plain)
+    for found, p in zip(guidance.apply(mu, a, 8, 9), (mu, a), strict=True):
+        assert torch.allclose(found, p[:3] + 2 * (p[:3] - p[3:]))
+
+
+def test_unconditional_flow_cannot_be_guided():
+    flow = random_flow(num_classes=0)
+    z = torch.zeros(1, *flow.token_shape, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"guidance 1\.5 needs a class-conditional flow; allowed here: 0"):
+        flow.decode(z, guidance=1.5)
+    with pytest.raises(InputError, match="class-conditional"):
+        flow.sample(2, guidance=1.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-0.5,), r"guidance scale -0\.5 is not usable; allowed is a number of at least 0"),
+        ((float("nan"),), "guidance scale nan"),
+        ((float("inf"),), "guidance scale inf"),
+        ((1.0, "cosine"), "guidance schedule 'cosine' does not exist; allowed: linear, annealed"),
+        ((1.0, "linear", "z"), "guidance cannot act on 'z'; allowed: both, a, mu"),
+    ],
+)
+def test_impossible_guidance_is_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Guidance(*arguments)

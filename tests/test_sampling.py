@@ -1,0 +1,203 @@
+import pytest
+import torch
+
+from builders import attributes, images, labels, random_flow
+from flowback import Guidance, InputError, TarFlow
+from flowback.flows.patches import unpatchify
+
+
+def seeded(seed=7):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_images_do_not_depend_on_the_batch_size(guidance):
+    flow = random_flow(torch.float32, std=0.1)
+    y = torch.tensor([0, 3, -1, 2, 1, 1, 0])
+    whole = flow.sample(y, guidance=guidance, generator=seeded())
+    for batch_size in (1, 3, 7):
+        parts = flow.sample(y, guidance=guidance, generator=seeded(), batch_size=batch_size)
+        assert torch.allclose(parts, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_seed_decides_the_images():
+    flow = random_flow()
+    first, second, other = (flow.sample([0, 1], generator=seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert (first - other).abs().max() > 0.1
+
+
+def test_global_seed_serves_where_no_generator_is_given():
+    flow = random_flow()
+    torch.manual_seed(3)
+    first = flow.sample(2)
+    torch.manual_seed(3)
+    assert torch.equal(flow.sample(2), first)
+
+
+def test_generator_spares_the_global_random_state():
+    flow = random_flow()
+    before = torch.get_rng_state()
+    flow.sample(4, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_labels_may_be_a_list_or_a_tensor():
+    flow = random_flow()
+    from_list = flow.sample([2, -1], generator=seeded())
+    assert from_list.shape == (2, 2, 6, 6)
+    assert torch.equal(flow.sample(torch.tensor([2, -1]), generator=seeded()), from_list)
+
+
+def test_each_label_shapes_its_own_image():
+    flow = random_flow()
+    a, b = flow.sample([0, 1, 2], generator=seeded()), flow.sample([0, 3, 2], generator=seeded())
+    assert torch.equal(a[[0, 2]], b[[0, 2]])
+    assert (a[1] - b[1]).abs().max() > 1e-3
+
+
+def test_a_count_draws_labels_uniformly(monkeypatch):
+    flow = random_flow(image_size=2)  # a single token: quick
+    seen = []
+    decode = TarFlow.decode
+
+    def spy(self, z, y, *args):
+        seen.append(y)
+        return decode(self, z, y, *args)
+
+    monkeypatch.setattr(TarFlow, "decode", spy)
+    assert flow.sample(1000, denoise=False, generator=seeded()).shape == (1000, 2, 2, 2)
+    counts = torch.cat(seen).bincount(minlength=4)
+    assert len(counts) == 4
+    assert counts.min() > 200
+
+
+def test_a_count_of_an_unconditional_flow_draws_images_without_labels():
+    flow = random_flow(num_classes=0)
+    assert torch.equal(flow.sample(2, generator=seeded()), flow.sample([-1, -1], generator=seeded()))
+
+
+def test_a_fresh_flow_samples_the_prior():
+    flow = TarFlow(image_size=8, channels=3, patch_size=2, width=16, head_dim=8, blocks=2, layers=1)
+    x = flow.sample(300, denoise=False, generator=seeded(), batch_size=300)
+    assert x.mean().item() == pytest.approx(0, abs=0.02)
+    assert x.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.3])
+def test_temperature_scales_z(temperature):
+    flow = random_flow()
+    y = torch.tensor([0, 1, -1])
+    z = torch.randn(3, *flow.token_shape, generator=seeded(), dtype=torch.float64)
+    expected = flow.decode(temperature * z, y)
+    found = flow.sample(y, temperature=temperature, denoise=False, generator=seeded())
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("noise_std", [0.05, 0.3])
+def test_denoising_is_a_step_along_the_numerical_score(noise_std):
+    flow = random_flow(image_size=4, channels=1, noise_std=noise_std)
+    x, y, h = images(flow), labels(flow), 1e-5
+    score = torch.zeros_like(x)
+    for row in range(4):
+        for column in range(4):
+            step = torch.zeros_like(x)
+            step[..., row, column] = h
+            score[:, 0, row, column] = (flow.log_prob(x + step, y) - flow.log_prob(x - step, y)).detach() / (2 * h)
+    before = x.clone()
+    denoised = flow.denoise(x, y)
+    assert torch.equal(x, before)
+    assert not denoised.requires_grad
+    assert torch.allclose(denoised, x + noise_std**2 * score, atol=1e-8)
+
+
+def test_denoising_gaussian_data_gives_their_posterior_mean():
+    # a flow that is the identity is the exact model of N(0, 1) seen with noise; E[clean | x] = (1 - sigma^2) x
+    flow = TarFlow(image_size=4, channels=1, patch_size=2, width=16, head_dim=8, noise_std=0.3)
+    x = torch.randn(2, 1, 4, 4)
+    assert torch.allclose(flow.denoise(x), (1 - 0.09) * x, atol=1e-6)
+
+
+def test_samples_are_denoised_with_their_labels_unless_told_otherwise():
+    flow = random_flow(noise_std=0.3)
+    y = torch.tensor([3, 0, -1])
+    raw = flow.sample(y, denoise=False, generator=seeded())
+    denoised = flow.sample(y, generator=seeded())
+    assert torch.equal(denoised, flow.denoise(raw, y))
+    assert (denoised - raw).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"noise": "uniform"}, {"noise_std": 0.0}])
+def test_there_is_nothing_to_denoise_without_gaussian_noise(options):
+    flow = random_flow(**options)
+    raw, denoised = (flow.sample([0, 1], denoise=d, generator=seeded()) for d in (False, True))
+    assert torch.equal(raw, denoised)
+    assert torch.equal(flow.denoise(raw, torch.tensor([0, 1])), raw)
+
+
+def test_log_prob_is_returned_of_the_images_before_the_score_step():
+    flow = random_flow(noise_std=0.3)
+    y = torch.tensor([0, 1, -1, 3, 3])
+    raw = flow.sample(y, denoise=False, generator=seeded())
+    x, log_prob = flow.sample(y, generator=seeded(), return_log_prob=True, batch_size=2)
+    assert torch.allclose(x, flow.denoise(raw, y), atol=1e-10)
+    assert log_prob.shape == (5,)
+    assert torch.allclose(log_prob, flow.log_prob(raw, y), atol=1e-8)
+
+
+def test_samples_carry_no_graph():
+    flow = random_flow()
+    x, log_prob = flow.sample(2, return_log_prob=True)
+    assert not x.requires_grad
+    assert not log_prob.requires_grad
+    assert all(p.grad is None for p in flow.parameters())
+
+
+def test_samples_have_the_flows_dtype():
+    assert random_flow(torch.float32).sample(2).dtype == torch.float32
+    assert random_flow(torch.float64).sample(2).dtype == torch.float64
+
+
+def test_auto_is_the_sequential_decoder():
+    flow = random_flow()
+    z = torch.randn(2, *flow.token_shape, dtype=torch.float64)
+    assert torch.equal(flow.decode(z, method="auto"), flow.decode(z, method="sequential"))
+
+
+def test_decoding_undoes_the_patches_last():
+    flow = TarFlow(image_size=4, channels=2, patch_size=2, width=16, head_dim=8)
+    z = torch.randn(1, 4, 8)
+    assert torch.equal(flow.decode(z), unpatchify(z, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"y": 0}, "0 samples cannot be drawn; allowed is a whole number of at least 1"),
+        ({"y": -3}, "-3 samples"),
+        ({"y": [0, 4]}, r"label 4 is out of range; allowed: 0 to 3, or -1 for no label"),
+        ({"y": [-2]}, "label -2"),
+        ({"y": 2, "temperature": 0}, "temperature 0 is not usable; allowed is a number above 0"),
+        ({"y": 2, "temperature": float("nan")}, "temperature nan"),
+        ({"y": 2, "guidance": -1.0}, r"guidance scale -1\.0 is not usable; allowed is a number of at least 0"),
+        ({"y": 2, "method": "newton"}, "decoding method 'newton'"),
+    ],
+)
+def test_impossible_requests_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        random_flow().sample(**arguments)
+
+
+def test_sampling_that_raises_leaves_nothing_behind(monkeypatch):
+    flow = random_flow()
+    expected, before = flow.sample([0, 1], guidance=1.0, generator=seeded()), attributes(flow)
+
+    def failing(*args):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guidance, "apply", failing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            flow.sample([0, 1], guidance=1.0)
+    assert attributes(flow) == before
+    assert torch.equal(flow.sample([0, 1], guidance=1.0, generator=seeded()), expected)
