@@ -188,6 +188,15 @@ def test_exact_equals_sequential_for_every_parameter(at):
             assert (found[name] - g).norm() < 1e-9 * g.norm(), name
 
 
+def test_exact_ends_early_where_the_rest_is_negligible():
+    options = {"at": [(1, 2)], "weight": 1.0, "std": 0.05, "image_size": 8}
+    exact, sequential = make("reverse", "exact", **options), make("reverse", "sequential", **options)
+    terms = exact.loss(*batch(exact))[1]["terms"]
+    assert all(2 < k < exact.flow.token_shape[0] - 1 for k in terms.values())
+    expected, found = (flat(total_gradients(a, *batch(a))) for a in (sequential, exact))
+    assert (found - expected).norm() < 1e-9 * expected.norm()
+
+
 @kinds
 def test_weight_zero_is_the_plain_likelihood(strategy, gradient):
     align = make(strategy, gradient, weight=0.0)

@@ -42,7 +42,7 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, model: Any, size: tuple[int, int], mean: Any, std: Any) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.size = size
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))

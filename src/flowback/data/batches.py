@@ -1,5 +1,6 @@
 """Batches for training. What a step sees is a function of (seed, step), so a resumed run sees what it would have seen."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,6 +64,11 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C is for the main process, which ends its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def batches(
     split: Split, batch_size: int, seed: int, start: int, stop: int, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -72,7 +78,13 @@ def batches(
         InputError: if an image cannot be read.
     """
     order = StepOrder(len(split), batch_size, seed, start, stop)
-    loader = DataLoader(_Fetch(split), batch_sampler=order, num_workers=workers, collate_fn=_as_is)
+    loader = DataLoader(
+        _Fetch(split),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=_ignore_interrupts,
+    )
     try:
         yield from loader
     except InputError as error:  # one raised in a worker arrives as a whole traceback, its own sentence last

@@ -76,7 +76,6 @@ class TrainConfig:
         seed: of weights, order, noise, flips and dropped labels.
         precision: 32-true, or bf16-mixed (autocast; pays from a width of about 256 on CPUs with bfloat16 units).
         accelerator: where to run, as in Lightning Fabric; auto takes what is there.
-        devices: how many of them, or auto.
         log_every: steps between rows of metrics.csv.
         eval_every: steps between evaluations on held-out images.
         eval_images: held-out images in such an evaluation.
@@ -103,7 +102,6 @@ class TrainConfig:
     seed: int = 0
     precision: str = "32-true"
     accelerator: str = "auto"
-    devices: int | str = 1
     log_every: int = 10
     eval_every: int = 250
     eval_images: int = 500
@@ -126,6 +124,8 @@ class TrainConfig:
             raise InputError(f"train.clip is {self.clip}; allowed is a number above 0, or null")
         if not 0 <= self.weight_decay < float("inf"):
             raise InputError(f"train.weight_decay is {self.weight_decay}; allowed is a number of at least 0")
+        if len(self.betas) != 2:
+            raise InputError(f"train.betas is {self.betas}; allowed are two numbers")
         for name, value in (("ema", self.ema), ("beta 1", self.betas[0]), ("beta 2", self.betas[1])):
             if not 0 <= value < 1:
                 raise InputError(f"train.{name} is {value}; allowed is a number from 0 to 1, 1 excluded")

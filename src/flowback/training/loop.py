@@ -23,7 +23,7 @@ from flowback.evaluation.pictures import class_grid, save_grid
 from flowback.flows import FlowConfig, TarFlow
 from flowback.training import checkpoint
 from flowback.training.checkpoint import State
-from flowback.training.config import AlignmentConfig, RunConfig
+from flowback.training.config import AlignmentConfig, RunConfig, TrainConfig
 from flowback.training.log import Bar, MetricsLog, console
 from flowback.training.optim import learning_rate, update_ema
 from flowback.units import LOG_2PI, from_levels, nll_per_dim
@@ -86,7 +86,7 @@ def train(config: RunConfig) -> RunResult:
     torch.manual_seed(c.seed)
     flow = build_flow(config.flow, data)
 
-    fabric = Fabric(accelerator=c.accelerator, devices=c.devices)
+    fabric = Fabric(accelerator=c.accelerator, devices=1)
     fabric.launch()
     features: FeatureCache | None = None
     if config.alignment.strategy == "none":
@@ -121,20 +121,18 @@ def train(config: RunConfig) -> RunResult:
     with _interruptible() as interrupted, Bar(str(run), c.steps, state.step) as bar:
         for indices, images, labels in stream:
             started = time.perf_counter()
-            generator = step_generator(c.seed, state.step)
-            flipped = torch.rand(len(images), generator=generator) < (0.5 if c.flip else 0.0)
-            dropped = torch.rand(len(images), generator=generator) < c.label_drop
-            x_clean = from_levels(images, data.levels)
-            x_clean = torch.where(flipped[:, None, None, None], x_clean.flip(-1), x_clean)
-            x_noisy = flow.perturb(x_clean, generator).to(fabric.device)
-            y = torch.where(dropped, -1, labels).to(fabric.device) if flow.num_classes else None
-            targets = features(indices, flipped).to(fabric.device) if features is not None else None
-            seen = None if features is not None else x_clean.to(fabric.device)
+            flipped, x_clean, x_noisy, y = draw(flow, images, labels, c, state.step)
+            targets = None
+            if features is not None:
+                targets = features(indices, flipped).to(fabric.device)
+            elif isinstance(objective, Alignment):
+                with autocast(fabric.device, config.alignment.encoder_precision):
+                    targets = objective.targets(x_clean.to(fabric.device))
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, c.lr, c.warmup, c.steps)
             with autocast(fabric.device, c.precision):
-                loss, parts = model(x_noisy, y, seen, targets)
+                loss, parts = model(x_noisy.to(fabric.device), y, targets=targets)
             fabric.backward(loss)
             norm = nn.utils.clip_grad_norm_(parameters, c.clip or float("inf"))
             state.step += 1
@@ -176,6 +174,30 @@ def train(config: RunConfig) -> RunResult:
                 break
     log.close()
     return RunResult(run, average, data, state, interrupted=state.step < c.steps)
+
+
+def draw(
+    flow: TarFlow, images: Tensor, labels: Tensor, config: TrainConfig, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Everything random in one step, a function of (seed, step): mirrored images, noise, dropped labels.
+
+    Args:
+        flow: says which noise, and whether there are labels.
+        images: uint8 `[B, C, H, W]`.
+        labels: int64 `[B]`.
+        config: says how often images are mirrored and labels dropped, each image by a coin of its own.
+        step: the step, from 0.
+
+    Returns:
+        Which images are mirrored `[B]`; clean and noised images in [-1, 1]; labels with -1 where dropped, or None.
+    """
+    generator = step_generator(config.seed, step)
+    flipped = torch.rand(len(images), generator=generator) < (0.5 if config.flip else 0.0)
+    dropped = torch.rand(len(images), generator=generator) < config.label_drop
+    x_clean = from_levels(images, flow.levels)
+    x_clean = torch.where(flipped[:, None, None, None], x_clean.flip(-1), x_clean)
+    y = torch.where(dropped, -1, labels) if flow.num_classes else None
+    return flipped, x_clean, flow.perturb(x_clean, generator), y
 
 
 def describe(config: RunConfig, flow: TarFlow, data: ImageSet) -> str:

@@ -1,0 +1,40 @@
+# Everything runs in .venv, which is made from pyproject.toml on first use. Needs only Python (3.10 or newer) and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint bench clean
+
+help:
+	@echo "make quickstart   set up, train a plain and an aligned flow on digits, write runs/quickstart/report.html"
+	@echo "make test         set up, run the tests"
+	@echo "make lint         ruff check, ruff format --check, pyright"
+	@echo "make bench        the benchmarks, as tables and JSON"
+	@echo "make setup        only make .venv        make clean   remove .venv and caches (runs/ stays)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@echo "setting up .venv: PyTorch and its friends, some GB and minutes where they are not cached …"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable '.[dev]'
+	$(BIN)/python -c "import flowback"
+	@touch $(READY)
+
+quickstart: setup
+	$(BIN)/flowback quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: setup
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

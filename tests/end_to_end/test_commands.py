@@ -1,0 +1,209 @@
+"""Every command, as a user runs it; the first ones in a process of their own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowback.cli import main
+from flowback.quickstart import recipe
+
+SMALL = ["--flow.width=32", "--flow.blocks=2", "--flow.layers=1", "--flow.patch_size=4", "--flow.noise_std=0.2"]
+SMALL += ["--data.limit=64", "--train.batch_size=16", "--train.warmup=2", "--train.eval_images=20"]
+FLOWBACK = [sys.executable, "-c", "from flowback.cli import main; raise SystemExit(main())"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    os.environ["FLOWBACK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["train", f"--run={folder}", "--train.steps=8", *SMALL]) == 0
+    return folder
+
+
+def refuse(arguments: list[str], capsys) -> str:
+    """The one line that a bad call prints."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("flowback: error: ")
+    return lines[0]
+
+
+def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys):
+    assert main(["quickstart", f"--run={tmp_path}", "--steps=2"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    for name in ("plain", "aligned"):
+        figures = report[name]
+        assert set(figures["accuracy"]) == {"single_gradient", "exact"}
+        assert figures["steps"] == 2
+        assert figures["seconds"] > 0
+        assert np.isfinite([figures["nats_per_dim"], figures["bits_per_dim"]]).all()
+    assert report["plain"]["strategy"] == "none"
+    assert report["aligned"]["strategy"] == "reverse"
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/svg+xml;base64,") == 3
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "report.html") in printed
+    assert "exact" in printed
+    trained = (tmp_path / "aligned" / "checkpoints" / "step_00000002").stat().st_mtime
+    assert main(["quickstart", f"--run={tmp_path}", "--steps=2"]) == 0
+    assert (tmp_path / "aligned" / "checkpoints" / "step_00000002").stat().st_mtime == trained
+
+
+def test_config_file_and_command_line_meet_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {steps: 9, lr: 0.01}\nflow: {patch_size: 4}\n")
+    assert main(["train", f"--config={file}", f"--run={tmp_path / 'run'}", "--train.steps=2", *SMALL]) == 0
+    written = (tmp_path / "run" / "config.yaml").read_text()
+    assert "steps: 2" in written
+    assert "lr: 0.01" in written
+
+
+def test_stopped_and_resumed_by_the_config_of_the_run(tmp_path, capsys):
+    assert main(["train", f"--run={tmp_path}", "--train.steps=6", "--train.until=4", *SMALL]) == 0
+    assert "stopped at step 4 of 6" in capsys.readouterr().out
+    arguments = ["train", "--config", str(tmp_path / "config.yaml"), "--train.until=6", "--train.resume"]
+    assert main(arguments) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    command = [*FLOWBACK, "train", f"--run={tmp_path}", "--train.steps=100000", "--train.log_every=1", *SMALL]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "metrics.csv"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "--train.resume" in out
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) >= 1
+
+
+def test_sample_writes_a_grid_or_a_folder(run, tmp_path):
+    grid, folder = tmp_path / "a" / "grid.png", tmp_path / "images"
+    assert main(["sample", str(run), "--labels=3,7", "--num=4", "--guidance=1", "-o", str(grid)]) == 0
+    assert Image.open(grid).size == (2 * 34 + 2, 2 * 34 + 2)
+    assert main(["sample", str(run), "--num=3", "--schedule=annealed", "--guidance=1", "-o", str(folder)]) == 0
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
+    assert Image.open(files[0]).size == (8, 8)
+    again = tmp_path / "again"
+    main(["sample", str(run), "--num=3", "--schedule=annealed", "--guidance=1", "--batch-size=1", "-o", str(again)])
+    for file in files:
+        difference = np.asarray(Image.open(file)).astype(int) - np.asarray(Image.open(again / file.name)).astype(int)
+        assert abs(difference).max() <= 1
+
+
+def test_classify_prints_the_likeliest_classes(run, tmp_path, capsys):
+    file = tmp_path / "digit.png"
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(file)
+    assert main(["classify", str(run), str(file), "--top=2"]) == 0
+    line = capsys.readouterr().out.strip()
+    assert re.fullmatch(r".*digit\.png: \d 0\.\d{3}, \d 0\.\d{3}", line)
+    assert main(["classify", str(run), str(file), "--rule=single_gradient"]) == 0
+
+
+def test_evaluate_prints_and_writes_the_figures(run, capsys):
+    assert main(["evaluate", str(run), "--metrics=bpd,accuracy", "--images=30"]) == 0
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert figures["held_out_images"] == 30
+    assert figures["weights"] == "ema weights of step_00000008"
+    assert set(figures["accuracy"]) == {"single_gradient", "exact"}
+    assert "bits_per_dim" in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--metrics=bpd", "--weights=raw", "--images=30"]) == 0
+    assert json.loads((run / "evaluation.json").read_text())["weights"] == "raw weights of step_00000008"
+
+
+@pytest.mark.parametrize("verb", ["", "quickstart", "train", "sample", "classify", "evaluate"])
+def test_help_explains_every_option(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*([verb] if verb else []), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text) > 200
+    if verb == "train":
+        for name in ("--alignment.strategy", "--flow.patch_size", "--train.resume", "--data.path"):
+            described = text[text.rindex(f"  {name} ") :].split("\n  --")[0]
+            assert len(" ".join(described.split())) > len(name) + 25
+
+
+def test_bad_input_is_one_sentence_and_status_2(run, tmp_path, capsys):
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    one_class = tmp_path / "tree"
+    (one_class / "only").mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (9, 9)).save(one_class / "only" / f"{i}.png")
+    new, align = f"--run={tmp_path / 'new'}", ["--alignment.strategy=reverse"]
+    cases = [
+        ([], "command"),
+        (["paint"], "paint"),
+        (["train", "--train.stepz=3"], "--train.stepz"),
+        (["train", "--train.steps=many"], "train.steps"),
+        (["train", "--config=nowhere.yaml"], "nowhere.yaml"),
+        (["train", new, "--data.name=cats"], "allowed: digits, fashion_mnist, folder"),
+        (["train", new, "--data.name=folder", "--data.image_size=8", "--data.path=nowhere"], "nowhere is not a folder"),
+        (["train", new, "--data.name=folder", "--data.image_size=8", f"--data.path={one_class}"], "1 class folders"),
+        (["train", new, "--data.name=fashion_mnist", f"--data.path={tmp_path}"], "train-images-idx3-ubyte"),
+        (["train", new, "--flow.patch_size=3"], "allowed: 1, 2, 4, 8"),
+        (["train", new, "--flow.head_dim=5"], "does not divide flow.width"),
+        (["train", new, *align, "--alignment.at=[[9,1]]"], "block 9 does not exist; allowed: 1 to 4"),
+        (["train", new, *align, "--alignment.at=[[1,9]]"], "layer 9 does not exist in block 1"),
+        (["train", new, *align], "alignment.at is empty"),
+        (["train", new, *align, "--alignment.at=[[1,1]]", "--alignment.encoder=dino_v9"], "encoder 'dino_v9' is unknown"),
+        (["train", new, *align, "--alignment.at=[[1,1]]", "--alignment.encoder_weights=no.pth"], "no.pth are not a file"),
+        (["train", f"--run={run}", "--train.steps=8"], "holds a run already"),
+        (["train", new, "--train.resume"], "has no checkpoint to resume from"),
+        (["sample", str(tmp_path)], "holds no checkpoint and no flow"),
+        (["sample", "nowhere"], "neither a folder nor a hub id"),
+        (["sample", str(run), "--labels=3,cat"], "label 'cat' does not exist; allowed: 0 to 9"),
+        (["sample", str(run), "--num=0"], "--num 0"),
+        (["sample", str(run), "--guidance=-1"], "guidance scale -1.0"),
+        (["sample", str(run), "--temperature=0"], "temperature 0.0"),
+        (["sample", str(run), "--output=a.gif"], "a.gif is not known"),
+        (["classify", str(run), str(text)], "text.png cannot be read"),
+        (["classify", str(run), "nowhere.png"], "nowhere.png cannot be read"),
+        (["classify", str(run), str(text), "--rule=guess"], "text.png"),
+        (["evaluate", str(run), "--metrics=fid"], "metric 'fid' does not exist; allowed: bpd, accuracy"),
+        (["evaluate", str(run), "--weights=best"], "allowed: ema, raw"),
+        (["quickstart", f"--run={tmp_path / 'q'}", "--steps=0"], "train.steps is 0"),
+    ]
+    for arguments, message in cases:
+        assert message in refuse(arguments, capsys), arguments
+    assert not (tmp_path / "new").exists()
+
+
+def test_encoder_that_cannot_be_reached_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("the network is unreachable\nmore lines")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    arguments = ["train", f"--run={tmp_path / 'new'}", "--alignment.strategy=reverse", "--alignment.at=[[1,1]]"]
+    line = refuse([*arguments, "--alignment.encoder=vit_tiny_patch16_224"], capsys)
+    assert "the hub did not give weights that fit (the network is unreachable)" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_recipe_ships_with_the_package():
+    assert recipe("digits").read_text().startswith("# 8x8 digits")

@@ -1,0 +1,320 @@
+import csv
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from flowback.data import DataConfig, load_data
+from flowback.errors import InputError
+from flowback.flows import FlowConfig, TarFlow
+from flowback.training import AlignmentConfig, RunConfig, TrainConfig, checkpoint, loop, train
+from flowback.training.checkpoint import load_flow
+from flowback.training.log import MetricsLog, read_metrics
+from flowback.training.loop import autocast, build_flow, draw
+from flowback.training.optim import learning_rate, update_ema
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def config(run: Path, aligned: bool = False, **train_options) -> RunConfig:
+    options = {"steps": 12, "batch_size": 16, "warmup": 3, "log_every": 3, "eval_every": 6, "eval_images": 20}
+    options |= {"sample_every": 100, "checkpoint_every": 5}
+    strategy = "reverse" if aligned else "none"
+    return RunConfig(
+        run=str(run),
+        data=DataConfig(limit=64),
+        flow=FlowConfig(patch_size=4, width=32, blocks=2, layers=1, noise_std=0.2),
+        alignment=AlignmentConfig(strategy=strategy, at=[[2, 1]], projector_width=16),
+        train=TrainConfig(**(options | train_options)),
+    )
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    folder = checkpoint.newest(run)
+    return load_file(folder / "model.safetensors") | load_file(folder / "training.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed aligned run of 12 steps."""
+    os.environ["FLOWBACK_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+    run = tmp_path_factory.mktemp("whole")
+    train(config(run, aligned=True))
+    return run
+
+
+def test_run_folder_has_what_it_should(whole):
+    rows = read_metrics(whole / "metrics.csv")
+    assert {row["step"] for row in rows} == {3, 6, 9, 12}
+    assert all("held_out_exact" in row for row in rows if row["step"] in (6, 12) and "loss" not in row)
+    assert rows[0]["loss"] == pytest.approx(rows[0]["nll"] + 0.1 * rows[0]["align"], abs=1e-5)
+    assert list((whole / "events").glob("events.out.tfevents*"))
+    assert (whole / "samples" / "step_00000012.png").exists()
+    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == ["step_00000010", "step_00000012"]
+    assert json.loads((whole / "classes.json").read_text()) == [str(k) for k in range(10)]
+    assert not [file for file in whole.rglob("*") if file.suffix in (".pt", ".pth", ".pkl", ".bin", ".ckpt")]
+
+
+def test_config_in_the_run_folder_can_be_run_again(whole, tmp_path):
+    again = RunConfig.from_yaml((whole / "config.yaml").read_text())
+    assert again == config(whole, aligned=True)
+    train(replace(again, run=str(tmp_path / "again")))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tensors(whole).values(), tensors(tmp_path / "again").values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("stops", [[1], [5], [4, 7, 11]])
+def test_resumed_equals_undisturbed_bit_for_bit(whole, tmp_path, stops):
+    run = tmp_path / "run"
+    for i, stop in enumerate(stops):
+        result = train(config(run, aligned=True, until=stop, resume=i > 0))
+        assert result.interrupted
+        assert result.state.step == stop
+    result = train(config(run, aligned=True, resume=True))
+    assert not result.interrupted
+    expected, found = tensors(whole), tensors(run)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_finished_run_is_not_trained_further(whole):
+    before = tensors(whole)
+    result = train(config(whole, aligned=True, resume=True))
+    assert result.state.step == 12
+    assert all(torch.equal(before[name], value) for name, value in tensors(whole).items())
+
+
+def test_rows_of_a_run_that_was_killed_are_dropped_on_resume(whole, tmp_path):
+    run = tmp_path / "run"
+    train(config(run, until=6))
+    log = MetricsLog(run, 6)
+    log.write(9, loss=123.0)
+    log.close()
+    train(config(run, resume=True))
+    steps = [row["step"] for row in read_metrics(run / "metrics.csv") if "loss" in row]
+    assert steps == [3, 6, 9, 12]
+    assert all(row.get("loss") != 123.0 for row in read_metrics(run / "metrics.csv"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_saves_and_ends_after_the_step(tmp_path, monkeypatch, number):
+    real = loop.draw
+
+    def interrupt(flow, images, labels, config, step):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return real(flow, images, labels, config, step)
+
+    monkeypatch.setattr(loop, "draw", interrupt)
+    before = signal.getsignal(number)
+    result = train(config(tmp_path))
+    assert result.interrupted
+    assert result.state.step == 4
+    assert checkpoint.newest(tmp_path).name == "step_00000004"
+    assert signal.getsignal(number) is before
+
+
+def test_every_parameter_moves_and_ema_lags_behind(whole):
+    start = tensors(whole)
+    flow = build_flow(config(whole).flow, load_data(DataConfig()))
+    names = dict(flow.named_parameters())
+    torch.manual_seed(0)
+    fresh = build_flow(config(whole).flow, load_data(DataConfig())).state_dict()
+    assert [n for n in names if torch.equal(start[f"weights.flow.{n}"], fresh[n])] == []
+    assert [n for n in names if torch.equal(start[f"weights.flow.{n}"], start[n])] == []
+
+
+def test_weights_are_chosen_by_name_and_stamped(whole):
+    ema, stamp = load_flow(whole)
+    raw, raw_stamp = load_flow(whole, "raw")
+    assert stamp == "ema weights of step_00000012"
+    assert raw_stamp == "raw weights of step_00000012"
+    assert not torch.equal(ema.blocks[0].proj_out.weight, raw.blocks[0].proj_out.weight)
+    with pytest.raises(InputError, match="weights 'best' do not exist; allowed: ema, raw"):
+        load_flow(whole, "best")
+
+
+def test_gradient_that_is_not_finite_is_skipped_counted_and_ends(tmp_path, monkeypatch):
+    real = loop.draw
+
+    def poison(flow, images, labels, config, step):
+        flipped, x_clean, x_noisy, y = real(flow, images, labels, config, step)
+        return flipped, x_clean, x_noisy * (float("nan") if step >= poison.start and step < poison.stop else 1), y
+
+    monkeypatch.setattr(loop, "draw", poison)
+    poison.start, poison.stop = 4, 6
+    result = train(config(tmp_path / "some"))
+    assert result.state.skipped == 2
+    assert all(value.isfinite().all() for value in tensors(tmp_path / "some").values())
+    poison.start, poison.stop = 6, 10**6
+    with pytest.raises(InputError, match="not finite for 10 steps in a row"):
+        train(config(tmp_path / "all", steps=30))
+    assert checkpoint.newest(tmp_path / "all").name == "step_00000015"
+    assert all(value.isfinite().all() for value in tensors(tmp_path / "all").values())
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_as_another(whole, tmp_path):
+    with pytest.raises(InputError, match="holds a run already"):
+        train(config(whole, aligned=True))
+    with pytest.raises(InputError, match=r"train.lr was 0.001 .* and is 0.01; allowed: the same"):
+        train(config(whole, aligned=True, resume=True, lr=0.01))
+    with pytest.raises(InputError, match="has no checkpoint to resume from"):
+        train(config(tmp_path / "new", resume=True))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])
+def test_broken_checkpoint_is_refused(tmp_path, damage):
+    train(config(tmp_path, until=2))
+    file = checkpoint.newest(tmp_path) / "training.safetensors"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:500])
+    else:
+        file.write_bytes((checkpoint.newest(tmp_path) / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"checkpoint .*step_00000002 cannot be read back"):
+        train(config(tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("at", [[[3, 1]], [[1, 2]]])
+def test_impossible_alignment_is_refused_before_anything_is_written(tmp_path, at):
+    run = tmp_path / "run"
+    impossible = replace(config(run, aligned=True), alignment=AlignmentConfig(strategy="reverse", at=at))
+    with pytest.raises(InputError, match="does not exist"):
+        train(impossible)
+    assert not run.exists()
+
+
+def test_flow_takes_the_facts_of_the_data_and_refuses_others():
+    data = load_data(DataConfig())
+    flow = build_flow(FlowConfig(patch_size=2), data)
+    assert (flow.image_size, flow.channels, flow.levels, flow.num_classes) == (8, 1, 17, 10)
+    assert build_flow(FlowConfig(patch_size=2, num_classes=0), data).num_classes == 0
+    for options in ({"image_size": 16}, {"channels": 3}, {"levels": 256}, {"num_classes": 7}):
+        with pytest.raises(InputError, match=f"flow.{next(iter(options))} is"):
+            build_flow(FlowConfig(patch_size=2, **options), data)
+
+
+def test_unconditional_uniform_bfloat16_and_uncached_runs_train(tmp_path):
+    plain = config(tmp_path / "plain")
+    train(replace(plain, flow=replace(plain.flow, num_classes=0, noise="uniform")))
+    aligned = config(tmp_path / "aligned", aligned=True, precision="bf16-mixed", flip=True, steps=4)
+    result = train(replace(aligned, alignment=replace(aligned.alignment, cache=False, encoder_precision="bf16-mixed")))
+    assert all(p.dtype == torch.float32 for p in result.flow.parameters())
+    assert all(p.isfinite().all() for p in result.flow.parameters())
+
+
+def test_cached_and_uncached_targets_train_alike(tmp_path):
+    cached, direct = config(tmp_path / "a", aligned=True, steps=4), config(tmp_path / "b", aligned=True, steps=4)
+    direct = replace(direct, alignment=replace(direct.alignment, cache=False))
+    a, b = (train(c).flow.state_dict() for c in (cached, direct))
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-3
+
+
+def test_labels_are_dropped_by_a_coin_for_each_image():
+    flow = TarFlow(image_size=8, channels=1, patch_size=4, width=32, num_classes=10, levels=17)
+    images = torch.zeros(4000, 1, 8, 8, dtype=torch.uint8)
+    images[..., 0] = 16
+    labels = torch.arange(4000) % 10
+    settings = TrainConfig(label_drop=0.1, flip=True)
+    flipped, x_clean, x_noisy, y = draw(flow, images, labels, settings, step=7)
+    assert 0.08 < float((y == -1).float().mean()) < 0.12
+    assert torch.equal(y[y >= 0], labels[y >= 0])
+    assert 0.45 < float(flipped.float().mean()) < 0.55
+    assert torch.equal(x_clean[..., -1].amax((1, 2)) > 0, flipped)
+    assert 0.045 < float((x_noisy - x_clean).std()) < 0.055
+    assert torch.equal(x_noisy, draw(flow, images, labels, settings, step=7)[2])
+    assert not torch.equal(x_noisy, draw(flow, images, labels, settings, step=8)[2])
+
+
+def test_autocast_keeps_the_images_and_the_parameters_of_the_map_precise():
+    torch.manual_seed(0)
+    flow = TarFlow(image_size=8, channels=1, patch_size=2, width=32, blocks=2, layers=1, head_dim=16)
+    for block in flow.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=0.05)
+    x = torch.rand(4, 1, 8, 8) * 2 - 1
+    z, log_det = flow.encode(x)
+    with autocast(torch.device("cpu"), "bf16-mixed"):
+        z16, log_det16, trace = flow.encode(x, trace=[(1, 1)])
+    assert z16.dtype == log_det16.dtype == trace.inputs[2].dtype == torch.float32
+    assert torch.equal(trace.inputs[1], flow.tokenize(x))
+    assert 0 < float((z - z16).detach().abs().max()) < 0.02
+    assert float((log_det - log_det16).detach().abs().max()) < 0.1
+
+
+def test_schedule_rises_linearly_and_falls_as_a_cosine_to_zero():
+    rates = [learning_rate(step, 2.0, 10, 110) for step in range(111)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(1.0)
+    assert rates[110] == pytest.approx(0.0, abs=1e-12)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_ema_of_a_constant_is_the_constant_and_forgets_the_start():
+    average, target = torch.tensor([5.0]), torch.tensor([1.0])
+    update_ema([average], [target], 0.999, step=1)
+    assert float(average) == pytest.approx(1 + 4 * 2 / 11)
+    for step in range(2, 60):
+        update_ema([average], [target], 0.999, step)
+    assert float(average) == pytest.approx(1.0, abs=1e-4)
+
+
+BAD_CONFIGS = [
+    (TrainConfig, {"steps": 0}, "train.steps is 0; allowed is a whole number of at least 1"),
+    (TrainConfig, {"lr": 0.0}, "train.lr is 0.0"),
+    (TrainConfig, {"lr": float("nan")}, "train.lr is nan"),
+    (TrainConfig, {"clip": -1.0}, "train.clip is -1.0"),
+    (TrainConfig, {"weight_decay": -1.0}, "train.weight_decay is -1.0"),
+    (TrainConfig, {"ema": 1.0}, "train.ema is 1.0"),
+    (TrainConfig, {"betas": (0.9, 1.0)}, "train.beta 2 is 1.0"),
+    (TrainConfig, {"betas": (0.9,)}, "train.betas is"),
+    (TrainConfig, {"label_drop": 1.5}, "train.label_drop is 1.5"),
+    (TrainConfig, {"precision": "fp8"}, "train.precision is 'fp8'; allowed: 32-true, bf16-mixed"),
+    (TrainConfig, {"seed": -1}, "train.seed is -1"),
+    (AlignmentConfig, {"strategy": "sideways"}, "alignment.strategy is 'sideways'; allowed: none, forward"),
+    (AlignmentConfig, {"gradient": "two_step"}, "alignment.gradient is 'two_step'"),
+    (AlignmentConfig, {"at": [[1, 2, 3]]}, "allowed are pairs of block and layer"),
+    (AlignmentConfig, {"projector_width": 0}, "alignment.projector_width is 0"),
+    (AlignmentConfig, {"encoder_precision": "fp8"}, "alignment.encoder_precision is 'fp8'"),
+]
+
+
+@pytest.mark.parametrize(("section", "options", "message"), BAD_CONFIGS, ids=lambda value: str(value)[:30])
+def test_bad_config_is_refused(section, options, message):
+    with pytest.raises(InputError, match=message):
+        section(**options)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "train: {stepz: 3}", "a: [", "run: x\ntrain: 3"])
+def test_text_that_is_no_config_is_refused(text):
+    with pytest.raises(InputError, match="not the configuration of a run"):
+        RunConfig.from_yaml(text)
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_recipes_are_valid(name):
+    text = (Path(__file__).parents[1] / "configs" / f"{name}.yaml").read_text()
+    values = yaml.safe_load(text)
+    flow, at = FlowConfig(**values["flow"]), AlignmentConfig(**values["alignment"]).at
+    TarFlow(image_size=28 if name == "fashion_mnist" else 8, **{k: v for k, v in vars(flow).items() if v is not None})
+    TrainConfig(**values["train"])
+    assert max(t for t, _ in at) <= flow.blocks
+    assert max(layer for _, layer in at) <= flow.layers
+
+
+def test_metrics_columns_are_those_that_are_written(whole):
+    with (whole / "metrics.csv").open() as stream:
+        header = next(csv.reader(stream))
+    written = {name for row in read_metrics(whole / "metrics.csv") for name in row}
+    assert written == set(header)
