@@ -88,7 +88,7 @@ def test_fashion_mnist_is_found_where_debian_puts_it():
 def test_fashion_mnist_that_is_cut_off_is_refused(tmp_path):
     file = write_fashion(tmp_path) / "train-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(InputError, match="train-images-idx3-ubyte.gz is not a whole IDX file"):
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz is not a whole IDX file"):
         load_data(DataConfig(name="fashion_mnist", path=str(tmp_path)))
 
 

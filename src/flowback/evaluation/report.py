@@ -135,7 +135,8 @@ def _draw_curves(runs: list[Measured]) -> Any:
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=7.5, frameon=False)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7.5, frameon=False)
     ends = [value for run in runs for value in _series(run.rows, "held_out_nats_per_dim")[1]]
     if ends:  # the first steps would squeeze the rest into a line
         low, high = min(ends), sorted(ends)[-1]
