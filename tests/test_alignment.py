@@ -333,3 +333,31 @@ def test_impossible_batches_are_named(strategy, gradient):
         align.loss(x, y[:3], clean)
     with pytest.raises(InputError, match="images of shape"):
         align.loss(x[..., :4, :4], y, clean)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 5), (3, 9, 1), (3, 4, 5)])
+def test_targets_of_another_shape_are_refused(shape):
+    flow = random_flow()
+    align = Alignment(flow, PatchEncoder(flow), at=[(2, 1)]).double()
+    with pytest.raises(InputError, match=r"targets of shape .* allowed is \[3, 9, 5\]"):
+        align.loss(images(flow), labels(flow), targets=torch.zeros(shape, dtype=torch.float64))
+
+
+def test_no_more_terms_are_taken_than_there_can_be():
+    flow = random_flow()
+    align = Alignment(flow, PatchEncoder(flow), at=[(2, 1)], gradient=1000).double()
+    assert align.loss(images(flow), labels(flow), images(flow))[1]["terms"] == {2: 8, 3: 8}
+
+
+@pytest.mark.parametrize("gradient", [0.5, True, None, -1, "two_step"])
+def test_gradient_that_does_not_exist_is_refused(gradient):
+    flow = random_flow()
+    with pytest.raises(InputError, match=r"gradient .* does not exist"):
+        Alignment(flow, PatchEncoder(flow), at=[(2, 1)], gradient=gradient)
+
+
+@pytest.mark.parametrize("at", [[(1.7, 2)], ["12"], [1, 2], [(1, 2, 3)]])
+def test_what_is_no_pair_is_refused(at):
+    flow = random_flow()
+    with pytest.raises(InputError, match="is not a pair of block and layer"):
+        Alignment(flow, PatchEncoder(flow), at=at)

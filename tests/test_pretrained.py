@@ -151,3 +151,8 @@ def test_missing_folder_is_not_looked_up_on_the_hub(monkeypatch, place):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
     with pytest.raises(InputError, match="is neither a folder nor a hub id of the form owner/name"):
         TarFlow.from_pretrained(place)
+
+
+def test_precision_is_kept(tmp_path):
+    random_flow().save_pretrained(tmp_path)
+    assert next(TarFlow.from_pretrained(tmp_path).parameters()).dtype == torch.float64

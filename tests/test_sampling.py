@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -201,3 +202,15 @@ def test_sampling_that_raises_leaves_nothing_behind(monkeypatch):
             flow.sample([0, 1], guidance=1.0)
     assert attributes(flow) == before
     assert torch.equal(flow.sample([0, 1], guidance=1.0, generator=seeded()), expected)
+
+
+def test_sampling_works_in_inference_mode_and_takes_any_kind_of_count():
+    flow = random_flow(torch.float32)
+    with torch.inference_mode():
+        assert flow.sample(2).shape == flow.sample(torch.tensor(2)).shape == flow.sample(np.int64(2)).shape
+
+
+@pytest.mark.parametrize(("options", "message"), [({"y": []}, "no labels"), ({"y": 2, "batch_size": 0}, "batch_size 0")])
+def test_impossible_requests_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        random_flow().sample(**options)

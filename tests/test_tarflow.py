@@ -304,7 +304,7 @@ def test_noise_follows_the_generator_and_leaves_the_images_alone(noise):
         ("image_size", None, r"needs image_size"),
         ("image_size", 7.0, r"flow\.image_size is 7\.0"),
         ("channels", 0, r"flow\.channels is 0"),
-        ("num_classes", -1, r"flow\.num_classes is -1; allowed is 0 \(unconditional\) or more"),
+        ("num_classes", -1, r"flow\.num_classes is -1; allowed is a whole number of at least 0"),
         ("levels", 1, r"flow\.levels is 1; allowed is a whole number of at least 2"),
         ("patch_size", 4, r"flow\.patch_size 4 does not divide the image size 6; allowed: 1, 2, 3, 6$"),
         ("patch_size", 0, r"flow\.patch_size is 0"),
@@ -423,3 +423,14 @@ def test_config_knows_all_options_of_the_flow():
     assert {f.name for f in fields(FlowConfig)} >= set(SMALL)
     assert (flow.config.mlp_ratio, flow.config.noise, flow.config.levels) == (2.0, "uniform", 256)
     assert (flow.grid, flow.token_shape, flow.dims) == ((3, 3), (9, 8), 72)
+
+
+WRONG_TYPES = [("num_classes", 1.5), ("levels", "x"), ("levels", 2.5), ("mlp", ["gelu"]), ("mlp_ratio", None)]
+WRONG_TYPES += [("mlp_ratio", math.inf), ("mlp_ratio", 1e-9), ("log_scale_bound", "x"), ("noise_std", None)]
+WRONG_TYPES += [("patch_size", None), ("width", True)]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_TYPES)
+def test_option_of_another_type_is_refused(name, value):
+    with pytest.raises(InputError, match=f"flow.{name} is"):
+        TarFlow(**{"image_size": 8, "patch_size": 2, "width": 32, name: value})

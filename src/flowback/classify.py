@@ -57,8 +57,9 @@ def classify(
         raise InputError("an unconditional flow cannot classify; allowed is a flow with num_classes of at least 1")
     if rule not in RULES:
         raise InputError(f"classification rule {rule!r} does not exist; allowed: {', '.join(RULES)}")
-    if draws < 1:
-        raise InputError(f"{draws} noise draws are not usable; allowed is a whole number of at least 1")
+    for name, value in (("draws", draws), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} {value} is not usable; allowed is a whole number of at least 1")
     images = batch_size if rule != "exact" else max(1, batch_size // flow.num_classes)
     generator = torch.Generator().manual_seed(seed)
     scores = x.new_zeros(len(x), flow.num_classes)

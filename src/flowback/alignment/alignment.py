@@ -46,9 +46,8 @@ class Alignment(nn.Module):
             raise InputError("alignment.at is empty; allowed is at least one pair of block and layer, like [[4, 2]]")
         if strategy not in strategies.STRATEGIES:
             raise InputError(f"strategy {strategy!r} does not exist; allowed: {', '.join(strategies.STRATEGIES)}")
-        if (isinstance(gradient, str) and gradient not in strategies.GRADIENTS) or (
-            isinstance(gradient, int) and gradient < 0
-        ):
+        is_count = isinstance(gradient, int) and not isinstance(gradient, bool) and gradient >= 0
+        if not is_count and gradient not in strategies.GRADIENTS:
             allowed = f"{', '.join(strategies.GRADIENTS)}, or a whole number of at least 0"
             raise InputError(f"gradient {gradient!r} does not exist; allowed: {allowed}")
         if not 0 <= weight < float("inf"):
@@ -89,6 +88,9 @@ class Alignment(nn.Module):
             if x_clean is None:
                 raise InputError("alignment needs the clean images or the targets made from them; neither was given")
             targets = self.targets(x_clean)
+        expected = (len(x_noisy), self.flow.token_shape[0], self.encoder.dim)
+        if targets.shape != expected:
+            raise InputError(f"targets of shape {list(targets.shape)} do not fit; allowed is {list(expected)}")
         unit = F.normalize(targets.float() if targets.dtype != x_noisy.dtype else targets, dim=-1)
 
         def align(hidden: dict[tuple[int, int], Tensor]) -> Tensor:
@@ -119,4 +121,5 @@ class Alignment(nn.Module):
             return None, 0.0
         if self.gradient == "exact":  # stops well above rounding, well below what a step of training can feel
             return self.flow.token_shape[0] - 1, torch.finfo(dtype).eps ** 0.75
-        return 0 if self.gradient == "one_step" else int(self.gradient), 0.0
+        terms = 0 if self.gradient == "one_step" else int(self.gradient)
+        return min(terms, self.flow.token_shape[0] - 1), 0.0  # all further terms are zero

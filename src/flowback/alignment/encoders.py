@@ -6,7 +6,8 @@ A known encoder is a row of data in `KNOWN`; any other timm model is reached by 
 
 import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,6 +101,8 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     if not timm.is_model(timm_name):
         near = difflib.get_close_matches(name, [*KNOWN, *timm.list_models()], n=3)
         raise InputError(f"encoder {name!r} is unknown; allowed: a timm model name" + (f", like {near}" if near else ""))
+    if grid is not None and min(grid) < 1:
+        raise InputError(f"encoder grid {grid} is impossible; allowed are rows and columns of at least 1")
     source = None if weights is None or weights == "random" else Path(weights)
     if source is not None and not source.is_file():
         raise InputError(f"encoder weights {source} are not a file; allowed: a .safetensors or .pth file, or 'random'")
@@ -108,26 +111,40 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     stride: int = own.feature_info[-1]["reduction"]
     height, width = (stride * n for n in grid) if grid else own.pretrained_cfg["input_size"][-2:]
     # a ViT is built for its input size, so that its positions are interpolated as the weights are loaded
-    is_vit = hasattr(own, "patch_embed") and hasattr(own, "pos_embed")
-    sized: dict[str, Any] = {"img_size": (height, width)} if is_vit else {}
-    if weights is None and shipped is not None:
-        model = timm.create_model(timm_name, pretrained=False, **sized)
-        load_by_order(model, shipped())
-    elif weights == "random":
-        model = timm.create_model(timm_name, pretrained=False, **sized)
-    else:
-        overlay = {"file": str(source)} if source is not None else None
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        try:
-            model = timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, **sized)
-        except Exception as error:  # hub clients and checkpoint readers raise many kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            where = f"{source} does" if source is not None else "the hub did"
-            raise InputError(
-                f"encoder {name!r}: {where} not give weights that fit ({reason}); "
-                "allowed: a reachable hub, or a local file of this model's weights"
-            ) from None
-    return TimmEncoder(model, (height, width), own.pretrained_cfg["mean"], own.pretrained_cfg["std"])
+    # models that cut patches are built for their input size, so that positions are interpolated as weights are loaded
+    sized: dict[str, Any] = {"img_size": (height, width)} if hasattr(own, "patch_embed") else {}
+    try:
+        if shipped is not None and weights != "random":
+            model = own
+            load_by_order(model, source or shipped())
+        elif weights == "random":
+            model = timm.create_model(timm_name, pretrained=False, **sized)
+        else:
+            overlay = {"file": str(source)} if source is not None else None
+            with _quiet("huggingface_hub"):
+                model = timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, **sized)
+        return TimmEncoder(model, (height, width), own.pretrained_cfg["mean"], own.pretrained_cfg["std"])
+    except InputError:
+        raise
+    except Exception as error:  # hub clients, checkpoint readers and models of a fixed size raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        given = str(source or weights or "the hub")
+        raise InputError(
+            f"encoder {name!r} cannot be made for {height}x{width} pixels with weights from {given} ({reason}); "
+            "allowed: a reachable hub or a local file of this model's weights, and a size that the model takes"
+        ) from None
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors from a logger: the one sentence that we raise says what its warnings would."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_by_order(model: nn.Module, file: Path) -> None:

@@ -5,8 +5,10 @@ images `[B, C, H, W]` in [-1, 1], latents `z [B, N, D]` and nats summed per imag
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -68,14 +70,13 @@ class FlowConfig:
     noise_std: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim"):
+        least = dict.fromkeys(("image_size", "channels", "patch_size", "width", "blocks", "layers", "head_dim"), 1)
+        of_data = ("image_size", "channels", "num_classes", "levels")  # may be left open
+        for name, minimum in (least | {"num_classes": 0, "levels": 2}).items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"flow.{name} is {value!r}; allowed is a whole number of at least 1")
-        if self.num_classes is not None and self.num_classes < 0:
-            raise InputError(f"flow.num_classes is {self.num_classes}; allowed is 0 (unconditional) or more")
-        if self.levels is not None and self.levels < 2:
-            raise InputError(f"flow.levels is {self.levels}; allowed is a whole number of at least 2")
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (is_whole and value >= minimum) and not (value is None and name in of_data):
+                raise InputError(f"flow.{name} is {value!r}; allowed is a whole number of at least {minimum}")
         if self.image_size is not None and self.image_size % self.patch_size:
             raise InputError(
                 f"flow.patch_size {self.patch_size} does not divide the image size {self.image_size}; "
@@ -87,14 +88,18 @@ class FlowConfig:
                 f"allowed: {', '.join(str(d) for d in divisors(self.width))}"
             )
         for name, table in (("mlp", MLPS), ("positions", POSITIONS), ("noise", NOISES)):
-            if getattr(self, name) not in table:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in table:
                 raise InputError(f"flow.{name} is {getattr(self, name)!r}; allowed: {', '.join(table)}")
-        if not self.mlp_ratio > 0:
-            raise InputError(f"flow.mlp_ratio is {self.mlp_ratio}; allowed is a number above 0")
-        if self.log_scale_bound is not None and not self.log_scale_bound > 0:
-            raise InputError(f"flow.log_scale_bound is {self.log_scale_bound}; allowed is a number above 0, or null")
-        if not 0 <= self.noise_std < float("inf"):
-            raise InputError(f"flow.noise_std is {self.noise_std}; allowed is a number of at least 0")
+        if not (_is_finite(self.mlp_ratio) and self.mlp_ratio * self.width >= 1):
+            raise InputError(f"flow.mlp_ratio is {self.mlp_ratio!r}; allowed is a number of at least 1/width")
+        if self.log_scale_bound is not None and not (_is_finite(self.log_scale_bound) and self.log_scale_bound > 0):
+            raise InputError(f"flow.log_scale_bound is {self.log_scale_bound!r}; allowed is a number above 0, or null")
+        if not (_is_finite(self.noise_std) and self.noise_std >= 0):
+            raise InputError(f"flow.noise_std is {self.noise_std!r}; allowed is a number of at least 0")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def divisors(n: int) -> list[int]:
@@ -221,7 +226,9 @@ class TarFlow(nn.Module):
         T, L = self.config.blocks, self.config.layers
         checked = set()
         for pair in pairs:
-            t, layer = (int(n) for n in pair)
+            if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+                raise InputError(f"{pair!r} is not a pair of block and layer; allowed are whole numbers, like [4, 2]")
+            t, layer = pair
             if not 1 <= t <= T:
                 raise InputError(f"block {t} does not exist; allowed: 1 to {T}")
             if not 1 <= layer <= L:
@@ -340,8 +347,8 @@ class TarFlow(nn.Module):
 
     def denoise(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Remove the training noise by one score step, `x + sigma^2 grad_x log p(x)` (Tweedie; TARFlow, eq. 8)."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
             (score,) = torch.autograd.grad(self.log_prob(x, y).sum(), x)
         sigma = self.config.noise_std if self.config.noise == "gaussian" else 0.0
         return x.detach() + sigma**2 * score
@@ -378,13 +385,20 @@ class TarFlow(nn.Module):
         """
         if not 0 < temperature < float("inf"):
             raise InputError(f"temperature {temperature} is not usable; allowed is a number above 0")
+        if batch_size < 1:
+            raise InputError(f"batch_size {batch_size} is not usable; allowed is a whole number of at least 1")
         like = next(self.parameters())
-        if isinstance(y, int):
+        if isinstance(y, Tensor) and y.dim() == 0:
+            y = int(y)
+        if isinstance(y, Integral):
+            y = int(y)
             if y < 1:
                 raise InputError(f"{y} samples cannot be drawn; allowed is a whole number of at least 1")
             source = generator.device if generator is not None else like.device
             y = torch.randint(self.num_classes, (y,), generator=generator, device=source) if self.num_classes else [-1] * y
         labels = torch.as_tensor(y, device=like.device)
+        if not len(labels):
+            raise InputError("no labels were given; allowed is at least one, or a count")
         z = temperature * _draw(torch.randn, like.new_empty(len(labels), *self.token_shape), generator)
         images, log_probs = [], []
         for z_part, y_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
@@ -437,7 +451,7 @@ class TarFlow(nn.Module):
 
 
 def load_tensors(module: nn.Module, file: Path) -> None:
-    """Load a safetensors file into a module, strictly.
+    """Load a safetensors file into a module, strictly; the module takes the precision of the file.
 
     Raises:
         InputError: naming the first tensor that is missing, superfluous or of another shape, or an unreadable file.
@@ -450,7 +464,7 @@ def load_tensors(module: nn.Module, file: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error})") from None
     expected = module.state_dict()
-    for name in expected.keys() | found.keys():
+    for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise InputError(f"{file} lacks the tensor {name}")
         if name not in expected:
@@ -459,7 +473,7 @@ def load_tensors(module: nn.Module, file: Path) -> None:
             raise InputError(
                 f"{file} has {name} of shape {list(found[name].shape)}; allowed is {list(expected[name].shape)}"
             )
-    module.load_state_dict(found)
+    module.to(next(iter(found.values())).dtype).load_state_dict(found)
 
 
 def _pretrained_folder(path_or_hub_id: str) -> Path:
