@@ -138,7 +138,7 @@ def test_no_gradient_leaks_to_the_encoder_or_the_clean_images(strategy, gradient
     clean.requires_grad_()
     align.loss(x, y, clean)[0].backward()
     assert clean.grad is None
-    assert all(p.requires_grad and p.grad is None for p in align.encoder.parameters())
+    assert all(not p.requires_grad and p.grad is None for p in align.encoder.parameters())
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from flowback import __version__
 from flowback.classify import RULES, classify
 from flowback.data import load_data, load_image
 from flowback.errors import InputError
+from flowback.evaluation.metrics import METRICS, measure
 from flowback.evaluation.pictures import save_grid, to_uint8
-from flowback.evaluation.report import METRICS, measure
 from flowback.flows import Guidance, TarFlow
 from flowback.flows.guidance import SCHEDULES
 from flowback.quickstart import machine, quickstart, recipe

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from flowback.evaluation.report import Measured, measure, write_report
+from flowback.evaluation.metrics import Measured, measure
+from flowback.evaluation.report import write_report
 from flowback.training import RunConfig, checkpoint, train
 from flowback.training.log import console, read_metrics
 

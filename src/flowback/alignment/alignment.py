@@ -19,7 +19,7 @@ class Alignment(nn.Module):
 
     Args:
         flow: the flow to train.
-        encoder: maps images `[B, C, H, W]` in [-1, 1] to features `[B, P, F]`; has `grid` and `dim`.
+        encoder: maps images `[B, C, H, W]` in [-1, 1] to features `[B, P, F]`; has `grid` and `dim`; it is frozen here.
         at: aligned (block, layer) pairs, counted from 1.
         strategy: "forward", "detach" or "reverse": where the alignment's gradient flows.
         gradient: of "reverse": "cached", "one_step", an int k (terms of the adjoint), "exact" or "sequential".
@@ -53,6 +53,8 @@ class Alignment(nn.Module):
         if not 0 <= weight < float("inf"):
             raise InputError(f"alignment weight {weight} is not usable; allowed is a number of at least 0")
         self.flow, self.encoder = flow, encoder
+        if isinstance(encoder, nn.Module):
+            encoder.requires_grad_(False)
         self.strategy, self.gradient, self.weight = strategy, gradient, weight
         self.projector = Projector(flow.config.width, encoder.dim, projector_width)
 

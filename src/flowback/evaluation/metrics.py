@@ -1,11 +1,49 @@
 """Density and accuracy of a flow on clean, labelled images."""
 
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flowback.classify import RULES, classify
+from flowback.data import ImageSet
 from flowback.flows import TarFlow
-from flowback.units import bits_per_dim, nats_per_dim
+from flowback.units import bits_per_dim, from_levels, nats_per_dim
+
+METRICS = ("bpd", "accuracy")
+DRAWS = 4  # noise draws averaged in a reported accuracy
+
+
+@dataclass
+class Measured:
+    """A trained flow and what was measured of it."""
+
+    name: str
+    title: str
+    flow: TarFlow
+    rows: list[dict[str, float]]  # of metrics.csv
+    figures: dict[str, Any]
+
+
+def held_out(data: ImageSet, images: int | None = None) -> tuple[Tensor, Tensor]:
+    """The held-out images in [-1, 1] and their labels; with `images`, an even spread of that many."""
+    count = len(data.held_out)
+    indices = torch.linspace(0, count - 1, min(images or count, count)).round().long().tolist()
+    pixels, labels = data.held_out[indices]
+    return from_levels(pixels, data.levels), labels
+
+
+def measure(flow: TarFlow, data: ImageSet, metrics: Collection[str] = METRICS, images: int | None = None) -> dict[str, Any]:
+    """The figures of a flow on held-out images, in the form of report.json."""
+    x, y = held_out(data, images)
+    figures: dict[str, Any] = {"held_out_images": len(x)}
+    if "accuracy" in metrics and flow.num_classes:
+        figures |= {"accuracy": accuracies(flow, x, y, DRAWS), "noise_draws": DRAWS}
+    if "bpd" in metrics:
+        figures |= density(flow, x, y)
+    return figures
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ class TrainConfig:
         flip: mirror half of the images.
         seed: of weights, order, noise, flips and dropped labels.
         precision: 32-true, or bf16-mixed (autocast; pays from a width of about 256 on CPUs with bfloat16 units).
+        compile: compile the blocks with torch.compile; needs a C++ compiler on CPUs.
         accelerator: where to run, as in Lightning Fabric; auto takes what is there.
         log_every: steps between rows of metrics.csv.
         eval_every: steps between evaluations on held-out images.
@@ -101,6 +102,7 @@ class TrainConfig:
     flip: bool = False
     seed: int = 0
     precision: str = "32-true"
+    compile: bool = False
     accelerator: str = "auto"
     log_every: int = 10
     eval_every: int = 250

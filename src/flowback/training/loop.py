@@ -23,6 +23,7 @@ from flowback.evaluation.pictures import class_grid, save_grid
 from flowback.flows import FlowConfig, TarFlow
 from flowback.training import checkpoint
 from flowback.training.checkpoint import State
+from flowback.training.compile import compile_blocks
 from flowback.training.config import AlignmentConfig, RunConfig, TrainConfig
 from flowback.training.log import Bar, MetricsLog, console
 from flowback.training.optim import learning_rate, update_ema
@@ -107,6 +108,8 @@ def train(config: RunConfig) -> RunResult:
     parameters = [p for module in trained.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
     average = deepcopy(flow).to(fabric.device).requires_grad_(False).eval()
+    if c.compile:
+        compile_blocks(flow)
     state = State()
     model, optimizer = fabric.setup(objective, optimizer)
     if resume_from is not None:
@@ -230,6 +233,7 @@ def _open_run(config: RunConfig) -> Path | None:
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
     before, now = (_flat(yaml.safe_load(text)) for text in (file.read_text(), config.to_yaml()))
     free = {"run", "data.workers", "data.path", "train.resume", "train.until", "train.keep", "train.accelerator"}
+    free |= {"train.compile"}
     free |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")} | {"train.eval_images"}
     for name in now:
         if name not in free and before.get(name) != now[name]:

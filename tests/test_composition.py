@@ -1,0 +1,94 @@
+"""The alignment under everything that is applied to it from outside; the numbers must stay the same."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+from builders import PatchEncoder, images, labels, random_flow
+from flowback.alignment import Alignment
+from flowback.nn.transformer import Layer
+from flowback.training.compile import compile_blocks
+
+MEMBERS = ["forward", "detach", "cached", "one_step", 2, "exact"]
+
+
+def build(member) -> Alignment:
+    flow = random_flow()
+    strategy = member if member in ("forward", "detach") else "reverse"
+    gradient = member if strategy == "reverse" else "one_step"
+    torch.manual_seed(0)
+    at = [(2, 1), (3, 2)]
+    return Alignment(flow, PatchEncoder(flow), at=at, strategy=strategy, gradient=gradient, projector_width=8).double()
+
+
+def gradients(align: nn.Module, rows: slice = slice(None), batch: int = 4) -> dict[str, torch.Tensor]:
+    flow = random_flow()
+    x, y = images(flow, batch), labels(flow, batch)
+    align.zero_grad(set_to_none=True)
+    loss, _ = align(x[rows], y[rows], x[rows])
+    loss.backward()
+    return {name.removeprefix("module."): p.grad.clone() for name, p in align.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    found = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in found.items()}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_activation_checkpointing(member):
+    align = build(member)
+    expected = gradients(align)
+    apply_activation_checkpointing(align, check_fn=lambda module: isinstance(module, Layer))
+    assert_equal(gradients(align), expected)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_compiled_blocks(member):
+    align = build(member)
+    expected = gradients(align)
+    compiled = copy.deepcopy(align)
+    compile_blocks(compiled.flow, backend="aot_eager")  # the compiler's graphs, without needing a C++ compiler
+    assert_equal(gradients(compiled), expected)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_gradient_accumulation(member):
+    align = build(member)
+    expected = gradients(align)
+    halves = [gradients(align, rows) for rows in (slice(0, 2), slice(2, 4))]
+    assert_equal({name: (halves[0][name] + halves[1][name]) / 2 for name in expected}, expected)
+
+
+def worker(rank: int, file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    for member in MEMBERS:
+        parallel = nn.parallel.DistributedDataParallel(build(member))
+        found = gradients(parallel, slice(2 * rank, 2 * rank + 2))
+        if rank == 0:
+            torch.save(found, f"{out}/{member}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    torch.multiprocessing.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    for member in MEMBERS:
+        assert_equal(torch.load(tmp_path / f"{member}.pt"), gradients(build(member)))
+
+
+@pytest.mark.parametrize(("member", "scale"), itertools.product(["one_step", "exact"], [0.5, 3.0]))
+def test_scaled_loss_scales_every_gradient(member, scale):
+    align = build(member)
+    expected = gradients(align)
+    flow = align.flow
+    align.zero_grad(set_to_none=True)
+    (scale * align(images(flow, 4), labels(flow, 4), images(flow, 4))[0]).backward()
+    found = {name: p.grad / scale for name, p in align.named_parameters() if p.grad is not None}
+    assert_equal(found, expected)
