@@ -35,7 +35,7 @@ class AlignmentConfig:
     """
 
     strategy: str = "none"
-    gradient: str | int = "one_step"
+    gradient: int | str = "one_step"
     at: list[list[int]] = field(default_factory=list)
     weight: float = 0.1
     encoder: str = "efficientnet_lite0"
