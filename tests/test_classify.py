@@ -96,7 +96,7 @@ def test_method_of_the_flow_is_the_function():
     ("arguments", "message"),
     [
         ({"rule": "best"}, "classification rule 'best' does not exist; allowed: single_gradient, exact"),
-        ({"draws": 0}, "0 noise draws are not usable; allowed is a whole number of at least 1"),
+        ({"draws": 0}, "draws 0 is not usable; allowed is a whole number of at least 1"),
     ],
 )
 def test_impossible_requests_are_named(arguments, message):
