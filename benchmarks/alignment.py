@@ -1,8 +1,9 @@
 """Cost and quality of every alignment gradient, as ratios to a step without alignment, measured in one run.
 
-    python benchmarks/alignment.py [--width 128] [--batch 4] [--repeats 5] [--device auto] [--json FILE]
+    python benchmarks/alignment.py [--width 256] [--batch 2] [--repeats 5] [--device auto] [--json FILE]
 
-At the paper's proportions: 8 blocks x 8 layers, 256 tokens, blocks 7 and 8, layer 6. For each gradient:
+At the paper's proportions: 8 blocks x 8 layers, 256 tokens, blocks 7 and 8, layer 6, and a projector as wide as the flow
+onto features of 3/4 of its width (1024 and 768 there). For each gradient:
 
 - step: median time of encode, loss and backward, over that of the likelihood alone;
 - memory: peak memory over that of the likelihood alone, both above what the weights and inputs hold already;
@@ -93,19 +94,18 @@ def smooth_images(count: int, size: int, device: torch.device) -> Tensor:
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--width", type=int, default=128)
+    options.add_argument("--width", type=int, default=256)
     options.add_argument("--blocks", type=int, default=8)
     options.add_argument("--layers", type=int, default=8)
     options.add_argument("--grid", type=int, default=16, help="tokens a side")
-    options.add_argument("--batch", type=int, default=4)
+    options.add_argument("--batch", type=int, default=2)
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--train", type=int, default=30, help="likelihood steps before measuring")
-    options.add_argument("--features", type=int, default=768)
     options.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     options.add_argument("--device", default="auto")
     options.add_argument("--json", default=None)
     o = options.parse_args()
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device((accelerator or "cpu") if o.device == "auto" else o.device)
 
     torch.manual_seed(0)
@@ -119,8 +119,8 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
 
     layer = round(0.75 * o.layers)
-    encoder = PatchFeatures(flow, o.features).to(device)
-    align = Alignment(flow, encoder, at=[(T - 1, layer), (T, layer)]).to(device)
+    encoder = PatchFeatures(flow, round(0.75 * o.width)).to(device)
+    align = Alignment(flow, encoder, at=[(T - 1, layer), (T, layer)], projector_width=o.width).to(device)
     x, y = smooth_images(o.batch, size, device), torch.randint(10, (o.batch,), device=device)
     targets = align.targets(x)
     parameters = list(align.parameters())
@@ -200,7 +200,7 @@ def main() -> None:
         rows.append(row)
         cosine_text = "" if cosine is None else f"{cosine:.5f}"
         values = f"{row['step_ratio']:>7.2f}x  {row['memory_ratio']:>6.2f}x  {cosine_text:>8}  {row['seconds']:>8.3f}"
-        print(f"{row['gradient']:>10}  {values}")
+        print(f"{row['gradient']:>10}  {values}", flush=True)
     if o.json:
         settings = {k: v for k, v in vars(o).items() if k != "json"}
         facts = {"machine": where, "settings": settings, "terms": {str(t): k for t, k in terms.items()}, "rows": rows}

@@ -361,3 +361,21 @@ def test_what_is_no_pair_is_refused(at):
     flow = random_flow()
     with pytest.raises(InputError, match="is not a pair of block and layer"):
         Alignment(flow, PatchEncoder(flow), at=at)
+
+
+@pytest.mark.parametrize("tolerance", [-1e-3, 1.0, float("nan")])
+def test_impossible_tolerance_is_refused(tolerance):
+    flow = random_flow()
+    with pytest.raises(InputError, match="tolerance .* is not usable"):
+        Alignment(flow, PatchEncoder(flow), at=[(2, 1)], gradient="exact", tolerance=tolerance)
+
+
+def test_a_looser_tolerance_takes_fewer_terms():
+    flow = random_flow(image_size=12)
+    x, y = images(flow), labels(flow)
+    terms = []
+    for tolerance in (0.0, 1e-6, 1e-2):
+        align = Alignment(flow, PatchEncoder(flow), at=[(2, 1)], gradient="exact", tolerance=tolerance).double()
+        terms.append(align.loss(x, y, x)[1]["terms"][2])
+    assert terms[0] == 35
+    assert terms[0] > terms[1] > terms[2] >= 1

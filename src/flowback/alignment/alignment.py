@@ -25,6 +25,9 @@ class Alignment(nn.Module):
         gradient: of "reverse": "cached", "one_step", an int k (terms of the adjoint), "exact" or "sequential".
         weight: of `L_align`.
         projector_width: hidden size of the projector.
+        tolerance: of "exact": the adjoint's series ends where a term is smaller than this share of the sum. None for
+            1e-12 in float64, and 1e-3 in lower precisions, of which bfloat16 products know no more and training feels
+            no less.
 
     Raises:
         InputError: if a pair, the strategy, the gradient or the weight does not exist or is impossible.
@@ -39,6 +42,7 @@ class Alignment(nn.Module):
         gradient: str | int = "one_step",
         weight: float = 0.1,
         projector_width: int = 1024,
+        tolerance: float | None = None,
     ) -> None:
         super().__init__()
         self.at = flow.check_pairs(at)
@@ -52,7 +56,9 @@ class Alignment(nn.Module):
             raise InputError(f"gradient {gradient!r} does not exist; allowed: {allowed}")
         if not 0 <= weight < float("inf"):
             raise InputError(f"alignment weight {weight} is not usable; allowed is a number of at least 0")
-        self.flow, self.encoder = flow, encoder
+        if tolerance is not None and not 0 <= tolerance < 1:
+            raise InputError(f"tolerance {tolerance} is not usable; allowed is a number from 0 to 1, 1 excluded")
+        self.flow, self.encoder, self.tolerance = flow, encoder, tolerance
         if isinstance(encoder, nn.Module):
             encoder.requires_grad_(False)
         self.strategy, self.gradient, self.weight = strategy, gradient, weight
@@ -121,7 +127,8 @@ class Alignment(nn.Module):
         """How far the adjoint is solved: the number of terms after the first (None: detach), and the tolerance."""
         if self.strategy == "detach" or self.gradient == "cached":
             return None, 0.0
-        if self.gradient == "exact":  # stops well above rounding, well below what a step of training can feel
-            return self.flow.token_shape[0] - 1, torch.finfo(dtype).eps ** 0.75
+        if self.gradient == "exact":
+            default = 1e-12 if dtype == torch.float64 else 1e-3
+            return self.flow.token_shape[0] - 1, default if self.tolerance is None else self.tolerance
         terms = 0 if self.gradient == "one_step" else int(self.gradient)
         return min(terms, self.flow.token_shape[0] - 1), 0.0  # all further terms are zero
