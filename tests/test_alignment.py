@@ -366,7 +366,7 @@ def test_what_is_no_pair_is_refused(at):
 @pytest.mark.parametrize("tolerance", [-1e-3, 1.0, float("nan")])
 def test_impossible_tolerance_is_refused(tolerance):
     flow = random_flow()
-    with pytest.raises(InputError, match="tolerance .* is not usable"):
+    with pytest.raises(InputError, match=r"tolerance .* is not usable"):
         Alignment(flow, PatchEncoder(flow), at=[(2, 1)], gradient="exact", tolerance=tolerance)
 
 

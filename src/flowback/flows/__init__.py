@@ -1,6 +1,7 @@
 """The flow: one autoregressive block, the stack TarFlow, its decoders, guidance and denoising."""
 
+from flowback.flows.config import FlowConfig
 from flowback.flows.guidance import Guidance
-from flowback.flows.tarflow import FlowConfig, TarFlow, Trace
+from flowback.flows.tarflow import TarFlow, Trace
 
 __all__ = ["FlowConfig", "Guidance", "TarFlow", "Trace"]

@@ -1,0 +1,53 @@
+"""Flows from disk or from the hub: strict, and never a pickle."""
+
+from pathlib import Path
+
+from torch import nn
+
+from flowback.errors import InputError
+
+
+def load_tensors(module: nn.Module, file: Path) -> None:
+    """Load a safetensors file into a module, strictly; the module takes the precision of the file.
+
+    Raises:
+        InputError: naming the first tensor that is missing, superfluous or of another shape, or an unreadable file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error})") from None
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise InputError(f"{file} lacks the tensor {name}")
+        if name not in expected:
+            raise InputError(f"{file} has a tensor {name} that the model does not know")
+        if expected[name].shape != found[name].shape:
+            raise InputError(
+                f"{file} has {name} of shape {list(found[name].shape)}; allowed is {list(expected[name].shape)}"
+            )
+    module.to(next(iter(found.values())).dtype).load_state_dict(found)
+
+
+def pretrained_folder(path_or_hub_id: str) -> Path:
+    """The folder of a flow: a local one, or what the Hugging Face hub has under `owner/name`.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    folder = Path(path_or_hub_id)
+    if folder.exists():
+        return folder
+    if path_or_hub_id.count("/") != 1 or path_or_hub_id.startswith((".", "/", "~")):
+        raise InputError(f"{path_or_hub_id} is neither a folder nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path_or_hub_id} is no local folder and the hub did not give it ({reason})") from None
