@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from flowback.cli import main
 from flowback.quickstart import recipe
@@ -98,6 +99,24 @@ def test_ctrl_c_saves_ends_cleanly_and_says_how_to_go_on(tmp_path):
     assert "Traceback" not in err
     assert "--train.resume" in out
     assert len(list((tmp_path / "checkpoints").glob("step_*"))) >= 1
+
+
+def test_a_folder_of_images_is_trained_sampled_and_classified_by_name(tmp_path, capsys):
+    digits, names = load_digits(), ["zero", "eins", "二"]
+    for k, name in enumerate(names):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i, image in enumerate(digits.images[digits.target == k][:12]):
+            Image.fromarray((image * 15).astype(np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
+    options = ["--data.name=folder", f"--data.path={tmp_path / 'data'}", "--data.image_size=8", "--data.workers=1"]
+    run = tmp_path / "run"
+    aligned = ["--alignment.strategy=reverse", "--alignment.at=[[2,1]]", "--alignment.projector_width=16"]
+    assert main(["train", f"--run={run}", "--train.steps=3", *options, *aligned, *SMALL[:5], "--train.batch_size=8"]) == 0
+    assert main(["sample", str(run), "--labels=二", "--num=1", "-o", str(tmp_path / "二.png")]) == 0
+    assert Image.open(tmp_path / "二.png").mode == "RGB"
+    capsys.readouterr()
+    assert main(["classify", str(run), str(tmp_path / "data" / "eins" / "0.png"), "--top=3"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name} 0." in printed for name in names)
 
 
 def test_sample_writes_a_grid_or_a_folder(run, tmp_path):
