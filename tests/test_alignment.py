@@ -379,3 +379,14 @@ def test_a_looser_tolerance_takes_fewer_terms():
         terms.append(align.loss(x, y, x)[1]["terms"][2])
     assert terms[0] == 35
     assert terms[0] > terms[1] > terms[2] >= 1
+
+
+@kinds
+def test_the_loss_has_its_value_where_no_gradient_is_wanted(strategy, gradient):
+    align = make(strategy, gradient)
+    x, y, clean = batch(align)
+    expected = align.loss(x, y, clean)[0]
+    with torch.no_grad():
+        loss, _ = align.loss(x, y, clean)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-12)
