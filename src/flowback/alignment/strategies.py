@@ -120,7 +120,7 @@ def _solve_adjoint(g: Tensor, x_in: Tensor, out: BlockOutput, terms: int, tolera
     scale = (x_in - out.mu).detach()  # d(exp(a) x^t + mu)/da = x^t exp(a) = x^(t-1) - mu
     u, term = g, g
     for k in range(terms):
-        if tolerance and term.norm() <= tolerance * u.norm():
+        if tolerance and not term.norm() > tolerance * u.norm():  # also where they are not finite
             return u, k
         (term,) = _grad((out.mu, out.a), (x_in,), (term, term * scale))
         u = u + term
