@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class DataConfig:
                 raise InputError(f"data.{name} is {value}; allowed is a whole number of at least {least}")
 
 
-class Split:
+class Split(ABC):
     """Labelled images: `split[[3, 5]]` is `(uint8 [2, C, H, W], int64 [2])`; `labels` holds all labels."""
 
     labels: Tensor
@@ -78,12 +79,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """A hash that changes when the images do."""
-        raise NotImplementedError
 
 
 class MemorySplit(Split):
