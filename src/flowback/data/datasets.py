@@ -38,7 +38,8 @@ class DataConfig:
     Args:
         name: digits (8x8, ships with scikit-learn), fashion_mnist (28x28), or folder (a tree class/image.png).
         path: where the data lies; required for folder, optional for fashion_mnist (a folder of its IDX files).
-        image_size: folder only: side of the square that images are resized and centre-cropped to, pixels.
+        image_size: side of the images, pixels. A folder's images are resized and centre-cropped to it; those of
+            fashion_mnist are padded with background (32 makes 16x16 tokens in patches of 2); null for the data's own.
         channels: folder only: 3 for colour, 1 for grey.
         holdout: share of each class that is held out; fashion_mnist has its own test images instead.
         split_seed: seed of the held-out split.
@@ -208,15 +209,25 @@ def _fashion_mnist(config: DataConfig) -> ImageSet:
     images, labels = (_read_idx(folder, f"train-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     test_images, test_labels = (_read_idx(folder, f"t10k-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     keep = limit_indices(len(labels), config)
+    size = config.image_size or images.shape[-1]
+    if size < images.shape[-1]:
+        raise InputError(f"data.image_size is {size}; allowed for fashion_mnist is at least {images.shape[-1]}, by padding")
     return ImageSet(
         name="fashion_mnist",
-        train=MemorySplit(images[keep][:, None], labels[keep].long()),
-        held_out=MemorySplit(test_images[:, None], test_labels.long()),
+        train=MemorySplit(_padded(images[keep][:, None], size), labels[keep].long()),
+        held_out=MemorySplit(_padded(test_images[:, None], size), test_labels.long()),
         classes=FASHION_CLASSES,
-        image_size=28,
+        image_size=size,
         channels=1,
         levels=256,
     )
+
+
+def _padded(images: Tensor, size: int) -> Tensor:
+    """Images `[n, C, S, S]` in the middle of a background of zeros, `[n, C, size, size]`."""
+    before = (size - images.shape[-1]) // 2
+    after = size - images.shape[-1] - before
+    return torch.nn.functional.pad(images, (before, after, before, after))
 
 
 def _fashion_mnist_folder(path: str | None) -> Path:

@@ -99,10 +99,11 @@ class FlowBlock(nn.Module):
             `mu`, `a`, each `[B, n, D]`, and the hidden states, in the block's order.
         """
         start = cache.filled if cache is not None else 0
-        position = self.position.flip(0) if self.flip else self.position
+        end, N = start + x.shape[1], len(self.position)
+        position = self.position[N - end : N - start].flip(0) if self.flip else self.position[start:end]
         device = x.device.type
         with torch.autocast(device, enabled=False):  # tokens and parameters of the map keep full precision
-            h = self.proj_in(x) + position[start : start + x.shape[1]]
+            h = self.proj_in(x) + position
             if self.class_embed is not None and classes is not None:
                 h = h + (classes.to(h.dtype) @ self.class_embed)[:, None]
         h, states = self.transformer(h, hidden=hidden, cache=cache)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flowback.errors import InputError
@@ -35,12 +36,15 @@ class Guidance:
         if self.what not in TARGETS:
             raise InputError(f"guidance cannot act on {self.what!r}; allowed: {', '.join(TARGETS)}")
 
-    def apply(self, mu: Tensor, a: Tensor, token: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Combine the parameters of one token, `[2B, 1, D]` (conditional, then unconditional half), to `[B, 1, D]`.
+    def apply(self, mu: Tensor, a: Tensor, first: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Combine the parameters of n tokens, `[2B, n, D]` (conditional, then unconditional half), to `[B, n, D]`.
 
-        `token` counts from 0 in the block's order, of `tokens` in all.
+        `first` is the number of the first of them, from 0 in the block's order, of `tokens` in all.
         """
-        w = self.scale * token / max(tokens - 1, 1) if self.schedule == "annealed" else self.scale
+        w: Tensor | float = self.scale
+        if self.schedule == "annealed":
+            place = torch.arange(first, first + mu.shape[1], device=mu.device, dtype=mu.dtype)
+            w = (self.scale * place / max(tokens - 1, 1))[:, None]
         (mu, mu_uncond), (a, a_uncond) = mu.chunk(2), a.chunk(2)
         if self.what != "a":
             mu = mu + w * (mu - mu_uncond)

@@ -1,10 +1,44 @@
 """Flows from disk or from the hub: strict, and never a pickle."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from flowback.errors import InputError
+
+if TYPE_CHECKING:
+    from flowback.flows.tarflow import TarFlow
+
+
+def save_folder(flow: "TarFlow", folder: Path) -> None:
+    """Write what `TarFlow.from_pretrained` reads."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in flow.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = {"model": "TarFlow", "format": 1, **asdict(flow.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if flow.calibration is not None:
+        flow.calibration.save(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The options of the flow in a folder.
+
+    Raises:
+        InputError: if its config.json is missing, or of something else.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no readable config.json of a flow ({error})") from None
+    if not isinstance(config, dict) or config.pop("model", None) != "TarFlow" or config.pop("format", None) != 1:
+        raise InputError(f"{folder / 'config.json'} does not describe a TarFlow of format 1")
+    return config
 
 
 def load_tensors(module: nn.Module, file: Path) -> None:

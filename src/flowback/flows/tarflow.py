@@ -4,12 +4,11 @@
 images `[B, C, H, W]` in [-1, 1], latents `z [B, N, D]` and nats summed per image; blocks and layers count from 1.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,11 @@ from torch import Tensor, nn
 from flowback.errors import InputError
 from flowback.flows.block import BlockOutput, FlowBlock
 from flowback.flows.config import FlowConfig
-from flowback.flows.decoders import DECODERS
+from flowback.flows.calibration import Calibration, choose
+from flowback.flows.decoders import DECODERS, CausalMap, Solved, Solver, default_tolerance, solve
 from flowback.flows.guidance import Guidance
 from flowback.flows.patches import patchify, unpatchify
-from flowback.flows.pretrained import load_tensors, pretrained_folder
+from flowback.flows.pretrained import load_tensors, pretrained_folder, read_config, save_folder
 from flowback.units import LOG_2PI, bin_width
 
 
@@ -73,6 +73,7 @@ class TarFlow(nn.Module):
         side = self.image_size // c.patch_size
         self.grid = (side, side)
         self.token_shape = (side * side, self.channels * c.patch_size**2)  # N, D
+        self.calibration: Calibration | None = None  # which decoder suits which block on this machine
         self.blocks = nn.ModuleList(
             FlowBlock(
                 *self.token_shape,
@@ -231,17 +232,54 @@ class TarFlow(nn.Module):
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
-    def decode(self, z: Tensor, y: Tensor | None = None, guidance: float | Guidance = 0.0, method: str = "auto") -> Tensor:
+    @overload
+    def decode(
+        self,
+        z: Tensor,
+        y: Tensor | None = None,
+        guidance: float | Guidance = 0.0,
+        method: str | Sequence[str] = "auto",
+        tolerance: float | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+        return_report: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def decode(
+        self,
+        z: Tensor,
+        y: Tensor | None = None,
+        guidance: float | Guidance = 0.0,
+        method: str | Sequence[str] = "auto",
+        tolerance: float | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+        *,
+        return_report: Literal[True],
+    ) -> tuple[Tensor, list[Solved]]: ...
+    def decode(
+        self,
+        z: Tensor,
+        y: Tensor | None = None,
+        guidance: float | Guidance = 0.0,
+        method: str | Sequence[str] = "auto",
+        tolerance: float | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+        return_report: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Solved]]:
         """Map noise to images; without guidance the inverse of `encode`.
 
         Args:
             z: `[B, N, D]`; it is not written to.
             y: labels, as in `encode`.
             guidance: scale, or a `Guidance`. It needs labels, and conditional and unconditional run as one batch.
-            method: "auto" or "sequential".
+            method: "sequential", "jacobi", "gauss_seidel", or "auto", which takes for each block what `calibrate`
+                measured as fastest; or one of them for each block, block 1 first (`flowback.flows.decoders`).
+            tolerance: update at which the parallel methods stop; None for 1e-5 in float32, 1e-10 in float64.
+            known: images `[B, C, H, W]` and, as booleans, which of their pixels block 1 is given instead of decoding
+                them: every other pixel then follows from them as the model has it (`flowback.editing.inpaint`).
+            return_report: also return how each block was decoded, block 1 first, with its residual.
 
         Returns:
-            Images `[B, C, H, W]`.
+            Images `[B, C, H, W]`; with `return_report` a pair.
 
         Raises:
             InputError: if shapes or labels do not fit, the method does not exist, or an unconditional flow is guided.
@@ -249,27 +287,61 @@ class TarFlow(nn.Module):
         if z.dim() != 3 or z.shape[1:] != self.token_shape:
             N, D = self.token_shape
             raise InputError(f"z of shape {list(z.shape)} does not fit; allowed is [B, {N}, {D}]")
-        if method != "auto" and method not in DECODERS:
-            raise InputError(f"decoding method {method!r} does not exist; allowed: auto, {', '.join(DECODERS)}")
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         if guidance.scale and not self.num_classes:
             raise InputError(f"guidance {guidance.scale} needs a class-conditional flow; allowed here: 0")
-        solve = DECODERS["sequential" if method == "auto" else method]
+        if tolerance is not None and not 0 < tolerance < float("inf"):
+            raise InputError(f"tolerance {tolerance} is not usable; allowed is a number above 0")
         classes = self.class_weights(y, len(z))
         if guidance.scale and classes is not None:
             classes = torch.cat([classes, torch.full_like(classes, 1 / self.num_classes)])
-        tokens = z
-        for block in reversed(self.blocks):
-            tokens = solve(block, tokens, classes, guidance)
-        return unpatchify(tokens, self.config.patch_size, self.image_size)
+        solvers = self.solvers(method, len(z) if not guidance.scale else 2 * len(z))
+        given = None if known is None else (self.tokenize(known[0]), self.tokenize(known[1].expand_as(known[0])))
+        tokens, report = z, []
+        for t in range(self.config.blocks, 0, -1):
+            block: Any = self.blocks[t - 1]
+            F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None)
+            tokens, solved = solve(F, solvers[t - 1], tolerance or default_tolerance(z))
+            report.insert(0, solved)
+        x = unpatchify(tokens, self.config.patch_size, self.image_size)
+        return (x, report) if return_report else x
 
-    def denoise(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Remove the training noise by one score step, `x + sigma^2 grad_x log p(x)` (Tweedie; TARFlow, eq. 8)."""
-        with torch.inference_mode(False), torch.enable_grad():
-            x = x.detach().clone().requires_grad_()
-            (score,) = torch.autograd.grad(self.log_prob(x, y).sum(), x)
-        sigma = self.config.noise_std if self.config.noise == "gaussian" else 0.0
-        return x.detach() + sigma**2 * score
+    def solvers(self, method: str | Sequence[str], rows: int) -> list[Solver]:
+        """The solver of each block, block 1 first, for `method` as in `decode`; `rows` are images, twice if guided.
+
+        Raises:
+            InputError: if a method does not exist, or their number is not that of the blocks.
+        """
+        names = [method] * self.config.blocks if isinstance(method, str) else list(method)
+        for name in names:
+            if name != "auto" and name not in DECODERS:
+                raise InputError(f"decoding method {name!r} does not exist; allowed: auto, {', '.join(DECODERS)}")
+        if len(names) != self.config.blocks:
+            raise InputError(
+                f"{len(names)} decoding methods were given; allowed: one, or {self.config.blocks}, one a block"
+            )
+        automatic = choose(self, rows) if "auto" in names else []
+        return [automatic[i] if name == "auto" else Solver(name) for i, name in enumerate(names)]
+
+    def denoise(self, x: Tensor, y: Tensor | None = None, batch_size: int = 64) -> Tensor:
+        """Remove the training noise by one score step, `x + sigma^2 grad_x log p(x)` (Tweedie; TARFlow, eq. 8).
+
+        Args:
+            x: noisy images `[B, C, H, W]`.
+            y: labels, as in `encode`.
+            batch_size: images that one backward pass takes; bounds the memory.
+        """
+        if self.config.noise != "gaussian" or not self.config.noise_std:
+            return x.detach().clone()
+        classes = self.class_weights(y, len(x))
+        parts = []
+        for start in range(0, len(x), batch_size):
+            weights = None if classes is None else classes[start : start + batch_size]
+            with torch.inference_mode(False), torch.enable_grad():
+                part = x[start : start + batch_size].detach().clone().requires_grad_()
+                (score,) = torch.autograd.grad(self.log_prob(part, weights).sum(), part)
+            parts.append(part.detach() + self.config.noise_std**2 * score)
+        return torch.cat(parts) if parts else x.detach().clone()
 
     @torch.no_grad()
     def sample(
@@ -279,7 +351,7 @@ class TarFlow(nn.Module):
         temperature: float = 1.0,
         denoise: bool = True,
         generator: torch.Generator | None = None,
-        method: str = "auto",
+        method: str | Sequence[str] = "auto",
         batch_size: int = 64,
         return_log_prob: bool = False,
     ) -> Any:
@@ -323,8 +395,7 @@ class TarFlow(nn.Module):
             x = self.decode(z_part, y_part, guidance, method)
             if return_log_prob:
                 log_probs.append(self.log_prob(x, y_part))
-            noisy = denoise and self.config.noise == "gaussian" and self.config.noise_std > 0
-            images.append(self.denoise(x, y_part) if noisy else x)
+            images.append(self.denoise(x, y_part, batch_size) if denoise else x)
         x = torch.cat(images)
         return (x, torch.cat(log_probs)) if return_log_prob else x
 
@@ -339,15 +410,8 @@ class TarFlow(nn.Module):
     # ---- on disk ------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`."""
-        from safetensors.torch import save_file
-
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors")
-        config = {"model": "TarFlow", "format": 1, **asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        """Write `config.json`, `model.safetensors` and, if there is a calibration, `decoding.json` into the folder `path`."""
+        save_folder(self, Path(path))
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "TarFlow":
@@ -357,14 +421,9 @@ class TarFlow(nn.Module):
             InputError: if there is no such folder or hub entry, or what is there is not a whole flow.
         """
         folder = pretrained_folder(str(path_or_hub_id))
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder} holds no readable config.json of a flow ({error})") from None
-        if not isinstance(config, dict) or config.pop("model", None) != "TarFlow" or config.pop("format", None) != 1:
-            raise InputError(f"{folder / 'config.json'} does not describe a TarFlow of format 1")
-        flow = cls(**config)
+        flow = cls(**read_config(folder))
         load_tensors(flow, folder / "model.safetensors")
+        flow.calibration = Calibration.load(folder)
         return flow.eval()
 
 

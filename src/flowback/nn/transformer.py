@@ -36,7 +36,8 @@ class Cache(Protocol):
 class KVCache:
     """Keys and values of every layer, allocated once for `length` tokens and filled from the front.
 
-    `length` tokens of a batch are decoded with one cache; it belongs to that call and to no module.
+    `length` tokens of a batch are decoded with one cache; it belongs to that call and to no module. Whoever lowers
+    `filled` takes tokens back: the next ones are written over them.
     """
 
     def __init__(
@@ -56,7 +57,10 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention over `[B, n, C]`; with a cache, the n tokens follow those that the cache holds."""
+    """Causal self-attention over `[B, n, C]`; with a cache, the n tokens follow those that the cache holds.
+
+    `mask` is what `CausalTransformer` makes once for all layers: None where a token may see every key.
+    """
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
@@ -65,16 +69,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         """`[B, n, C] -> [B, n, C]`, the update of the residual stream."""
         B, n, C = x.shape
         qkv = self.qkv(self.norm(x)).view(B, n, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, n, head_dim]
-        causal = n > 1
         if cache is not None:
-            assert n == 1 or cache.filled == 0, "a cache is filled by a prefix, then token by token"
             k, v = cache.append(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=n > 1 and mask is None)
         return self.proj(out.transpose(1, 2).reshape(B, n, C))
 
 
@@ -87,9 +89,9 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mlp = MLPS[mlp](width, mlp_ratio)
 
-    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         """`[B, n, C] -> [B, n, C]`."""
-        x = x + self.attention(x, layer, cache)
+        x = x + self.attention(x, layer, cache, mask)
         return x + self.mlp(self.norm(x))
 
 
@@ -118,8 +120,12 @@ class CausalTransformer(nn.Module):
             The output `[B, n, C]`, and the states `[B, n, C]` after each layer named in `hidden`.
         """
         states = {}
+        mask = None
+        if cache is not None and cache.filled and x.shape[1] > 1:  # several tokens after a prefix
+            n, before = x.shape[1], cache.filled
+            mask = torch.ones(n, before + n, dtype=torch.bool, device=x.device).tril(before)
         for i, layer in enumerate(self.layers):
-            x = layer(x, i, cache)
+            x = layer(x, i, cache, mask)
             if i + 1 in hidden:
                 states[i + 1] = x
         if cache is not None:

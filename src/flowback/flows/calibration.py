@@ -1,0 +1,178 @@
+"""Which decoder for which block: measured once on a machine, and stored with the model (`method="auto"`)."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flowback.errors import InputError
+from flowback.flows.decoders import CausalMap, Solver, default_tolerance, solve
+from flowback.flows.guidance import Guidance
+
+if TYPE_CHECKING:
+    from flowback.flows.tarflow import TarFlow
+
+FILE = "decoding.json"
+ROWS = (1, 2, 8, 32)  # batch sizes that are measured; a guided image counts as two rows
+FEW_ROWS = 4  # up to so many, sweeps are taken to pay where nothing was measured
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The fastest solver of one block for one number of rows, and what was measured of it."""
+
+    solver: Solver
+    seconds: float
+    sequential_seconds: float
+    sweeps: int
+    residual: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """For one machine: rows -> one measurement a block, block 1 first."""
+
+    machine: str
+    rows: dict[int, list[Measurement]] = field(default_factory=dict)
+
+    def solvers(self, rows: int) -> list[Solver]:
+        """The solvers measured for the nearest number of rows, on a logarithmic scale."""
+        nearest = min(self.rows, key=lambda measured: abs(math.log(measured / rows)))
+        return [measurement.solver for measurement in self.rows[nearest]]
+
+    def save(self, folder: Path) -> None:
+        """Write `decoding.json`."""
+        (folder / FILE).write_text(json.dumps({"format": 1, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Calibration | None":
+        """Read `decoding.json`, if there is one.
+
+        Raises:
+            InputError: if it is something else.
+        """
+        file = folder / FILE
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text())
+            rows = {
+                int(rows): [Measurement(**{**m, "solver": Solver(**m["solver"])}) for m in measurements]
+                for rows, measurements in content["rows"].items()
+            }
+            return cls(content["machine"], rows)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{file} is not a calibration ({error}); it can be deleted and made anew") from None
+
+
+def machine_name(device: torch.device) -> str:
+    """What a measured speed depends on."""
+    version = torch.__version__.split("+")[0]
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {version}"
+    return f"{device.type}, {torch.get_num_threads()} threads, torch {version}"
+
+
+def choose(flow: "TarFlow", rows: int) -> list[Solver]:
+    """The solvers of `method="auto"`, block 1 first.
+
+    As calibrated, if that was on a machine like this one. Else the block that sees z first, which depends on long chains of
+    tokens, goes token by token, and the others in sweeps as long as `rows` (images, twice with guidance) are few.
+    """
+    device = next(flow.parameters()).device
+    calibration, T, N = flow.calibration, flow.config.blocks, flow.token_shape[0]
+    if calibration is not None and calibration.machine == machine_name(device) and calibration.rows:
+        solvers = calibration.solvers(rows)
+        if len(solvers) == T:
+            return solvers
+    if rows > FEW_ROWS:
+        return [Solver("sequential")] * T
+    return [Solver("gauss_seidel", window=max(1, N // 2))] * (T - 1) + [Solver("sequential")]
+
+
+def candidates(tokens: int) -> list[Solver]:
+    """The solvers that a calibration compares."""
+    windows = sorted({max(1, tokens // share) for share in (2, 8)}, reverse=True)
+    return [
+        Solver("sequential"),
+        *(Solver("gauss_seidel", window) for window in (None, *windows)),
+        Solver("gauss_seidel", draft=True),
+        Solver("gauss_seidel", windows[0], draft=True),
+        Solver("jacobi"),
+    ]
+
+
+@torch.no_grad()
+def calibrate(
+    flow: "TarFlow",
+    rows: Sequence[int] = ROWS,
+    seed: int = 0,
+    repeats: int = 2,
+    report: Callable[[str], Any] = lambda line: None,
+) -> Calibration:
+    """Time all solvers on every block, at several numbers of rows, and keep the fastest.
+
+    Args:
+        flow: the flow; its `calibration` is set.
+        rows: batch sizes.
+        seed: of the images that are decoded, whose labels take turns.
+        repeats: runs of each solver, of which the fastest counts.
+        report: called with one line a block.
+
+    Returns:
+        The calibration, for `save` into the flow's folder. It holds on machines like this one.
+
+    Raises:
+        InputError: if a number of rows is impossible.
+    """
+    if not rows or min(rows) < 1:
+        raise InputError(f"rows {list(rows)} cannot be measured; allowed are whole numbers of at least 1")
+    device = next(flow.parameters()).device
+    calibration = Calibration(machine_name(device))
+    for B in sorted(set(rows)):
+        generator = torch.Generator().manual_seed(seed)
+        like = next(flow.parameters())
+        tokens = torch.randn(B, *flow.token_shape, generator=generator).to(like)
+        classes = flow.class_weights(torch.arange(B) % max(flow.num_classes, 1) if flow.num_classes else None, B)
+        tolerance = default_tolerance(tokens)
+        best: list[Measurement] = []
+        for t in range(flow.config.blocks, 0, -1):
+            block: Any = flow.blocks[t - 1]
+            F = CausalMap(block, tokens, classes, Guidance())
+            times, solved = {}, {}
+            for solver in candidates(flow.token_shape[0]):
+                for repeat in range(repeats):
+                    _synchronise(device)
+                    start = time.perf_counter()
+                    x, how = solve(F, solver, tolerance)
+                    _synchronise(device)
+                    seconds = time.perf_counter() - start
+                    times[solver] = min(seconds, times.get(solver, math.inf))
+                    if seconds > 3 * min(times.values()):
+                        break  # no use to repeat
+                solved[solver] = (x, how)
+            sequential = Solver("sequential")
+            fastest = min(times, key=times.__getitem__)
+            how = solved[fastest][1]
+            best.insert(0, Measurement(fastest, times[fastest], times[sequential], how.sweeps, how.residual))
+            tokens = solved[sequential][0]
+            gain = times[sequential] / times[fastest]
+            report(f"rows {B:3}  block {t}  {_words(fastest):32} {times[fastest]:8.4f} s  {gain:5.2f}x the sequential loop")
+        calibration.rows[B] = best
+    flow.calibration = calibration
+    return calibration
+
+
+def _words(solver: Solver) -> str:
+    window = f", window {solver.window}" if solver.window else ""
+    return f"{solver.method}{window}{', drafted' if solver.draft else ''}"
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
