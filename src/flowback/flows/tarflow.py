@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from flowback.errors import InputError
 from flowback.flows.block import BlockOutput, FlowBlock
-from flowback.flows.config import FlowConfig
 from flowback.flows.calibration import Calibration, choose
+from flowback.flows.config import FlowConfig
 from flowback.flows.decoders import DECODERS, CausalMap, Solved, Solver, default_tolerance, solve
 from flowback.flows.guidance import Guidance
 from flowback.flows.patches import patchify, unpatchify
@@ -410,7 +410,7 @@ class TarFlow(nn.Module):
     # ---- on disk ------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write `config.json`, `model.safetensors` and, if there is a calibration, `decoding.json` into the folder `path`."""
+        """Write `config.json`, `model.safetensors` and, where calibrated, `decoding.json` into the folder `path`."""
         save_folder(self, Path(path))
 
     @classmethod
