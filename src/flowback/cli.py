@@ -9,18 +9,23 @@ from typing import NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
 
 from flowback import __version__
 from flowback.classify import RULES, classify
 from flowback.data import load_data, load_image
+from flowback.editing import inpaint, interpolate, swap_class
 from flowback.errors import InputError
 from flowback.evaluation.metrics import METRICS, measure
-from flowback.evaluation.pictures import save_grid, to_uint8
-from flowback.flows import Guidance, TarFlow
-from flowback.flows.guidance import SCHEDULES
+from flowback.evaluation.pictures import save_grid, save_images
+from flowback.flows import TarFlow
+from flowback.flows.calibration import FILE, ROWS, calibrate
+from flowback.flows.decoders import DECODERS
+from flowback.flows.guidance import SCHEDULES, TARGETS
 from flowback.quickstart import machine, quickstart, recipe
+from flowback.sampling import Request, sample_to_disk
 from flowback.training import AlignmentConfig, RunConfig, TrainConfig, train
-from flowback.training.checkpoint import load_flow
+from flowback.training.checkpoint import flow_folder, load_flow
 from flowback.training.log import console
 from flowback.units import from_levels
 
@@ -94,17 +99,72 @@ def build_parser() -> tuple[Parser, dict[str, tuple[Parser, Callable[[Namespace]
     command.add_argument("--config", action="config", help="a recipe, or the config.yaml of a run")
     command.add_class_arguments(RunConfig)
 
-    command = verb("sample", _sample, "Draw images from a trained flow. Writes one grid (PNG) or a folder of PNGs.")
+    command = verb(
+        "sample",
+        _sample,
+        "Draw images from a trained flow. Writes a grid (.png), an .npz in the ADM evaluation format, or a folder of PNGs. "
+        "Interrupted, the same command goes on.",
+    )
     _add_flow(command)
+    command.add_argument("-o", "--output", type=str, default="samples.png", help="a .png or .npz file, or a folder")
     command.add_argument("--labels", type=str, default=None, help="classes by number or name, like 3,7 (default: all)")
     command.add_argument("--num", type=int, default=64, help="number of images; the labels take turns")
     command.add_argument("--guidance", type=float, default=0.0, help="guidance scale; 0 for none")
     command.add_argument("--schedule", type=str, default="linear", help=f"of the guidance: {' or '.join(SCHEDULES)}")
+    command.add_argument("--guide", type=str, default="both", help=f"what is guided: {', '.join(TARGETS)}")
     command.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the latent noise")
     command.add_argument("--no-denoise", action="store_true", help="keep the training noise in the images")
-    command.add_argument("--seed", type=int, default=0, help="seed of the images")
+    command.add_argument("--rank", type=int, default=1, help="draw so many for each image and keep the flow's favourite")
+    command.add_argument("--refine", type=int, default=0, help="gradient steps on z that raise log p(label | image)")
+    command.add_argument("--seed", type=int, default=0, help="seed; an image is a function of it and of its number")
+    command.add_argument("--precision", type=str, default="32-true", help="32-true or bf16-mixed")
+    command.add_argument("--method", type=str, default="auto", help=f"of decoding: auto, {', '.join(DECODERS)}")
     command.add_argument("--batch-size", type=int, default=64, help="images decoded at once; bounds the memory")
-    command.add_argument("-o", "--output", type=str, default="samples.png", help="a .png file for a grid, or a folder")
+    command.add_argument("--processes", type=int, default=1, help="processes that share the cores or accelerators")
+    command.add_argument("--device", type=str, default="auto", help="where to run; auto takes what is there")
+
+    command = verb(
+        "calibrate",
+        _calibrate,
+        "Measure which decoder is fastest for each block on this machine. Stored with the model, for sampling to use.",
+    )
+    _add_flow(command)
+    command.add_argument(
+        "--rows", type=str, default=",".join(map(str, ROWS)), help="batch sizes; guided images count twice"
+    )
+
+    command = verb("encode", _encode, "Map image files to noise. Writes z, log-likelihoods and labels as .safetensors.")
+    _add_flow(command)
+    _add_images(command)
+    command.add_argument("-o", "--output", type=str, default="z.safetensors", help="a .safetensors file")
+
+    command = verb("decode", _decode, "Map noise, as encode wrote it, back to images. Writes one grid or a folder of PNGs.")
+    _add_flow(command)
+    command.add_argument("file", type=str, help="a .safetensors file of encode")
+    command.add_argument("--labels", type=str, default=None, help="classes to decode with (default: those in the file)")
+    command.add_argument("-o", "--output", type=str, default="decoded.png", help="a .png file for a grid, or a folder")
+
+    command = verb("interpolate", _interpolate, "Walk from image to image through z. Writes one grid, a row a pair.")
+    _add_flow(command)
+    _add_images(command)
+    command.add_argument("--steps", type=int, default=8, help="images on the way, ends included")
+    command.add_argument("-o", "--output", type=str, default="interpolation.png", help="a .png file")
+
+    command = verb("swap", _swap, "Draw images as other classes, with their z kept. Writes one grid: image, then classes.")
+    _add_flow(command)
+    _add_images(command)
+    command.add_argument("--to", type=str, default=None, help="classes, by number or name (default: all)")
+    command.add_argument("-o", "--output", type=str, default="swapped.png", help="a .png file")
+
+    command = verb("inpaint", _inpaint, "Draw a region of images anew, given the rest. Writes one grid, a row an image.")
+    _add_flow(command)
+    _add_images(command)
+    command.add_argument("--mask", type=str, default=None, help="an image file: bright where to draw")
+    command.add_argument("--box", type=str, default=None, help="or LEFT,TOP,WIDTH,HEIGHT in pixels")
+    command.add_argument("--num", type=int, default=4, help="drawings of each image")
+    command.add_argument("--steps", type=int, default=100, help="Langevin steps after the first guess")
+    command.add_argument("--seed", type=int, default=0, help="seed of the drawings")
+    command.add_argument("-o", "--output", type=str, default="inpainted.png", help="a .png file")
 
     command = verb("classify", _classify, "Classify image files with the flow's own likelihood. No classifier is trained.")
     _add_flow(command)
@@ -125,6 +185,11 @@ def build_parser() -> tuple[Parser, dict[str, tuple[Parser, Callable[[Namespace]
 def _add_flow(command: Parser) -> None:
     command.add_argument("run", type=str, help="a run's folder, a checkpoint, a folder or hub id of a flow")
     command.add_argument("--weights", type=str, default="ema", help="ema (averaged) or raw (of the last step)")
+
+
+def _add_images(command: Parser) -> None:
+    command.add_argument("images", type=str, nargs="+", help="image files")
+    command.add_argument("--labels", type=str, default=None, help="their classes (default: as the flow classifies them)")
 
 
 def _quickstart(options: Namespace) -> int:
@@ -165,39 +230,116 @@ def _train(options: Namespace) -> int:
 
 
 def _sample(options: Namespace) -> int:
-    if options.num < 1 or options.batch_size < 1:
-        raise InputError(f"--num {options.num} and --batch-size {options.batch_size}: allowed are numbers of at least 1")
-    output = Path(options.output)
-    if output.suffix and output.suffix.lower() != ".png":
-        raise InputError(f"output {output} is not known; allowed is a .png file for a grid, or a folder")
     flow, _ = load_flow(options.run, options.weights)
-    labels = _labels(options.labels, _class_names(options.run, flow), flow)
-    y = torch.tensor([labels[i % len(labels)] for i in range(options.num)])
-    x = flow.sample(
-        y,
-        guidance=Guidance(options.guidance, options.schedule),
-        temperature=options.temperature,
+    names = _class_names(options.run, flow)
+    request = Request(
+        run=options.run,
+        weights=options.weights,
+        num=options.num,
+        labels=tuple(_labels(options.labels, names, flow) if options.labels else range(flow.num_classes)) or (-1,),
         denoise=not options.no_denoise,
-        generator=torch.Generator().manual_seed(options.seed),
-        batch_size=options.batch_size,
+        **{name: options[name] for name in ("guidance", "schedule", "guide", "temperature", "seed", "precision")},
+        **{name: options[name] for name in ("rank", "refine")},
     )
-    if output.suffix:
-        save_grid(x, output, columns=max(1, round(options.num**0.5)))
-    else:
-        from torchvision.io import write_png
+    notes = sample_to_disk(
+        request, Path(options.output), options.method, options.batch_size, options.processes, options.device
+    )
+    _say(f"{options.num} images in {options.output}")
+    residual, fell_back = max(note.residual for note in notes), sum(note.fell_back for note in notes)
+    if residual or fell_back:
+        _say(f"largest residual of parallel decoding {residual:.1e}; {fell_back} blocks went over to the sequential loop")
+    not_finite = sum(note.not_finite for note in notes)
+    if not_finite:
+        _say(f"{not_finite} images had numbers that are not finite (grey there); less guidance or temperature may help")
+    return 0
 
-        output.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(to_uint8(x)):
-            write_png(image, str(output / f"{i:06d}.png"))
-    console.print(f"{options.num} images in {output}", highlight=False, soft_wrap=True)
+
+def _calibrate(options: Namespace) -> int:
+    flow, _ = load_flow(options.run, options.weights)
+    try:
+        rows = [int(word) for word in options.rows.split(",")]
+    except ValueError:
+        raise InputError(f"--rows {options.rows} is not a list of numbers; allowed is something like 1,8,32") from None
+    folder = flow_folder(options.run)
+    calibrate(flow, rows, report=_say).save(folder)
+    _say(f"stored in {folder / FILE}")
+    return 0
+
+
+def _encode(options: Namespace) -> int:
+    from safetensors.torch import save_file
+
+    output = _output(options, ".safetensors")
+    flow, images, y = _flow_and_images(options)
+    with torch.no_grad():
+        z, log_det = flow.encode(images, y)
+        log_prob = flow.log_prob(images, y)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"z": z, "log_det": log_det, "log_prob": log_prob, "labels": y}, output)
+    _say(f"z {list(z.shape)}, log_det, log_prob and labels of {len(z)} images in {output}")
+    return 0
+
+
+def _decode(options: Namespace) -> int:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    output = _output(options, ".png", "")
+    flow, _ = load_flow(options.run, options.weights)
+    try:
+        content = load_file(options.file)
+        z, y = content["z"], content["labels"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{options.file} is not a file that encode wrote ({error})") from None
+    if options.labels:
+        y = _one_each(_labels(options.labels, _class_names(options.run, flow), flow), len(z))
+    save_images(flow.decode(z, y), output)
+    _say(f"{len(z)} images in {output}")
+    return 0
+
+
+def _interpolate(options: Namespace) -> int:
+    output = _output(options, ".png")
+    flow, images, y = _flow_and_images(options)
+    if len(images) < 2:
+        raise InputError(f"{len(images)} image has no other to go to; allowed are at least 2")
+    x = interpolate(flow, images[:-1], images[1:], options.steps, y[:-1], y[1:])
+    save_grid(x.flatten(0, 1), output, columns=options.steps)
+    _say(f"{len(x)} walks of {options.steps} images in {output}")
+    return 0
+
+
+def _swap(options: Namespace) -> int:
+    output = _output(options, ".png")
+    flow, images, y = _flow_and_images(options)
+    targets = _labels(options.to, _class_names(options.run, flow), flow)
+    columns = [images, *(swap_class(flow, images, y, torch.full_like(y, k)) for k in targets)]
+    save_grid(torch.stack(columns, dim=1).flatten(0, 1), output, columns=len(columns))
+    _say(f"{len(images)} images as {len(targets)} classes in {output}")
+    return 0
+
+
+def _inpaint(options: Namespace) -> int:
+    output = _output(options, ".png")
+    if options.num < 1:
+        raise InputError(f"--num {options.num} is not usable; allowed is a whole number of at least 1")
+    flow, images, y = _flow_and_images(options)
+    mask = _mask(options, flow)
+    many = images.repeat_interleave(options.num, dim=0)
+    generator = torch.Generator().manual_seed(options.seed)
+    result = inpaint(flow, many, mask, y.repeat_interleave(options.num), options.steps, generator)
+    drawn = result.x.view(len(images), options.num, *images.shape[1:])
+    masked = torch.where(mask, torch.zeros_like(images), images)
+    save_grid(torch.cat([images[:, None], masked[:, None], drawn], dim=1).flatten(0, 1), output, columns=options.num + 2)
+    accepted = "" if not options.steps else f"; {100 * float(result.acceptance.mean()):.0f} % of the steps were accepted"
+    _say(f"{len(many)} drawings in {output}{accepted}")
     return 0
 
 
 def _classify(options: Namespace) -> int:
-    flow, _ = load_flow(options.run, options.weights)
+    flow, images = _flow_and_clean_images(options)
     names = _class_names(options.run, flow)
-    images = torch.stack([load_image(Path(file), flow.image_size, flow.channels) for file in options.images])
-    scores = classify(flow, from_levels(images), rule=options.rule, draws=options.draws)
+    scores = classify(flow, images, rule=options.rule, draws=options.draws)
     shown = scores.softmax(dim=1) if options.rule == "exact" else scores
     top = shown.topk(min(max(options.top, 1), flow.num_classes), dim=1)
     for file, values, classes in zip(options.images, top.values.tolist(), top.indices.tolist(), strict=True):
@@ -225,6 +367,61 @@ def _evaluate(options: Namespace) -> int:
     for name, value in figures.items():
         console.print(f"{name:16} {value}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _flow_and_clean_images(options: Namespace) -> tuple[TarFlow, Tensor]:
+    """The flow, and the image files as it wants them, `[B, C, H, W]` in [-1, 1]."""
+    flow, _ = load_flow(options.run, options.weights)
+    pixels = torch.stack([load_image(Path(file), flow.image_size, flow.channels) for file in options.images])
+    return flow, from_levels(pixels)
+
+
+def _flow_and_images(options: Namespace) -> tuple[TarFlow, Tensor, Tensor]:
+    """The flow, the images, and their labels `[B]`: given, or the likeliest, or -1 for an unconditional flow."""
+    flow, images = _flow_and_clean_images(options)
+    if options.labels:
+        y = _one_each(_labels(options.labels, _class_names(options.run, flow), flow), len(images))
+    elif flow.num_classes:
+        y = classify(flow, images, rule="exact").argmax(dim=1)
+    else:
+        y = torch.full((len(images),), -1)
+    return flow, images, y
+
+
+def _one_each(labels: list[int], images: int) -> Tensor:
+    if len(labels) not in (1, images):
+        raise InputError(f"{len(labels)} labels do not fit {images} images; allowed is one for all, or one for each")
+    return torch.tensor(labels * (images if len(labels) == 1 else 1))
+
+
+def _output(options: Namespace, *suffixes: str) -> Path:
+    output = Path(options.output)
+    if output.suffix.lower() not in suffixes:
+        allowed = " or ".join(f"a {suffix} file" if suffix else "a folder" for suffix in suffixes)
+        raise InputError(f"output {output} is not known; allowed is {allowed}")
+    return output
+
+
+def _mask(options: Namespace, flow: TarFlow) -> Tensor:
+    """Where to draw, booleans `[1, 1, H, W]`."""
+    size = flow.image_size
+    if (options.mask is None) == (options.box is None):
+        raise InputError("where to draw is not clear; allowed is either --mask or --box")
+    if options.mask is not None:
+        return (load_image(Path(options.mask), size, 1) > 127)[None]
+    try:
+        left, top, width, height = (int(word) for word in options.box.split(","))
+    except ValueError:
+        raise InputError(f"--box {options.box} is not a box; allowed are four numbers, LEFT,TOP,WIDTH,HEIGHT") from None
+    if not (0 <= left < left + width <= size and 0 <= top < top + height <= size):
+        raise InputError(f"--box {options.box} does not lie in the image; allowed is what lies within {size}x{size} pixels")
+    mask = torch.zeros(1, 1, size, size, dtype=torch.bool)
+    mask[..., top : top + height, left : left + width] = True
+    return mask
 
 
 def _run_config(options: Namespace) -> RunConfig:

@@ -11,23 +11,20 @@ the weight gradients of both losses, and nothing is run forward twice.
 *Likelihood*, from z down. With `c^T = dL_NF/dz`, each isolated block hands down `c^(t-1)`, the product of `(c^t,
 dL_NF/dlog_det)` with its Jacobian restricted to the input, which needs no weight gradients.
 
-*Alignment*, from the data up. Decoding is `x^(t-1) = mu_t(x^(t-1)) + exp(a_t(x^(t-1))) x^t`, a fixed point in `x^(t-1)`
-whose Jacobian J is strictly lower triangular. The cotangent g of its solution therefore turns into
-
-    u = g + J^T u = g + J^T g + (J^T)^2 g + ...          (the adjoint of the fixed point; at most N terms)
-
-which gives `mu_t` the cotangent u, `a_t` the cotangent `u (x^(t-1) - mu_t)`, and hands `u exp(a_t)` to block t + 1. There
-the aligned layers add theirs. **reverse** with `gradient` = cached keeps none of this (the published Algorithm 2, which
-equals **detach**), one_step keeps the first term of the series, k the first k + 1, exact all that are not negligible.
+*Alignment*, from the data up. A cotangent g of a block's input, as the decoder's solution, turns into one of its parameters
+and one of its output (`flowback.flows.adjoint`), which block t + 1 takes for its own g; there the aligned layers add
+theirs. **reverse** with `gradient` = cached keeps none of this (the published Algorithm 2, which equals **detach**),
+one_step keeps the first term of the adjoint's series, k the first k + 1, exact all that are not negligible.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowback.flows import TarFlow
+from flowback.flows.adjoint import restricted_grad, solve_adjoint
 from flowback.flows.block import BlockOutput, FlowBlock, affine_decode
 from flowback.units import nll_per_dim
 
@@ -74,12 +71,12 @@ def isolated(
     z = outputs[-1].z.detach().requires_grad_()
     log_det = torch.stack([out.log_det for out in outputs]).sum(0).detach().requires_grad_()
     nll = nll_per_dim(z, log_det)
-    c, c_det = _grad((nll,), (z, log_det))
+    c, c_det = restricted_grad((nll,), (z, log_det))
     carried = [(out.log_det, c_det) for out in outputs]
     for t, (x_in, out) in reversed(above.items()):
         carried.append((out.z, c))
         if t > 1:
-            (c,) = _grad((out.z, out.log_det), (x_in,), (c, c_det))
+            (c,) = restricted_grad((out.z, out.log_det), (x_in,), (c, c_det))
     if below:
         carried.append((below[-1].z, c))
     l_nf = _carry(nll.detach(), carried)
@@ -88,12 +85,12 @@ def isolated(
     taken: dict[int, int] = {}
     if terms is not None:
         aligned = sorted({t for t, _ in at})
-        own = dict(zip(aligned, _grad((l_align,), [above[t][0] for t in aligned]), strict=True))
+        own = dict(zip(aligned, restricted_grad((l_align,), [above[t][0] for t in aligned]), strict=True))
         g = torch.zeros_like(z)
         reverse = []
         for t, (x_in, out) in above.items():
             g = g + own.get(t, 0)
-            u, taken[t] = _solve_adjoint(g, x_in, out, terms, tolerance)
+            u, taken[t] = solve_adjoint(g, x_in, out, terms, tolerance)
             reverse += [(out.mu, u), (out.a, u * (x_in - out.mu).detach())]
             g = u * torch.exp(out.a.detach())
         l_align = l_align + _carry(l_align.new_zeros(()), reverse)
@@ -113,29 +110,6 @@ def sequential(flow: TarFlow, x: Tensor, y: Tensor | None, at: Pairs, align: Ali
         if layers:
             hidden.update({(t, layer): h for layer, h in block(x_rev, classes, hidden=layers).hidden.items()})
     return nll_per_dim(z, log_det), align(hidden)
-
-
-def _solve_adjoint(g: Tensor, x_in: Tensor, out: BlockOutput, terms: int, tolerance: float) -> tuple[Tensor, int]:
-    """`u = g + J^T g + … + (J^T)^terms g`, and the number of terms after the first that were taken."""
-    scale = (x_in - out.mu).detach()  # d(exp(a) x^t + mu)/da = x^t exp(a) = x^(t-1) - mu
-    u, term = g, g
-    for k in range(terms):
-        if tolerance and not term.norm() > tolerance * u.norm():  # also where they are not finite
-            return u, k
-        (term,) = _grad((out.mu, out.a), (x_in,), (term, term * scale))
-        u = u + term
-    return u, terms
-
-
-def _grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None
-) -> tuple[Tensor, ...]:
-    """Vector-Jacobian products restricted to `inputs`: no weight gradients are computed, and the graph is kept.
-
-    Autocast is off, as it is in `loss.backward()`: a product has the precision of the forward operation it belongs to.
-    """
-    with torch.autocast(outputs[0].device.type, enabled=False):
-        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True)
 
 
 class _Carry(torch.autograd.Function):

@@ -4,24 +4,18 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowback.data.datasets import Split
 from flowback.errors import InputError
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A generator seeded by a tuple of numbers; different tuples give independent streams."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
+from flowback.seeds import keyed_generator
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The generator of everything random in one step: flips, noise, dropped labels."""
-    return _generator(seed, 0, step)
+    return keyed_generator(seed, 0, step)
 
 
 class StepOrder:
@@ -42,7 +36,7 @@ class StepOrder:
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, self.count)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, torch.randperm(self.count, generator=_generator(self.seed, 1, epoch))
+            self._epoch, self._order = epoch, torch.randperm(self.count, generator=keyed_generator(self.seed, 1, epoch))
         return int(self._order[offset])
 
 

@@ -130,6 +130,18 @@ def load_flow(run: str | Path, weights: str = "ema") -> tuple[TarFlow, str]:
     return flow, f"{weights} weights of {name}"
 
 
+def flow_folder(run: str | Path) -> Path:
+    """The folder that `load_flow` takes the flow from: the newest checkpoint of a run, or the folder itself.
+
+    Raises:
+        InputError: if the flow lies in no local folder.
+    """
+    folder = newest(Path(run)) or Path(run)
+    if not folder.is_dir():
+        raise InputError(f"{run} is no folder; allowed is one, since something is to be stored in it")
+    return folder
+
+
 def _named(trained: dict[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
     return [(f"{k}.{name}", p) for k, module in trained.items() for name, p in module.named_parameters()]
 

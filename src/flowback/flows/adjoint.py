@@ -1,0 +1,72 @@
+"""The adjoint of a block's decoder: gradients along the generative pass, without decoding anything.
+
+Decoding is `x^(t-1) = mu_t(x^(t-1)) + exp(a_t(x^(t-1))) x^t`, a fixed point in `x^(t-1)` whose Jacobian J is strictly lower
+triangular. The cotangent g of its solution therefore turns into
+
+    u = (I - J^T)^-1 g = g + J^T g + (J^T)^2 g + ...          (docs/method.md, eq. 4; at most N terms)
+
+which gives `mu_t` the cotangent u, `a_t` the cotangent `u (x^(t-1) - mu_t)`, and `x^t` the cotangent `u exp(a_t)`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flowback.flows.block import BlockOutput
+
+if TYPE_CHECKING:
+    from flowback.flows.tarflow import TarFlow
+
+
+def restricted_grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """Vector-Jacobian products restricted to `inputs`: no weight gradients are computed, and the graph is kept.
+
+    Autocast is off, as it is in `loss.backward()`: a product has the precision of the forward operation it belongs to.
+    """
+    with torch.autocast(outputs[0].device.type, enabled=False):
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True)
+
+
+def solve_adjoint(g: Tensor, x_in: Tensor, out: BlockOutput, terms: int, tolerance: float) -> tuple[Tensor, int]:
+    """`u = g + J^T g + … + (J^T)^terms g`, and the number of terms after the first that were taken.
+
+    Args:
+        g: cotangent of the block's input as the decoder's solution, `[B, N, D]`.
+        x_in: the block's input, a leaf of the graph of `out`.
+        out: what the block returned for it.
+        terms: how many to take at most; N - 1 for all.
+        tolerance: the series ends early where a term is smaller than this share of the sum.
+    """
+    scale = (x_in - out.mu).detach()  # d(exp(a) x^t + mu)/da = x^t exp(a) = x^(t-1) - mu
+    u, term = g, g
+    for k in range(terms):
+        if tolerance and not term.norm() > tolerance * u.norm():  # also where they are not finite
+            return u, k
+        (term,) = restricted_grad((out.mu, out.a), (x_in,), (term, term * scale))
+        u = u + term
+    return u, terms
+
+
+def latent_gradient(flow: "TarFlow", x: Tensor, y: Tensor | None, gradient: Tensor, tolerance: float = 1e-3) -> Tensor:
+    """Pull a gradient with respect to decoded images back to the noise they were decoded from.
+
+    Args:
+        flow: the flow.
+        x: images `[B, C, H, W]`, `flow.decode(z, y)`.
+        y: the labels they were decoded with.
+        gradient: `dL/dx [B, C, H, W]`.
+        tolerance: of `solve_adjoint`.
+
+    Returns:
+        `dL/dz [B, N, D]`, at the cost of one encode and a few vector-Jacobian products, with no decode.
+    """
+    g, N = flow.tokenize(gradient).detach(), flow.token_shape[0]
+    with torch.inference_mode(False), torch.enable_grad():
+        for _, x_in, out in flow.run_blocks(x.detach().clone(), y, isolate_from=1):
+            u, _ = solve_adjoint(g, x_in, out, N - 1, tolerance)
+            g = u * torch.exp(out.a.detach())
+    return g
