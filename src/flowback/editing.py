@@ -82,6 +82,7 @@ def inpaint(
     mask: Tensor,
     y: Tensor | None = None,
     steps: int = 100,
+    tries: int = 8,
     generator: torch.Generator | None = None,
 ) -> Inpainting:
     """Draw the masked pixels of images from what the flow expects there, given all others.
@@ -91,7 +92,7 @@ def inpaint(
     In all others it is not, since the blocks before did not see the known pixels: there, Metropolis-adjusted Langevin
     steps (Roberts and Tweedie, 1996) on the masked pixels follow, whose stationary density is the conditional one,
     exactly, because the flow's likelihood is exact. Each costs a forward and a backward pass. Step sizes adapt in the
-    first half.
+    first half. They are local: so several first guesses are made, and the likeliest is where they start.
 
     Args:
         flow: the flow.
@@ -99,13 +100,14 @@ def inpaint(
         mask: booleans that broadcast to x, true where pixels are to be drawn.
         y: labels `[B]`, or None.
         steps: Langevin steps.
+        tries: first guesses, each a decode.
         generator: source of all noise.
 
     Raises:
-        InputError: if shapes or labels do not fit, or the number of steps is negative.
+        InputError: if shapes or labels do not fit, or the number of steps or tries is impossible.
     """
-    if steps < 0:
-        raise InputError(f"{steps} steps cannot be taken; allowed is a whole number of at least 0")
+    if steps < 0 or tries < 1:
+        raise InputError(f"{steps} steps after {tries} tries cannot be taken; allowed: at least 0, and at least 1")
     if mask.dtype != torch.bool:
         raise InputError(f"a mask of type {mask.dtype} is not clear; allowed are booleans, true where to draw")
     try:
@@ -113,8 +115,7 @@ def inpaint(
     except RuntimeError:
         raise InputError(f"a mask of shape {list(mask.shape)} does not fit images of shape {list(x.shape)}") from None
     noisy = flow.perturb(torch.where(mask, torch.zeros_like(x), x), generator)
-    z = _randn(x.new_empty(len(x), *flow.token_shape), generator)
-    current = flow.decode(z, y, known=(noisy, ~mask))
+    current = _likeliest_guess(flow, noisy, mask, y, tries, generator)
     log_prob, score = _score(flow, current, y, mask)
     trace, accepted = [log_prob], []
     size = x.new_full((len(x), 1, 1, 1), max(flow.config.noise_std, 0.02) ** 2)
@@ -140,6 +141,20 @@ def inpaint(
     drawn = torch.where(mask, flow.denoise(current, y), x)
     rate = torch.stack(accepted).mean(0) if accepted else log_prob.new_full((len(x),), math.nan)
     return Inpainting(drawn, torch.stack(trace, dim=1), rate)
+
+
+@torch.no_grad()
+def _likeliest_guess(
+    flow: TarFlow, noisy: Tensor, mask: Tensor, y: Tensor | None, tries: int, generator: torch.Generator | None
+) -> Tensor:
+    best, best_log_prob = noisy, noisy.new_full((len(noisy),), -math.inf)
+    for _ in range(tries):
+        guess = flow.decode(_randn(noisy.new_empty(len(noisy), *flow.token_shape), generator), y, known=(noisy, ~mask))
+        log_prob = flow.log_prob(guess, y)
+        better = log_prob > best_log_prob
+        best = torch.where(better[:, None, None, None], guess, best)
+        best_log_prob = torch.where(better, log_prob, best_log_prob)
+    return best
 
 
 def _score(flow: TarFlow, x: Tensor, y: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,69 @@
+"""The command line: one thin command per verb, those of a kind in one module."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+from jsonargparse import Namespace
+
+from flowback import __version__
+from flowback.cli import editing, measuring, sampling, training
+from flowback.cli.common import Parser, fail
+from flowback.errors import InputError
+from flowback.training import AlignmentConfig, TrainConfig
+
+SWITCHES = tuple(
+    f"--{section}.{field.name}"
+    for section, config in (("train", TrainConfig), ("alignment", AlignmentConfig))
+    for field in fields(config)
+    if field.type is bool
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, or 130 after an interruption; bad input exits with 2."""
+    parser, commands = build_parser()
+    words = _with_switches(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parser.parse_args(words)
+        command, run = commands[options.command]
+        return run(command.instantiate(options[options.command]))
+    except InputError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename} cannot be used ({error.strerror})")
+    except KeyboardInterrupt:
+        print("flowback: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> tuple[Parser, dict[str, tuple[Parser, Callable[[Namespace], int]]]]:
+    """The parser, and for every verb its own parser and the function that runs it."""
+    parser = Parser(
+        prog="flowback",
+        version=__version__,
+        description="Image normalizing flows aligned with vision foundation models: train, sample, classify, evaluate.",
+    )
+    verbs = parser.add_subcommands(dest="command", metavar="COMMAND")
+    commands: dict[str, tuple[Parser, Callable[[Namespace], int]]] = {}
+
+    def verb(name: str, run: Callable[[Namespace], int], text: str) -> Parser:
+        command = Parser(description=text)
+        verbs.add_subcommand(name, command, help=text.split(". ")[0])
+        commands[name] = (command, run)
+        return command
+
+    for module in (training, sampling, editing, measuring):
+        module.add(verb)
+    return parser, commands
+
+
+def _with_switches(words: Sequence[str]) -> list[str]:
+    """A bare switch, such as `--train.resume`, means true."""
+    following = (*words, "-")[1:]
+    return [
+        f"{word}=true" if word in SWITCHES and after.startswith("-") else word
+        for word, after in zip(words, following, strict=True)
+    ]

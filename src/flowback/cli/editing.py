@@ -1,0 +1,150 @@
+"""What a flow does with one's own images: encode, decode, interpolate, swap, inpaint."""
+
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+
+from flowback.cli.common import (
+    Verb,
+    add_flow,
+    add_images,
+    checked_output,
+    chosen_labels,
+    class_names,
+    flow_and_images,
+    one_each,
+    say,
+)
+from flowback.data import load_image
+from flowback.editing import inpaint, interpolate, swap_class
+from flowback.errors import InputError
+from flowback.evaluation.pictures import save_grid, save_images
+from flowback.flows import TarFlow
+from flowback.training.checkpoint import load_flow
+
+
+def add(verb: Verb) -> None:
+    """Add these verbs to the command line."""
+    command = verb("encode", _encode, "Map image files to noise. Writes z, log-likelihoods and labels as .safetensors.")
+    add_flow(command)
+    add_images(command)
+    command.add_argument("-o", "--output", type=str, default="z.safetensors", help="a .safetensors file")
+
+    command = verb("decode", _decode, "Map noise, as encode wrote it, back to images. Writes one grid or a folder of PNGs.")
+    add_flow(command)
+    command.add_argument("file", type=str, help="a .safetensors file of encode")
+    command.add_argument("--labels", type=str, default=None, help="classes to decode with (default: those in the file)")
+    command.add_argument("-o", "--output", type=str, default="decoded.png", help="a .png file for a grid, or a folder")
+
+    command = verb("interpolate", _interpolate, "Walk from image to image through z. Writes one grid, a row a pair.")
+    add_flow(command)
+    add_images(command)
+    command.add_argument("--steps", type=int, default=8, help="images on the way, ends included")
+    command.add_argument("-o", "--output", type=str, default="interpolation.png", help="a .png file")
+
+    command = verb("swap", _swap, "Draw images as other classes, with their z kept. Writes one grid: image, then classes.")
+    add_flow(command)
+    add_images(command)
+    command.add_argument("--to", type=str, default=None, help="classes, by number or name (default: all)")
+    command.add_argument("-o", "--output", type=str, default="swapped.png", help="a .png file")
+
+    command = verb("inpaint", _inpaint, "Draw a region of images anew, given the rest. Writes one grid, a row an image.")
+    add_flow(command)
+    add_images(command)
+    command.add_argument("--mask", type=str, default=None, help="an image file: bright where to draw")
+    command.add_argument("--box", type=str, default=None, help="or LEFT,TOP,WIDTH,HEIGHT in pixels")
+    command.add_argument("--num", type=int, default=4, help="drawings of each image")
+    command.add_argument("--tries", type=int, default=8, help="first guesses, of which the likeliest is taken")
+    command.add_argument("--steps", type=int, default=100, help="Langevin steps after it")
+    command.add_argument("--seed", type=int, default=0, help="seed of the drawings")
+    command.add_argument("-o", "--output", type=str, default="inpainted.png", help="a .png file")
+
+
+def _encode(options: Namespace) -> int:
+    from safetensors.torch import save_file
+
+    output = checked_output(options, ".safetensors")
+    flow, images, y = flow_and_images(options)
+    with torch.no_grad():
+        z, log_det = flow.encode(images, y)
+        log_prob = flow.log_prob(images, y)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"z": z, "log_det": log_det, "log_prob": log_prob, "labels": y}, output)
+    say(f"z {list(z.shape)}, log_det, log_prob and labels of {len(z)} images in {output}")
+    return 0
+
+
+def _decode(options: Namespace) -> int:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    output = checked_output(options, ".png", "")
+    flow, _ = load_flow(options.run, options.weights)
+    try:
+        content = load_file(options.file)
+        z, y = content["z"], content["labels"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{options.file} is not a file that encode wrote ({error})") from None
+    if options.labels:
+        y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(z))
+    save_images(flow.decode(z, y), output)
+    say(f"{len(z)} images in {output}")
+    return 0
+
+
+def _interpolate(options: Namespace) -> int:
+    output = checked_output(options, ".png")
+    flow, images, y = flow_and_images(options)
+    if len(images) < 2:
+        raise InputError(f"{len(images)} image has no other to go to; allowed are at least 2")
+    x = interpolate(flow, images[:-1], images[1:], options.steps, y[:-1], y[1:])
+    save_grid(x.flatten(0, 1), output, columns=options.steps)
+    say(f"{len(x)} walks of {options.steps} images in {output}")
+    return 0
+
+
+def _swap(options: Namespace) -> int:
+    output = checked_output(options, ".png")
+    flow, images, y = flow_and_images(options)
+    targets = chosen_labels(options.to, class_names(options.run, flow), flow)
+    columns = [images, *(swap_class(flow, images, y, torch.full_like(y, k)) for k in targets)]
+    save_grid(torch.stack(columns, dim=1).flatten(0, 1), output, columns=len(columns))
+    say(f"{len(images)} images as {len(targets)} classes in {output}")
+    return 0
+
+
+def _inpaint(options: Namespace) -> int:
+    output = checked_output(options, ".png")
+    if options.num < 1:
+        raise InputError(f"--num {options.num} is not usable; allowed is a whole number of at least 1")
+    flow, images, y = flow_and_images(options)
+    mask = _mask(options, flow)
+    many = images.repeat_interleave(options.num, dim=0)
+    generator = torch.Generator().manual_seed(options.seed)
+    result = inpaint(flow, many, mask, y.repeat_interleave(options.num), options.steps, options.tries, generator)
+    drawn = result.x.view(len(images), options.num, *images.shape[1:])
+    masked = torch.where(mask, torch.zeros_like(images), images)
+    save_grid(torch.cat([images[:, None], masked[:, None], drawn], dim=1).flatten(0, 1), output, columns=options.num + 2)
+    accepted = "" if not options.steps else f"; {100 * float(result.acceptance.mean()):.0f} % of the steps were accepted"
+    say(f"{len(many)} drawings in {output}{accepted}")
+    return 0
+
+
+def _mask(options: Namespace, flow: TarFlow) -> Tensor:
+    """Where to draw, booleans `[1, 1, H, W]`."""
+    size = flow.image_size
+    if (options.mask is None) == (options.box is None):
+        raise InputError("where to draw is not clear; allowed is either --mask or --box")
+    if options.mask is not None:
+        return (load_image(Path(options.mask), size, 1) > 127)[None]
+    try:
+        left, top, width, height = (int(word) for word in options.box.split(","))
+    except ValueError:
+        raise InputError(f"--box {options.box} is not a box; allowed are four numbers, LEFT,TOP,WIDTH,HEIGHT") from None
+    if not (0 <= left < left + width <= size and 0 <= top < top + height <= size):
+        raise InputError(f"--box {options.box} does not lie in the image; allowed is what lies within {size}x{size} pixels")
+    mask = torch.zeros(1, 1, size, size, dtype=torch.bool)
+    mask[..., top : top + height, left : left + width] = True
+    return mask

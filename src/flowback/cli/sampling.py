@@ -1,0 +1,87 @@
+"""`flowback sample`, and `flowback calibrate`, which makes it fast."""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from flowback.cli.common import Verb, add_flow, chosen_labels, class_names, say
+from flowback.errors import InputError
+from flowback.flows.calibration import FILE, ROWS, calibrate
+from flowback.flows.decoders import DECODERS
+from flowback.flows.guidance import SCHEDULES, TARGETS
+from flowback.sampling import Request, sample_to_disk
+from flowback.training.checkpoint import flow_folder, load_flow
+
+
+def add(verb: Verb) -> None:
+    """Add these verbs to the command line."""
+    command = verb(
+        "sample",
+        _sample,
+        "Draw images from a trained flow. Writes a grid (.png), an .npz in the ADM evaluation format, or a folder of PNGs. "
+        "Interrupted, the same command goes on.",
+    )
+    add_flow(command)
+    command.add_argument("-o", "--output", type=str, default="samples.png", help="a .png or .npz file, or a folder")
+    command.add_argument("--labels", type=str, default=None, help="classes by number or name, like 3,7 (default: all)")
+    command.add_argument("--num", type=int, default=64, help="number of images; the labels take turns")
+    command.add_argument("--guidance", type=float, default=0.0, help="guidance scale; 0 for none")
+    command.add_argument("--schedule", type=str, default="linear", help=f"of the guidance: {' or '.join(SCHEDULES)}")
+    command.add_argument("--guide", type=str, default="both", help=f"what is guided: {', '.join(TARGETS)}")
+    command.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the latent noise")
+    command.add_argument("--no-denoise", action="store_true", help="keep the training noise in the images")
+    command.add_argument("--rank", type=int, default=1, help="draw so many for each image and keep the flow's favourite")
+    command.add_argument("--refine", type=int, default=0, help="gradient steps on z that raise log p(label | image)")
+    command.add_argument("--seed", type=int, default=0, help="seed; an image is a function of it and of its number")
+    command.add_argument("--precision", type=str, default="32-true", help="32-true or bf16-mixed")
+    command.add_argument("--method", type=str, default="auto", help=f"of decoding: auto, {', '.join(DECODERS)}")
+    command.add_argument("--batch-size", type=int, default=64, help="images decoded at once; bounds the memory")
+    command.add_argument("--processes", type=int, default=1, help="processes that share the cores or accelerators")
+    command.add_argument("--device", type=str, default="auto", help="where to run; auto takes what is there")
+
+    command = verb(
+        "calibrate",
+        _calibrate,
+        "Measure which decoder is fastest for each block on this machine. Stored with the model, for sampling to use.",
+    )
+    add_flow(command)
+    command.add_argument(
+        "--rows", type=str, default=",".join(map(str, ROWS)), help="batch sizes; guided images count twice"
+    )
+
+
+def _sample(options: Namespace) -> int:
+    flow, _ = load_flow(options.run, options.weights)
+    names = class_names(options.run, flow)
+    request = Request(
+        run=options.run,
+        weights=options.weights,
+        num=options.num,
+        labels=tuple(chosen_labels(options.labels, names, flow) if options.labels else range(flow.num_classes)) or (-1,),
+        denoise=not options.no_denoise,
+        **{name: options[name] for name in ("guidance", "schedule", "guide", "temperature", "seed", "precision")},
+        **{name: options[name] for name in ("rank", "refine")},
+    )
+    notes = sample_to_disk(
+        request, Path(options.output), options.method, options.batch_size, options.processes, options.device
+    )
+    say(f"{options.num} images in {options.output}")
+    residual, fell_back = max(note.residual for note in notes), sum(note.fell_back for note in notes)
+    if residual or fell_back:
+        say(f"largest residual of parallel decoding {residual:.1e}; {fell_back} blocks went over to the sequential loop")
+    not_finite = sum(note.not_finite for note in notes)
+    if not_finite:
+        say(f"{not_finite} images had numbers that are not finite (grey there); less guidance or temperature may help")
+    return 0
+
+
+def _calibrate(options: Namespace) -> int:
+    flow, _ = load_flow(options.run, options.weights)
+    try:
+        rows = [int(word) for word in options.rows.split(",")]
+    except ValueError:
+        raise InputError(f"--rows {options.rows} is not a list of numbers; allowed is something like 1,8,32") from None
+    folder = flow_folder(options.run)
+    calibrate(flow, rows, report=say).save(folder)
+    say(f"stored in {folder / FILE}")
+    return 0

@@ -1,0 +1,77 @@
+"""`flowback quickstart` and `flowback train`."""
+
+from dataclasses import fields
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from flowback.cli.common import Parser, Verb
+from flowback.quickstart import quickstart, recipe
+from flowback.training import RunConfig, train
+from flowback.training.log import console
+
+
+def add(verb: Verb) -> None:
+    """Add these verbs to the command line."""
+    command = verb(
+        "quickstart",
+        _quickstart,
+        "Train a plain and an aligned flow on digits and write a report. Takes minutes and needs no network.",
+    )
+    command.add_argument("--run", type=str, default="runs/quickstart", help="folder of the two runs and the report")
+    command.add_argument("--steps", type=int, default=None, help="training steps of each flow (default: the recipe's)")
+    command.add_argument("--seed", type=int, default=0, help="seed of both runs")
+
+    command = verb(
+        "train",
+        _train,
+        "Train a flow. Options come from a YAML file (--config, see configs/) and from the command line, which wins.",
+    )
+    _add_recipe(command)
+
+
+def _add_recipe(command: Parser) -> None:
+    command.add_argument("--config", action="config", help="a recipe, or the config.yaml of a run")
+    command.add_class_arguments(RunConfig)
+
+
+def _quickstart(options: Namespace) -> int:
+    command = Parser()
+    _add_recipe(command)
+    changes = [f"--run={options.run}", f"--train.seed={options.seed}"]
+    changes += [f"--train.steps={options.steps}"] if options.steps is not None else []
+    config = _run_config(command.instantiate(command.parse_args([f"--config={recipe('digits')}", *changes])))
+    report = quickstart(config)
+    if not report:
+        console.print(f"interrupted; go on with: flowback quickstart --run {options.run}", highlight=False)
+        return 130
+    for name in ("plain", "aligned"):
+        figures = report[name]
+        shares = ", ".join(f"{rule.replace('_', ' ')} {100 * v:.1f} %" for rule, v in figures["accuracy"].items())
+        console.print(
+            f"{name:8} accuracy: {shares}   {figures['nats_per_dim']:.4f} nats/dim   "
+            f"{figures['bits_per_dim']:.3f} bits/dim   {figures['seconds']:.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"report   {Path(options.run) / 'report.html'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _train(options: Namespace) -> int:
+    config = _run_config(options)
+    result = train(config)
+    if result.interrupted:
+        console.print(
+            f"stopped at step {result.state.step} of {config.train.steps}; go on with: "
+            f"flowback train --config {result.run / 'config.yaml'} --run {result.run} --train.resume",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 0 if config.train.until is not None and result.state.step == config.train.until else 130
+    console.print(f"finished {result.run} at step {result.state.step}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _run_config(options: Namespace) -> RunConfig:
+    return RunConfig(**{field.name: options[field.name] for field in fields(RunConfig)})
