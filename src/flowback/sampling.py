@@ -71,9 +71,9 @@ class Request:
     def __post_init__(self) -> None:
         for name, least in (("num", 1), ("seed", 0), ("rank", 1), ("refine", 0)):
             if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; allowed is a whole number of at least {least}")
+                raise InputError(f"{name} {getattr(self, name)} is not usable; allowed is a whole number of at least {least}")
         if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}; allowed is a number above 0")
+            raise InputError(f"temperature {self.temperature} is not usable; allowed is a number above 0")
         if self.precision not in ("32-true", "bf16-mixed"):
             raise InputError(f"precision is {self.precision!r}; allowed: 32-true, bf16-mixed")
         if (self.rank > 1 or self.refine) and min(self.labels) < 0:
@@ -129,13 +129,13 @@ class Store:
     """Where parts wait on disk until all are there.
 
     A grid and an .npz are put together from a folder `<output>.parts`, which goes when the output is whole; a folder of
-    PNGs is its own store. Either holds the request, so that only the same one goes on with it.
+    PNGs is its own store, with `.flowback` in it. Either holds the request, so that only the same one goes on with it.
     """
 
     def __init__(self, output: Path, request: Request) -> None:
         self.output, self.request = output, request
         self.is_folder = not output.suffix
-        self.folder = output if self.is_folder else output.with_name(output.name + ".parts")
+        self.folder = output / ".flowback" if self.is_folder else output.with_name(output.name + ".parts")
         self.parts = range(-(-request.num // PART))
 
     def open(self) -> None:
@@ -148,10 +148,10 @@ class Store:
         file = self.folder / "request.json"
         if file.exists():
             if file.read_text() != text:
-                raise InputError(f"{self.folder} was begun by another request; allowed: the same one, or another --output")
+                raise InputError(f"{self.output} was begun by another request; allowed: the same one, or another --output")
             return
-        if self.is_folder and self.folder.exists() and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder} holds other files; allowed is a new or empty folder")
+        if self.is_folder and self.output.is_dir() and any(self.output.iterdir()):
+            raise InputError(f"{self.output} holds other files; allowed is a new or empty folder")
         if not self.is_folder and self.output.is_dir():
             raise InputError(f"{self.output} is a folder; allowed is a file's name")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class Store:
         """Put a part on disk; its note is written last and says that it is whole."""
         if self.is_folder:
             for number, image in enumerate(images, start=note.part * PART):
-                save_png(image, self.folder / f"{number:06d}.png")
+                save_png(image, self.output / f"{number:06d}.png")
         else:
             np.save(self.folder / f"part_{note.part:06d}.npy", images.permute(0, 2, 3, 1).numpy())
         _write_whole(self._note(note.part), lambda path: path.write_text(json.dumps(asdict(note)) + "\n"))
@@ -188,9 +188,7 @@ class Store:
         shutil.rmtree(self.folder)
 
     def _note(self, part: int) -> Path:
-        folder = self.folder / ".notes" if self.is_folder else self.folder
-        folder.mkdir(exist_ok=True)
-        return folder / f"part_{part:06d}.json"
+        return self.folder / f"part_{part:06d}.json"
 
     def _load(self, part: int) -> np.ndarray:
         return np.load(self.folder / f"part_{part:06d}.npy")
