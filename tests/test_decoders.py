@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,8 +14,7 @@ from flowback.flows.decoders import DECODERS, TOLERANCES, CausalMap, Solver, sol
 from flowback.flows.patches import patchify, unpatchify
 
 N = 9  # tokens of the flow that `random_flow` makes unless told otherwise
-FLOAT64 = {"dtype": torch.float64, "atol": 1e-8}
-FLOAT32 = {"dtype": torch.float32, "atol": 1e-4}
+SLACK = 1.02  # a residual may be relative to |F(x)| or to |x|, which differ by the tolerance
 SOLVERS = [
     Solver("sequential"),
     Solver("jacobi"),
@@ -31,6 +32,7 @@ def words(solver):
 
 
 all_solvers = pytest.mark.parametrize("solver", SOLVERS, ids=words)
+some_solvers = pytest.mark.parametrize("solver", SOLVERS[::2], ids=words)
 parallel_solvers = pytest.mark.parametrize("solver", PARALLEL, ids=words)
 all_methods = pytest.mark.parametrize("method", [*DECODERS, "auto"])
 both_orders = pytest.mark.parametrize("t", [1, 2], ids=["raster", "flipped"])
@@ -107,24 +109,35 @@ def true_residual(flow, t, z, x, guidance=None):
 # ---- all decoders give the same images ------------------------------------------------------------------------------
 
 
-@all_solvers
-@pytest.mark.parametrize("num_classes", [0, 4])
-@pytest.mark.parametrize("precision", [FLOAT64, FLOAT32], ids=["float64", "float32"])
-@torch.no_grad()
-def test_every_solver_finds_the_fixed_point(solver, num_classes, precision):
-    flow = use(random_flow(precision["dtype"], std=0.1, num_classes=num_classes, blocks=2), solver)
+@pytest.fixture(scope="module", params=[(p, K) for p in ("float64", "float32") for K in (0, 4)], ids=str)
+def unguided(request):
+    """A flow, noise, labels, the images by definition, and how near to them a decoder has to come."""
+    precision, num_classes = request.param
+    flow = random_flow(getattr(torch, precision), std=0.1, num_classes=num_classes, blocks=2)
     z, y = noise(flow), labels(flow)
-    assert torch.allclose(flow.decode(z, y), slow_decode(flow, z, y), atol=precision["atol"])
+    with torch.no_grad():
+        return flow, z, y, slow_decode(flow, z, y), 1e-8 if precision == "float64" else 1e-4
 
 
 @all_solvers
-@pytest.mark.parametrize("what", ["both", "a", "mu"])
-@pytest.mark.parametrize("schedule", ["linear", "annealed"])
-@torch.no_grad()
-def test_every_solver_finds_the_guided_fixed_point(solver, schedule, what):
-    flow, guidance = use(random_flow(std=0.1, blocks=2), solver), Guidance(1.7, schedule, what)
+def test_every_solver_finds_the_fixed_point(unguided, solver):
+    flow, z, y, expected, atol = unguided
+    assert torch.allclose(use(flow, solver).decode(z, y), expected, atol=atol)
+
+
+@pytest.fixture(scope="module", params=[(s, what) for s in ("linear", "annealed") for what in ("both", "a", "mu")], ids=str)
+def guided(request):
+    """A flow, noise, labels, a guidance and the guided images by definition."""
+    flow, guidance = random_flow(std=0.1, blocks=2), Guidance(1.7, *request.param)
     z, y = noise(flow), labels(flow)
-    assert torch.allclose(flow.decode(z, y, guidance), slow_decode(flow, z, y, guidance), atol=1e-8)
+    with torch.no_grad():
+        return flow, z, y, guidance, slow_decode(flow, z, y, guidance)
+
+
+@all_solvers
+def test_every_solver_finds_the_guided_fixed_point(guided, solver):
+    flow, z, y, guidance, expected = guided
+    assert torch.allclose(use(flow, solver).decode(z, y, guidance), expected, atol=1e-8)
 
 
 @all_solvers
@@ -167,7 +180,7 @@ def test_every_block_may_have_a_method_of_its_own(methods):
     assert torch.allclose(x, flow.decode(z, y, 1.5, method="sequential"), atol=1e-8)
 
 
-@all_solvers
+@some_solvers
 @pytest.mark.parametrize("scale", [0.0, 1.5])
 def test_a_single_token_needs_no_pass(solver, scale):
     flow = use(random_flow(image_size=2), solver)
@@ -250,7 +263,7 @@ def test_guidance_of_many_tokens_is_that_of_each(schedule, what):
 # ---- nothing but the images -----------------------------------------------------------------------------------------
 
 
-@all_solvers
+@some_solvers
 @pytest.mark.parametrize("image_size", [2, 6])
 def test_z_and_the_known_images_are_not_written_to(solver, image_size):
     flow = use(random_flow(std=0.1, image_size=image_size), solver)
@@ -261,7 +274,7 @@ def test_z_and_the_known_images_are_not_written_to(solver, image_size):
     assert all(torch.equal(now, then) for now, then in zip((z, given, mask), before, strict=True))
 
 
-@all_solvers
+@some_solvers
 def test_nothing_is_left_on_the_modules(solver):
     flow = use(random_flow(std=0.1), solver)
     before = attributes(flow)
@@ -336,21 +349,19 @@ def test_residual_bounds_that_of_the_returned_tokens(solver, t, tolerance, scale
     flow = random_flow(std=0.05, image_size=16, blocks=2)
     z = noise(flow)
     x, solved = solve(causal_map(flow, t, z, Guidance(scale)), solver, tolerance)
-    assert true_residual(flow, t, z, x, Guidance(scale)) <= solved.residual + 1e-14
+    assert true_residual(flow, t, z, x, Guidance(scale)) <= SLACK * solved.residual + 1e-14
     assert solved.residual <= tolerance
 
 
 @pytest.mark.parametrize("method", ["jacobi", "gauss_seidel"])
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the residual is that of the tokens before the last update"
-)
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the residual is that of the tokens before the last update")
 @torch.no_grad()
 def test_residual_bounds_that_of_the_returned_tokens_where_each_is_ten_times_the_one_before(method):
     flow = elementwise_flow(shift=10.0)
     z = torch.zeros(1, *flow.token_shape, dtype=torch.float64)
     z[:, 0] = 1e-3
     x, solved = solve(causal_map(flow, 1, z), Solver(method), 1e-2)
-    assert true_residual(flow, 1, z, x) <= solved.residual + 1e-14
+    assert true_residual(flow, 1, z, x) <= SLACK * solved.residual + 1e-14
 
 
 @torch.no_grad()
@@ -368,9 +379,9 @@ def test_a_looser_tolerance_takes_no_more_sweeps(solver):
     z, y = noise(flow), labels(flow)
     sweeps = [
         [solved.sweeps for solved in flow.decode(z, y, tolerance=tolerance, return_report=True)[1]]
-        for tolerance in (1e-12, 1e-8, 1e-4, 1e-1)
+        for tolerance in (1e-10, 1e-5, 1e-1)
     ]
-    for tight, loose in zip(sweeps, sweeps[1:], strict=False):
+    for tight, loose in pairwise(sweeps):
         assert all(a >= b for a, b in zip(tight, loose, strict=True))
     if solver.window != 1 and not solver.draft:
         assert sum(sweeps[0]) > sum(sweeps[-1])
@@ -437,7 +448,7 @@ def test_sweeps_that_move_nothing_until_the_end_are_exact(method, monkeypatch):
     assert not solved.fell_back
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
 @parallel_solvers
 def test_an_image_that_is_not_finite_spoils_no_other(solver, bad):
     flow = use(random_flow(std=0.1, blocks=2), solver)
@@ -512,20 +523,26 @@ def test_guesses_that_overflow_do_not_reach_the_images(solver):
 # ---- known pixels ---------------------------------------------------------------------------------------------------
 
 
-@all_solvers
-@pytest.mark.parametrize("scale", [0.0, 1.5])
-@torch.no_grad()
-def test_known_pixels_stay_and_the_others_follow_from_them(solver, scale):
-    flow = use(random_flow(std=0.1, blocks=2), solver)
+@pytest.fixture(scope="module", params=[0.0, 1.5])
+def inpainted(request):
+    """A flow, the arguments of decode with known pixels, and the images by definition."""
+    flow = random_flow(std=0.1, blocks=2)
     z, y, given = noise(flow), labels(flow), images(flow)
     mask = torch.rand(given.shape, generator=torch.Generator().manual_seed(3)) < 0.4
-    x = flow.decode(z, y, scale, known=(given, mask))
-    assert torch.equal(x[mask], given[mask])
-    assert torch.allclose(x, slow_decode(flow, z, y, Guidance(scale), (given, mask)), atol=1e-8)
-    assert (x - flow.decode(z, y, scale))[~mask].abs().max() > 1e-3
+    with torch.no_grad():
+        return flow, (z, y, request.param), (given, mask), slow_decode(flow, z, y, Guidance(request.param), (given, mask))
 
 
 @all_solvers
+def test_known_pixels_stay_and_the_others_follow_from_them(inpainted, solver):
+    flow, arguments, (given, mask), expected = inpainted
+    x = use(flow, solver).decode(*arguments, known=(given, mask))
+    assert torch.equal(x[mask], given[mask])
+    assert torch.allclose(x, expected, atol=1e-8)
+    assert (x - flow.decode(*arguments))[~mask].abs().max() > 1e-3
+
+
+@some_solvers
 def test_all_pixels_known_are_the_given_images_and_none_the_decoded_ones(solver):
     flow = use(random_flow(std=0.1), solver)
     z, y, given = noise(flow), labels(flow), images(flow)

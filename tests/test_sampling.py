@@ -112,6 +112,16 @@ def test_denoising_is_a_step_along_the_numerical_score(noise_std):
     assert torch.allclose(denoised, x + noise_std**2 * score, atol=1e-8)
 
 
+@pytest.mark.parametrize("y", [None, torch.tensor([3, -1, 0]), torch.rand(3, 4, dtype=torch.float64).softmax(dim=1)])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_denoising_in_chunks_equals_denoising_at_once(y, batch_size):
+    flow = random_flow(noise_std=0.3)
+    x = images(flow)
+    denoised = flow.denoise(x, y)
+    assert (denoised - x).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    assert torch.allclose(flow.denoise(x, y, batch_size=batch_size), denoised, atol=1e-12)
+
+
 def test_denoising_gaussian_data_gives_their_posterior_mean():
     # a flow that is the identity is the exact model of N(0, 1) seen with noise; E[clean | x] = (1 - sigma^2) x
     flow = TarFlow(image_size=4, channels=1, patch_size=2, width=16, head_dim=8, noise_std=0.3)
@@ -159,10 +169,15 @@ def test_samples_have_the_flows_dtype():
     assert random_flow(torch.float64).sample(2).dtype == torch.float64
 
 
-def test_auto_is_the_sequential_decoder():
-    flow = random_flow()
-    z = torch.randn(2, *flow.token_shape, dtype=torch.float64)
-    assert torch.equal(flow.decode(z, method="auto"), flow.decode(z, method="sequential"))
+@pytest.mark.parametrize("method", ["auto", "sequential", "jacobi", "gauss_seidel"])
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_neither_method_nor_batch_size_changes_the_samples(method, guidance):
+    flow = random_flow(torch.float32, std=0.1)
+    y = torch.tensor([0, 3, -1, 2, 1])
+    expected = flow.sample(y, guidance=guidance, generator=seeded(), method="sequential")
+    for batch_size in (2, 5):
+        x = flow.sample(y, guidance=guidance, generator=seeded(), method=method, batch_size=batch_size)
+        assert torch.allclose(x, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_undoes_the_patches_last():

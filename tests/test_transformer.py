@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,32 @@ def test_cached_tokens_equal_one_pass(transformer, x, prefix):
     assert torch.allclose(torch.cat([out for out, _ in parts], dim=1), expected, atol=1e-10)
     for layer, state in expected_states.items():
         assert torch.allclose(torch.cat([states[layer] for _, states in parts], dim=1), state, atol=1e-10)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 4])
+@pytest.mark.parametrize("window", [2, 3, N])
+def test_several_cached_tokens_at_once_equal_one_pass(transformer, x, prefix, window):
+    expected, expected_states = transformer(x, hidden=[2])
+    cache = transformer.new_cache(x, N)
+    places = [*range(prefix), *range(prefix, N, window), N]  # the prefix token by token, then in windows
+    parts = [transformer(x[:, i:j], hidden=[2], cache=cache) for i, j in pairwise(places)]
+    assert cache.filled == N
+    assert torch.allclose(torch.cat([out for out, _ in parts], dim=1), expected, atol=1e-10)
+    assert torch.allclose(torch.cat([states[2] for _, states in parts], dim=1), expected_states[2], atol=1e-10)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 5])
+@pytest.mark.parametrize("window", [1, 2, N])
+def test_tokens_taken_back_from_the_cache_leave_no_trace(transformer, x, kept, window):
+    other = torch.cat([x[:, :kept], torch.randn(2, N - kept, WIDTH, dtype=torch.float64)], dim=1)
+    expected = transformer(other)[0]
+    cache = transformer.new_cache(x, N)
+    transformer(x[:, :5], cache=cache)
+    transformer(x[:, 5:], cache=cache)
+    cache.filled = kept
+    found = [transformer(other[:, i : i + window], cache=cache)[0] for i in range(kept, N, window)]
+    assert cache.filled == N
+    assert torch.allclose(torch.cat(found, dim=1), expected[:, kept:], atol=1e-10)
 
 
 def test_cache_is_allocated_once_and_nothing_stays_on_the_modules(transformer, x):

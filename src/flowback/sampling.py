@@ -71,7 +71,9 @@ class Request:
     def __post_init__(self) -> None:
         for name, least in (("num", 1), ("seed", 0), ("rank", 1), ("refine", 0)):
             if getattr(self, name) < least:
-                raise InputError(f"{name} {getattr(self, name)} is not usable; allowed is a whole number of at least {least}")
+                raise InputError(
+                    f"{name} {getattr(self, name)} is not usable; allowed is a whole number of at least {least}"
+                )
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"temperature {self.temperature} is not usable; allowed is a number above 0")
         if self.precision not in ("32-true", "bf16-mixed"):

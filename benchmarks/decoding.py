@@ -1,0 +1,162 @@
+"""Decoding against a textbook decoder, and against the arithmetic bound, on a trained flow, measured in one run.
+
+    python benchmarks/decoding.py RUN [--batches 1,8,32] [--guidance 0,2] [--repeats 3] [--device auto] [--json FILE]
+
+The textbook decoder is the published TARFlow code's way, written out here: token by token, keys and values in lists
+that are concatenated at every token, and with guidance two separate passes. Beside it our sequential loop, and `auto`
+as calibrated first. For each, seconds a batch (the least of the repeats, which alternate), and for the result:
+
+- error: largest difference from the textbook's images, which are in about [-1, 1];
+- bound: the time over that of one forward pass' matrix products at the machine's measured GEMM speed;
+- bfloat16: largest and root-mean-square error of decoding under autocast, and its time over that of float32.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowback.flows import TarFlow
+from flowback.flows.block import affine_decode
+from flowback.flows.calibration import calibrate
+from flowback.flows.patches import unpatchify
+from flowback.quickstart import machine
+from flowback.sampling import pick_device
+from flowback.training.checkpoint import load_flow
+
+
+class ListCache:
+    """Keys and values as the published code keeps them: lists, concatenated whenever they are read."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, list[Tensor]] = {}
+        self.values: dict[int, list[Tensor]] = {}
+        self.filled = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `k, v [B, heads, 1, head_dim]`; return those of all tokens so far."""
+        self.keys.setdefault(layer, []).append(k)
+        self.values.setdefault(layer, []).append(v)
+        return torch.cat(self.keys[layer], dim=2), torch.cat(self.values[layer], dim=2)
+
+
+def textbook(flow: TarFlow, z: Tensor, y: Tensor, guidance: float) -> Tensor:
+    """Images `[B, C, H, W]` from noise `[B, N, D]`, token by token."""
+    conditional = flow.class_weights(y, len(z))
+    unconditional = torch.full_like(conditional, 1 / flow.num_classes)
+    for block in reversed(flow.blocks):
+        z = block.reorder(z)
+        x = z.clone()
+        cache, cache_unconditional = ListCache(), ListCache()
+        for d in range(1, z.shape[1]):
+            mu, a, _ = block.predict_next(x[:, d - 1 : d], conditional, cache=cache)
+            if guidance:
+                mu_u, a_u, _ = block.predict_next(x[:, d - 1 : d], unconditional, cache=cache_unconditional)
+                mu, a = mu + guidance * (mu - mu_u), a + guidance * (a - a_u)
+            x[:, d : d + 1] = affine_decode(z[:, d : d + 1], mu, a)
+        z = block.reorder(x)
+    return unpatchify(z, flow.config.patch_size, flow.image_size)
+
+
+def gemm_speed(device: torch.device, size: int = 2048) -> float:
+    """Floating-point operations a second of a large square product in float32."""
+    a, b = torch.randn(2, size, size, device=device)
+    return 2 * size**3 / min(clock(lambda: a @ b, device)[0] for _ in range(10))
+
+
+def clock(run, device: torch.device) -> tuple[float, Tensor]:
+    """Seconds of a call, and its result."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("run")
+    options.add_argument("--batches", default="1,8,32")
+    options.add_argument("--guidance", default="0,2")
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--device", default="auto")
+    options.add_argument("--json", default=None)
+    o = options.parse_args()
+    device = pick_device(o.device)
+    flow, weights = load_flow(o.run)
+    flow.to(device)
+    batches = [int(word) for word in o.batches.split(",")]
+    scales = [float(word) for word in o.guidance.split(",")]
+    millions = sum(p.numel() for p in flow.parameters()) / 1e6
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
+    print(f"{millions:.1f}M parameters, {flow.token_shape[0]} tokens, {weights} of {o.run}, on {where}")
+    calibrate(flow, sorted({B * (2 if w else 1) for B in batches for w in scales}), report=print)
+    speed = gemm_speed(device)
+    print(f"GEMM speed {speed / 1e9:.0f} GFLOP/s")
+
+    rows = []
+    for B in batches:
+        for w in scales:
+            z = torch.randn(B, *flow.token_shape, generator=torch.Generator().manual_seed(0)).to(device)
+            y = (torch.arange(B) % flow.num_classes).to(device)
+            with FlopCounterMode(display=False) as counter:
+                flow.encode(torch.zeros(B, flow.channels, flow.image_size, flow.image_size, device=device), y)
+            bound = counter.get_total_flops() * (2 if w else 1) / speed
+            ways = {
+                "textbook": lambda z=z, y=y, w=w: textbook(flow, z, y, w),
+                "sequential": lambda z=z, y=y, w=w: flow.decode(z, y, w, method="sequential"),
+                "auto": lambda z=z, y=y, w=w: flow.decode(z, y, w),
+            }
+
+            def low(z: Tensor = z, y: Tensor = y, w: float = w) -> Tensor:
+                with torch.autocast(device.type, torch.bfloat16):
+                    return flow.decode(z, y, w)
+
+            ways["bfloat16"] = low
+            times = dict.fromkeys(ways, math.inf)
+            images = {}
+            for _ in range(o.repeats):
+                for name, way in ways.items():
+                    seconds, images[name] = clock(way, device)
+                    times[name] = min(times[name], seconds)
+            difference = images["bfloat16"] - images["sequential"]
+            row = {
+                "batch": B,
+                "guidance": w,
+                "seconds": {name: round(value, 4) for name, value in times.items()},
+                "speedup": round(times["textbook"] / times["auto"], 2),
+                "speedup_sequential": round(times["textbook"] / times["sequential"], 2),
+                "error": float((images["auto"] - images["textbook"]).abs().max()),
+                "over_bound": round(times["auto"] / bound, 2),
+                "bfloat16_error": {
+                    "largest": float(difference.abs().max()),
+                    "rms": float(difference.square().mean().sqrt()),
+                },
+                "bfloat16_time": round(times["bfloat16"] / times["auto"], 2),
+            }
+            rows.append(row)
+            s = row["seconds"]
+            print(
+                f"batch {B:2}  guidance {w:g}   textbook {s['textbook']:7.3f} s   sequential {s['sequential']:7.3f} s   "
+                f"auto {s['auto']:7.3f} s ({B / times['auto']:6.2f} images/s, {times['auto'] / B:.3f} s/image)   "
+                f"{row['speedup']:5.2f}x   error {row['error']:.0e}   {row['over_bound']:5.1f}x the bound   "
+                f"bfloat16: {row['bfloat16_time']:.2f}x, rms error {row['bfloat16_rms_error']:.0e}",
+                flush=True,
+            )
+    if o.json:
+        facts = {"machine": where, "run": o.run, "weights": weights, "parameters_millions": round(millions, 2)}
+        facts |= {"tokens": flow.token_shape[0], "gemm_gflops": round(speed / 1e9), "repeats": o.repeats, "rows": rows}
+        Path(o.json).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
