@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from flowback.flows import Guidance, TarFlow
-from flowback.flows.decoders import CausalMap, Solver, solve, sweep_all
+from flowback.flows.decoders import CausalMap, Solver, solve, sweep
 from flowback.training.checkpoint import load_flow
 
 TARGET = 1e-4
@@ -32,7 +32,7 @@ def errors_by_sweep(flow: TarFlow, batch: int) -> dict[int, list[float]]:
         true, x = F.block.reorder(tokens), F.start()
         errors[t] = [float((x - true).abs().max())]
         while errors[t][-1] > SMALLEST and len(errors[t]) <= F.tokens:
-            sweep_all(F, x)
+            x, _ = sweep(F, x)
             errors[t].append(float((x - true).abs().max()))
     return errors
 

@@ -4,7 +4,7 @@ from torch.autograd.functional import jacobian
 
 from builders import normal_
 from flowback.flows.block import FlowBlock, affine_decode, affine_encode
-from flowback.flows.decoders import sequential
+from flowback.flows.decoders import CausalMap, Solver, solve
 from flowback.flows.guidance import Guidance
 
 N, D, WIDTH, K = 5, 3, 16, 4
@@ -32,7 +32,8 @@ def test_decode_inverts_encode(flip, bound, num_classes):
     x, classes = inputs(num_classes)
     out = block(x, classes)
     assert (out.z - x).abs().max() > 0.1  # the block does something
-    assert torch.allclose(sequential(block, out.z, classes, Guidance()), x, atol=1e-10)
+    decoded, _ = solve(CausalMap(block, out.z, classes, Guidance()), Solver("sequential"), 0.0)
+    assert torch.allclose(decoded, x, atol=1e-10)
 
 
 @both_orders

@@ -18,7 +18,7 @@ from flowback.flows.guidance import Guidance
 if TYPE_CHECKING:
     from flowback.flows.tarflow import TarFlow
 
-FILE = "decoding.json"
+FILE, FORMAT = "decoding.json", 1
 ROWS = (1, 2, 8, 32)  # batch sizes that are measured; a guided image counts as two rows
 FEW_ROWS = 4  # up to so many, sweeps are taken to pay where nothing was measured
 
@@ -43,12 +43,12 @@ class Calibration:
 
     def solvers(self, rows: int) -> list[Solver]:
         """The solvers measured for the nearest number of rows, on a logarithmic scale."""
-        nearest = min(self.rows, key=lambda measured: abs(math.log(measured / rows)))
+        nearest = min(self.rows, key=lambda measured: abs(math.log(measured / max(rows, 1))))
         return [measurement.solver for measurement in self.rows[nearest]]
 
     def save(self, folder: Path) -> None:
         """Write `decoding.json`."""
-        (folder / FILE).write_text(json.dumps({"format": 1, **asdict(self)}, indent=1) + "\n")
+        (folder / FILE).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Calibration | None":
@@ -62,10 +62,14 @@ class Calibration:
             return None
         try:
             content = json.loads(file.read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}, not {FORMAT}")
             rows = {
                 int(rows): [Measurement(**{**m, "solver": Solver(**m["solver"])}) for m in measurements]
                 for rows, measurements in content["rows"].items()
             }
+            if min(rows, default=1) < 1:
+                raise ValueError(f"{min(rows)} rows")
             return cls(content["machine"], rows)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{file} is not a calibration ({error}); it can be deleted and made anew") from None

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowback.errors import InputError
 from flowback.flows.block import FlowBlock, affine_decode
 from flowback.flows.guidance import Guidance
 from flowback.nn import Cache, KVCache
 
+METHODS = ("sequential", "jacobi", "gauss_seidel")
 JACOBI_SHARE = 0.25  # of N sweeps, after which Jacobi gives up
 WORK_LIMIT = 16  # runs of every token, on average, after which Gauss-Seidel goes on with one token at a time
 DRAFT_SWEEPS, DRAFT_TOLERANCE = 16, 0.03  # bfloat16 does not come closer than some hundredths
@@ -44,6 +46,12 @@ class Solver:
     window: int | None = None
     draft: bool = False
 
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"decoding method {self.method!r} does not exist; allowed: {', '.join(METHODS)}")
+        if self.window is not None and not (isinstance(self.window, int) and self.window >= 1):
+            raise InputError(f"window {self.window!r} is not usable; allowed is a whole number of at least 1, or None")
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -52,7 +60,7 @@ class Solved:
     solver: Solver
     sweeps: int  # passes through the block's transformer, whatever their number of tokens
     tokens: int  # tokens in all these passes, per image; N - 1 is the least
-    residual: float  # the largest update that was accepted, `|F(x) - x| / max(1, |x|)`; 0 if every token is exact
+    residual: float  # largest `|F(x) - x| / max(1, |x|)` of the x returned; 0 if every token is exact
     fell_back: bool = False  # it did not converge in time, and the sequential loop was run
 
 
@@ -93,7 +101,7 @@ class CausalMap:
 
     def start(self) -> Tensor:
         """A first guess of x `[B, N, D]`: z itself. Its first token is right."""
-        return self._with_known(self.z.clone(), 0)
+        return self._with_known(torch.cat([self.z[:, :1], _usable(self.z[:, 1:])], dim=1), 0)
 
     def new_cache(self) -> KVCache:
         """An empty cache for all tokens."""
@@ -117,13 +125,14 @@ def sequential(F: CausalMap, solver: Solver, tolerance: float) -> tuple[Tensor, 
 def jacobi(F: CausalMap, solver: Solver, tolerance: float) -> tuple[Tensor, Solved]:
     """All tokens at once until none moves by more than the tolerance, or else the sequential loop."""
     x, N = F.start(), F.tokens
-    sweeps = draft(F, x) if solver.draft else 0
+    x, sweeps = draft(F, x) if solver.draft else (x, 0)
     most = sweeps + max(1, round(JACOBI_SHARE * N))
-    update = float("inf") if N > 1 else 0.0
-    while update > tolerance and sweeps < most:
-        update, sweeps = sweep_all(F, x), sweeps + 1
-    if update <= tolerance:
-        return x, Solved(solver, sweeps, sweeps * (N - 1), update)
+    while sweeps < most:
+        new, update = sweep(F, x)
+        sweeps += 1
+        if update <= tolerance:
+            return x, Solved(solver, sweeps, sweeps * (N - 1), update)
+        x = new
     x, _ = sequential(F, solver, tolerance)
     return x, Solved(solver, sweeps + N - 1, (sweeps + 1) * (N - 1), 0.0, fell_back=True)
 
@@ -131,44 +140,50 @@ def jacobi(F: CausalMap, solver: Solver, tolerance: float) -> tuple[Tensor, Solv
 def gauss_seidel(F: CausalMap, solver: Solver, tolerance: float) -> tuple[Tensor, Solved]:
     """A window of tokens after the final ones; at least its first becomes final in every sweep."""
     x, cache, N = F.start(), F.new_cache(), F.tokens
-    sweeps = draft(F, x) if solver.draft else 0
+    x, sweeps = draft(F, x) if solver.draft else (x, 0)
     done, run, residual, fell_back = 0, sweeps * (N - 1), 0.0, False  # tokens 0 … done are final
     while done < N - 1:
         fell_back = fell_back or run > WORK_LIMIT * N
         n = 1 if fell_back else min(solver.window or N, N - 1 - done)
-        window = slice(done + 1, done + 1 + n)
+        end = done + 1 + n
         new = F.next(x[:, done : done + n], done, cache)
-        moves = _moved(new, x[:, window]).amax(dim=(0, 2))
-        x[:, window] = new
-        still = int((moves[:-1] <= tolerance).cumprod(0).sum())  # tokens whose successors saw their final values
+        moves = _moved(new, x[:, done + 1 : end])
+        still = int((moves[:-1] <= tolerance).cumprod(0).sum())  # tokens that stay as the cache has them
         residual = max([residual, *moves[:still].tolist()])
         sweeps, run, done = sweeps + 1, run + n, done + 1 + still
+        x[:, done] = new[:, still]  # exact, given those before; what follows is the next guess
+        x[:, done + 1 : end] = _usable(new[:, still + 1 :])
         cache.filled = done
     return x, Solved(solver, sweeps, run, residual, fell_back)
 
 
-def draft(F: CausalMap, x: Tensor) -> int:
-    """Bring a first guess `x [B, N, D]` near the fixed point, in place, by sweeps in bfloat16. Returns their number."""
+def draft(F: CausalMap, x: Tensor) -> tuple[Tensor, int]:
+    """Bring a guess `x [B, N, D]` near the fixed point by sweeps in bfloat16; returned with their number."""
+    sweeps, update = 0, float("inf")
     with torch.autocast(x.device.type, torch.bfloat16):
-        for sweep in range(1, DRAFT_SWEEPS + 1):
-            if sweep_all(F, x) <= DRAFT_TOLERANCE:
-                return sweep
-    return DRAFT_SWEEPS
+        while sweeps < DRAFT_SWEEPS and not update <= DRAFT_TOLERANCE:
+            (x, update), sweeps = sweep(F, x), sweeps + 1
+    return x, sweeps
 
 
-def sweep_all(F: CausalMap, x: Tensor) -> float:
-    """`x <- F(x)` in place for all tokens `[B, N, D]`. Returns the largest update."""
+def sweep(F: CausalMap, x: Tensor) -> tuple[Tensor, float]:
+    """F of all tokens of a guess `x [B, N, D]`, as the next guess, and `|F(x) - x| / max(1, |x|)`."""
     if x.shape[1] == 1:
-        return 0.0
+        return x, 0.0
     new = F.next(x[:, :-1])
-    update = float(_moved(new, x[:, 1:]).max())
-    x[:, 1:] = new
-    return update
+    return torch.cat([x[:, :1], _usable(new)], dim=1), float(_moved(new, x[:, 1:]).max())
+
+
+def _usable(guess: Tensor) -> Tensor:
+    """A guess that overflowed is none: attention would spread it, times zero, to tokens that do not depend on it."""
+    return torch.where(guess.isfinite(), guess, 0)
 
 
 def _moved(new: Tensor, old: Tensor) -> Tensor:
-    """How far numbers moved: absolutely where they are small, relatively where they are large."""
-    return (new - old).abs() / new.abs().clamp(min=1)
+    """How far the tokens of `[B, n, D]` moved at most, `[n]`: absolutely if they are small, or else relatively."""
+    if not new.numel():
+        return new.new_zeros(new.shape[1])
+    return ((new - old).abs() / old.abs().clamp(min=1)).amax(dim=(0, 2))
 
 
 def default_tolerance(like: Tensor) -> float:
@@ -179,7 +194,7 @@ def default_tolerance(like: Tensor) -> float:
 
 
 Decoder = Callable[[CausalMap, Solver, float], tuple[Tensor, Solved]]
-DECODERS: dict[str, Decoder] = {"sequential": sequential, "jacobi": jacobi, "gauss_seidel": gauss_seidel}
+DECODERS: dict[str, Decoder] = dict(zip(METHODS, (sequential, jacobi, gauss_seidel), strict=True))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from flowback.errors import InputError
+from flowback.flows.calibration import FILE as CALIBRATION
 
 if TYPE_CHECKING:
     from flowback.flows.tarflow import TarFlow
@@ -24,6 +25,8 @@ def save_folder(flow: "TarFlow", folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if flow.calibration is not None:
         flow.calibration.save(folder)
+    else:
+        (folder / CALIBRATION).unlink(missing_ok=True)  # of another flow
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def pretrained_folder(path_or_hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=["config.json", "model.safetensors", CALIBRATION]))
     except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path_or_hub_id} is no local folder and the hub did not give it ({reason})") from None

@@ -296,7 +296,7 @@ class TarFlow(nn.Module):
         if guidance.scale and classes is not None:
             classes = torch.cat([classes, torch.full_like(classes, 1 / self.num_classes)])
         solvers = self.solvers(method, len(z) if not guidance.scale else 2 * len(z))
-        given = None if known is None else (self.tokenize(known[0]), self.tokenize(known[1].expand_as(known[0])))
+        given = None if known is None else self._known_tokens(*known, batch=len(z))
         tokens, report = z, []
         for t in range(self.config.blocks, 0, -1):
             block: Any = self.blocks[t - 1]
@@ -305,6 +305,12 @@ class TarFlow(nn.Module):
             report.insert(0, solved)
         x = unpatchify(tokens, self.config.patch_size, self.image_size)
         return (x, report) if return_report else x
+
+    def _known_tokens(self, x: Tensor, where: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        tokens = self.tokenize(x)
+        if len(x) != batch or where.dtype != torch.bool:
+            raise InputError(f"{len(x)} known images, their places as {where.dtype}; allowed: {batch}, and booleans")
+        return tokens, self.tokenize(where.expand_as(x))
 
     def solvers(self, method: str | Sequence[str], rows: int) -> list[Solver]:
         """The solver of each block, block 1 first, for `method` as in `decode`; `rows` are images, twice if guided.
@@ -336,8 +342,8 @@ class TarFlow(nn.Module):
         classes = self.class_weights(y, len(x))
         parts = []
         for start in range(0, len(x), batch_size):
-            weights = None if classes is None else classes[start : start + batch_size]
             with torch.inference_mode(False), torch.enable_grad():
+                weights = None if classes is None else classes[start : start + batch_size].clone()
                 part = x[start : start + batch_size].detach().clone().requires_grad_()
                 (score,) = torch.autograd.grad(self.log_prob(part, weights).sum(), part)
             parts.append(part.detach() + self.config.noise_std**2 * score)
