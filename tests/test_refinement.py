@@ -1,13 +1,16 @@
 """Ranking and refinement by the flow's own likelihood, against plain definitions."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from builders import images, random_flow
 from flowback import InputError
+from flowback.alignment.strategies import _decode_with_graph
 from flowback.classify import RULES, classify
+from flowback.flows.adjoint import latent_gradient
 from flowback.refinement import OBJECTIVES, agreement, contrast, posterior, rank, refine
 
 objectives = pytest.mark.parametrize("objective", OBJECTIVES)
@@ -169,6 +172,42 @@ def test_the_first_step_follows_the_gradient_through_the_decoder(objective, bloc
     turned = refine(flow, z, LABELS, 1, angle, objective)
     found = (turned / z.norm(dim=(1, 2), keepdim=True) - math.cos(angle) * z_hat) / math.sin(angle)
     assert (found - tangent).norm(dim=(1, 2)).max() < 0.01  # the series of the adjoint ends at a thousandth
+
+
+def refined_plainly(flow, z, y, steps, angle, objective, guidance):
+    """One image `[1, N, D]`, with autograd through the token-by-token decode, of the unguided flow."""
+
+    def value_and_gradient(z):
+        x = flow.decode(z, y, guidance).requires_grad_()
+        value = objective(flow, x, y)
+        (gradient,) = torch.autograd.grad(value, x)
+        tokens = start = flow.encode(x.detach(), y)[0].detach().requires_grad_()
+        for block in reversed(flow.blocks):
+            tokens = _decode_with_graph(block, tokens, flow.class_weights(y, 1))
+        return value.item(), torch.autograd.grad(tokens, start, flow.tokenize(gradient))[0]
+
+    value, gradient = value_and_gradient(z)
+    for _ in range(steps):
+        z_hat = z / z.norm()
+        tangent = gradient - (gradient * z_hat).sum() * z_hat
+        turned = z.norm() * (math.cos(angle) * z_hat + math.sin(angle) * tangent / tangent.norm())
+        new_value, new_gradient = value_and_gradient(turned)
+        if new_value > value:
+            z, value, gradient = turned, new_value, new_gradient
+        else:
+            angle /= 2
+    return z
+
+
+@objectives
+@pytest.mark.parametrize("angle", [0.1, 1.5])
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_refining_is_a_plain_ascent_on_the_sphere(objective, angle, guidance, monkeypatch):
+    monkeypatch.setattr("flowback.refinement.latent_gradient", partial(latent_gradient, tolerance=1e-14))
+    flow = a_flow()
+    z, arguments = noises(flow, 6), (4, angle, OBJECTIVES[objective], guidance)
+    expected = [refined_plainly(flow, z[i : i + 1], LABELS[i : i + 1], *arguments) for i in range(6)]
+    assert torch.allclose(refine(flow, z, LABELS, 4, angle, objective, guidance), torch.cat(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
