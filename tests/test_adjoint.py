@@ -121,3 +121,21 @@ def test_nothing_but_the_result_is_left_behind(mode):
     assert found.abs().min() > 0
     assert all(p.grad is None for p in flow.parameters())
     assert all(p.requires_grad for p in flow.parameters())
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    flow = random_flow(std=0.2)
+    x, y, gradient = images(flow, 3), torch.tensor([0, 3, -1]), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    gradient[0] *= 1e6
+    together = latent_gradient(flow, x, y, gradient, tolerance=1e-2)
+    for i in range(3):
+        alone = latent_gradient(flow, x[i : i + 1], y[i : i + 1], gradient[i : i + 1], tolerance=1e-2)
+        assert torch.allclose(together[i], alone[0], rtol=1e-9)
+
+
+def test_an_image_that_is_not_finite_leaves_the_others_alone():
+    flow = random_flow(std=0.2)
+    x, y, gradient = images(flow, 2), torch.tensor([0, 3]), torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    expected = latent_gradient(flow, x[1:], y[1:], gradient[1:], tolerance=1e-12)
+    x[0] = float("nan")
+    assert torch.allclose(latent_gradient(flow, x, y, gradient, tolerance=1e-12)[1], expected[0], rtol=1e-9)

@@ -78,6 +78,28 @@ def test_fashion_mnist_reads_plain_and_gzipped_idx(tmp_path):
     assert len(data.held_out) == 10
 
 
+@pytest.mark.parametrize(("size", "before"), [(28, 0), (29, 0), (32, 2)])
+def test_fashion_mnist_is_padded_with_zeros_around_its_middle(tmp_path, size, before):
+    write_fashion(tmp_path)
+    own, padded = (load_data(DataConfig(name="fashion_mnist", path=str(tmp_path), image_size=s)) for s in (None, size))
+    assert (own.image_size, padded.image_size) == (28, size)
+    for small, large in ((own.train, padded.train), (own.held_out, padded.held_out)):
+        everything = range(len(small))
+        expected = torch.zeros(len(small), 1, size, size, dtype=torch.uint8)
+        expected[..., before : before + 28, before : before + 28] = small[everything][0]
+        assert torch.equal(large[everything][0], expected)
+        assert torch.equal(large.labels, small.labels)
+
+
+@pytest.mark.parametrize("size", [1, 16, 27])
+def test_fashion_mnist_smaller_than_it_is_is_refused(tmp_path, size):
+    write_fashion(tmp_path)
+    with pytest.raises(
+        InputError, match=rf"^data\.image_size is {size}; allowed for fashion_mnist is at least 28, by padding$"
+    ):
+        load_data(DataConfig(name="fashion_mnist", path=str(tmp_path), image_size=size))
+
+
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
 def test_fashion_mnist_is_found_where_debian_puts_it():
     data = load_data(DataConfig(name="fashion_mnist"))
@@ -209,3 +231,9 @@ def test_steps_have_noise_of_their_own():
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[3])
+
+
+def test_digits_have_one_size():
+    assert load_data(DataConfig(image_size=8)).image_size == 8
+    with pytest.raises(InputError, match="data.image_size is 16; allowed for digits is 8"):
+        load_data(DataConfig(image_size=16))

@@ -7,6 +7,7 @@ So work can be cut into parts, done by several processes, interrupted and taken 
     samples.npz         the ADM evaluation format: arr_0 uint8 [n, H, W, C], and the labels as arr_1
 """
 
+import hashlib
 import json
 import os
 import queue
@@ -27,7 +28,7 @@ from flowback.errors import InputError
 from flowback.evaluation.pictures import save_grid, save_png, to_uint8
 from flowback.flows import Guidance, TarFlow
 from flowback.refinement import rank, refine
-from flowback.seeds import keyed_generator
+from flowback.seeds import keyed_normal
 from flowback.training.checkpoint import load_flow
 from flowback.training.log import Bar
 
@@ -80,6 +81,8 @@ class Request:
             raise InputError(f"precision is {self.precision!r}; allowed: 32-true, bf16-mixed")
         if (self.rank > 1 or self.refine) and min(self.labels) < 0:
             raise InputError("rank and refine need labels to agree with; allowed are flows with classes")
+        if self.seed >= 2**63:
+            raise InputError(f"seed {self.seed} is not usable; allowed is a number below 2^63")
         Guidance(self.guidance, self.schedule, self.guide)
 
 
@@ -123,8 +126,15 @@ def draw(flow: TarFlow, request: Request, part: int, method: str, batch_size: in
 
 def noise(flow: TarFlow, seed: int, number: int, candidates: int = 1) -> Tensor:
     """The noise of image `number`, `[candidates, N, D]`, drawn on the CPU so that every device gets the same."""
-    streams = (keyed_generator(seed, number, candidate) for candidate in range(candidates))
-    return torch.stack([torch.randn(flow.token_shape, generator=stream) for stream in streams])
+    return torch.stack([keyed_normal(flow.token_shape, seed, number, candidate) for candidate in range(candidates)])
+
+
+def fingerprint(flow: TarFlow) -> str:
+    """A hash of the flow's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in flow.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Store:
@@ -134,8 +144,8 @@ class Store:
     PNGs is its own store, with `.flowback` in it. Either holds the request, so that only the same one goes on with it.
     """
 
-    def __init__(self, output: Path, request: Request) -> None:
-        self.output, self.request = output, request
+    def __init__(self, output: Path, request: Request, flow: TarFlow) -> None:
+        self.output, self.request, self.flow = output, request, flow
         self.is_folder = not output.suffix
         self.folder = output / ".flowback" if self.is_folder else output.with_name(output.name + ".parts")
         self.parts = range(-(-request.num // PART))
@@ -146,12 +156,17 @@ class Store:
         Raises:
             InputError: if there is an output that does not belong to this request.
         """
-        text = json.dumps(asdict(self.request), indent=1) + "\n"
+        text = json.dumps({**asdict(self.request), "model": fingerprint(self.flow)}, indent=1) + "\n"
         file = self.folder / "request.json"
         if file.exists():
             if file.read_text() != text:
-                raise InputError(f"{self.output} was begun by another request; allowed: the same one, or another --output")
+                raise InputError(
+                    f"{self.folder} was begun by another request or with other weights; allowed: the same, another output, "
+                    "or to delete it"
+                )
             return
+        if self.folder.is_dir():
+            raise InputError(f"{self.folder} does not say what it was begun for; allowed: another output, or to delete it")
         if self.is_folder and self.output.is_dir() and any(self.output.iterdir()):
             raise InputError(f"{self.output} holds other files; allowed is a new or empty folder")
         if not self.is_folder and self.output.is_dir():
@@ -187,7 +202,10 @@ class Store:
             images = torch.from_numpy(np.concatenate([self._load(part) for part in self.parts]))
             columns = max(1, round(self.request.num**0.5))
             _write_whole(self.output, lambda path: save_grid(images.permute(0, 3, 1, 2), path, columns))
-        shutil.rmtree(self.folder)
+        old = self.folder.with_name(f".{self.folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        self.folder.rename(old)  # at once: half a store would mislead
+        shutil.rmtree(old)
 
     def _note(self, part: int) -> Path:
         return self.folder / f"part_{part:06d}.json"
@@ -234,7 +252,7 @@ def sample_to_disk(
     if output.suffix and output.suffix.lower() not in (".png", ".npz"):
         raise InputError(f"output {output} is not known; allowed: a .png file for a grid, an .npz file, or a folder")
     flow = _prepare(request, method, device, 0)
-    store = Store(output, request)
+    store = Store(output, request, flow)
     store.open()
     missing = store.missing()
     with Bar(str(output), request.num, request.num - _images(missing, request.num)) as bar:
@@ -295,7 +313,8 @@ def _work(
     """What one process does: its parts, and a word on each."""
     try:
         torch.set_num_threads(threads)
-        flow, store = _prepare(request, method, device, turn), Store(output, request)
+        flow = _prepare(request, method, device, turn)
+        store = Store(output, request, flow)
         for part in parts:
             store.write(*draw(flow, request, part, method, batch_size))
             done.put(part)
@@ -326,7 +345,7 @@ def pick_device(name: str, turn: int = 0) -> torch.device:
         return torch.device(found.type, turn % torch.accelerator.device_count())
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).tolist()
     except Exception as error:  # each backend raises its own
         known = "cpu" if found is None else f"cpu, {found.type}"
         raise InputError(f"device {name!r} is not here ({str(error).splitlines()[0]}); allowed: auto, {known}") from None

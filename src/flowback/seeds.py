@@ -1,10 +1,19 @@
 """Random streams that are functions of their key, so that what is drawn depends on no order of work."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A generator seeded by a tuple of numbers; different tuples give independent streams."""
+    """A torch generator seeded by a tuple of numbers. Torch uses 32 bits of a seed: enough for steps, not for images."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def keyed_normal(shape: Sequence[int], *key: int) -> Tensor:
+    """Standard normal numbers in float32, from a stream of their own for every tuple of numbers."""
+    stream = np.random.Generator(np.random.Philox(np.random.SeedSequence([len(key), *key])))
+    return torch.from_numpy(stream.standard_normal(tuple(shape), dtype=np.float32))

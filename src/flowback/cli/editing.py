@@ -70,6 +70,8 @@ def _encode(options: Namespace) -> int:
     with torch.no_grad():
         z, log_det = flow.encode(images, y)
         log_prob = flow.log_prob(images, y)
+    if output.is_dir():
+        raise InputError(f"output {output} is a folder; allowed is a file's name")
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file({"z": z, "log_det": log_det, "log_prob": log_prob, "labels": y}, output)
     say(f"z {list(z.shape)}, log_det, log_prob and labels of {len(z)} images in {output}")
@@ -84,9 +86,11 @@ def _decode(options: Namespace) -> int:
     flow, _ = load_flow(options.run, options.weights)
     try:
         content = load_file(options.file)
-        z, y = content["z"], content["labels"]
+        z, y = content["z"].to(next(flow.parameters()).dtype), content["labels"]
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{options.file} is not a file that encode wrote ({error})") from None
+    if not len(z):
+        raise InputError(f"{options.file} holds no images; allowed is at least one")
     if options.labels:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(z))
     save_images(flow.decode(z, y), output)
@@ -117,8 +121,8 @@ def _swap(options: Namespace) -> int:
 
 def _inpaint(options: Namespace) -> int:
     output = checked_output(options, ".png")
-    if options.num < 1:
-        raise InputError(f"--num {options.num} is not usable; allowed is a whole number of at least 1")
+    if options.num < 1 or not 0 <= options.seed < 2**63:
+        raise InputError(f"--num {options.num}, --seed {options.seed}: allowed are at least 1, and 0 to 2^63 - 1")
     flow, images, y = flow_and_images(options)
     mask = _mask(options, flow)
     many = images.repeat_interleave(options.num, dim=0)

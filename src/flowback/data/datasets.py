@@ -188,6 +188,8 @@ def limit_indices(count: int, config: DataConfig) -> Tensor:
 def _digits(config: DataConfig) -> ImageSet:
     from sklearn.datasets import load_digits
 
+    if config.image_size not in (None, 8):
+        raise InputError(f"data.image_size is {config.image_size}; allowed for digits is 8, or null")
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.uint8)[:, None]  # pyright: ignore[reportAttributeAccessIssue]
     labels = torch.from_numpy(bunch.target).long()  # pyright: ignore[reportAttributeAccessIssue]

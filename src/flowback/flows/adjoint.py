@@ -39,13 +39,16 @@ def solve_adjoint(g: Tensor, x_in: Tensor, out: BlockOutput, terms: int, toleran
         x_in: the block's input, a leaf of the graph of `out`.
         out: what the block returned for it.
         terms: how many to take at most; N - 1 for all.
-        tolerance: the series ends early where a term is smaller than this share of the sum.
+        tolerance: the series of an image ends early where a term is smaller than this share of the sum.
     """
     scale = (x_in - out.mu).detach()  # d(exp(a) x^t + mu)/da = x^t exp(a) = x^(t-1) - mu
     u, term = g, g
     for k in range(terms):
-        if tolerance and not term.norm() > tolerance * u.norm():  # also where they are not finite
-            return u, k
+        if tolerance:  # for each image by itself; one that is not finite ends
+            open_ended = term.norm(dim=(1, 2)) > tolerance * u.norm(dim=(1, 2))
+            if not open_ended.any():
+                return u, k
+            term = torch.where(open_ended[:, None, None], term, 0)
         (term,) = restricted_grad((out.mu, out.a), (x_in,), (term, term * scale))
         u = u + term
     return u, terms

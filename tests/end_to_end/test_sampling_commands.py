@@ -1,0 +1,366 @@
+"""The verbs that draw and edit images, as a user runs them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from flowback import TarFlow
+from flowback.cli import main
+
+SMALL = ["--flow.width=32", "--flow.blocks=2", "--flow.layers=1", "--flow.patch_size=4", "--flow.noise_std=0.2"]
+SMALL += [
+    "--data.limit=64",
+    "--train.batch_size=16",
+    "--train.warmup=2",
+    "--train.lr=0.01",
+    "--train.ema=0.9",
+    "--train.eval_images=20",
+]
+CELL = 34  # an image in a grid: 8 pixels, enlarged fourfold, and a line of 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    os.environ["FLOWBACK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["train", f"--run={folder}", "--train.steps=40", *SMALL]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> list[str]:
+    """Files of three digits: 0, 1, 2."""
+    folder = tmp_path_factory.mktemp("digits")
+    for k, image in enumerate(load_digits().images[:3]):
+        Image.fromarray((image * 15).astype(np.uint8)).save(folder / f"{k}.png")
+    return [str(folder / f"{k}.png") for k in range(3)]
+
+
+def read(file) -> np.ndarray:
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def read_folder(folder) -> np.ndarray:
+    return np.stack([read(file) for file in sorted(folder.glob("*.png"))])
+
+
+def read_npz(file) -> np.ndarray:
+    with np.load(file) as archive:
+        return archive["arr_0"].astype(int)
+
+
+def cells(file, rows: int, columns: int) -> np.ndarray:
+    """The images of a grid, `[rows, columns, 8, 8]`, after a look at its size."""
+    grid = read(file)
+    assert grid.shape == (rows * CELL + 2, columns * CELL + 2, 3)
+    assert np.array_equal(grid[..., 0], grid[..., 2])
+    images = [
+        grid[CELL * r + 2 : CELL * r + 34 : 4, CELL * c + 2 : CELL * c + 34 : 4, 0] for r, c in np.ndindex(rows, columns)
+    ]
+    return np.stack(images).reshape(rows, columns, 8, 8)
+
+
+def distance(a, b) -> int:
+    assert a.shape == b.shape
+    return abs(a - b).max()
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def test_sample_writes_an_npz_in_the_adm_format(run, tmp_path, capsys):
+    file = tmp_path / "a" / "samples.npz"
+    assert main(["sample", str(run), "--num=5", "--labels=3,7", "-o", str(file)]) == 0
+    assert f"5 images in {file}" in capsys.readouterr().out
+    with np.load(file) as archive:
+        assert archive["arr_0"].dtype == np.uint8
+        assert archive["arr_0"].shape == (5, 8, 8, 1)
+        assert archive["arr_1"].tolist() == [3, 7, 3, 7, 3]
+    assert [entry.name for entry in file.parent.iterdir()] == ["samples.npz"]
+
+
+WAYS = {
+    "jacobi": (["--method=jacobi"], 0, 1),
+    "gauss_seidel": (["--method=gauss_seidel", "--batch-size=2"], 0, 1),
+    "cpu": (["--device=cpu"], 0, 0),
+    "bf16-mixed": (["--precision=bf16-mixed"], 0, 40),
+    "seed": (["--seed=1"], 20, 255),
+    "rank": (["--rank=2"], 20, 255),
+    "refine": (["--refine=1"], 2, 255),
+    "temperature": (["--temperature=0.5"], 20, 255),
+    "noise": (["--no-denoise"], 2, 255),
+    "raw weights": (["--weights=raw"], 2, 255),
+    "ranked and refined": (["--rank=2", "--refine=1", "--precision=bf16-mixed", "--guidance=1"], 20, 255),
+}
+
+
+@pytest.mark.parametrize(("options", "least", "most"), WAYS.values(), ids=WAYS)
+def test_options_of_sample_change_the_images_as_much_as_they_should(run, tmp_path, options, least, most):
+    for name, more in (("plain", []), ("changed", options), ("again", options)):
+        assert main(["sample", str(run), "--num=6", "-o", str(tmp_path / f"{name}.npz"), *more]) == 0
+    plain, changed, again = (read_npz(tmp_path / f"{name}.npz") for name in ("plain", "changed", "again"))
+    assert least <= distance(plain, changed) <= most
+    assert np.array_equal(changed, again)
+
+
+def test_sample_says_how_parallel_decoding_went(run, tmp_path, capsys):
+    arguments = ["sample", str(run), "--num=3", "--batch-size=2", "-o", str(tmp_path / "a.png")]
+    assert main([*arguments, "--method=jacobi"]) == 0  # of 4 tokens it allows itself one sweep
+    printed = capsys.readouterr().out
+    assert "largest residual of parallel decoding 0.0e+00; 4 blocks went over to the sequential loop" in printed
+    assert main([*arguments, "--method=sequential"]) == 0
+    assert "decoding" not in capsys.readouterr().out
+
+
+def test_sample_says_what_is_not_finite(tmp_path, capsys):
+    flow = TarFlow(image_size=4, channels=1, patch_size=2, width=8, head_dim=8, blocks=1, layers=1)
+    flow.blocks[0].proj_out.bias.data.fill_(float("nan"))
+    flow.save_pretrained(tmp_path / "flow")
+    assert main(["sample", str(tmp_path / "flow"), "--num=3", "-o", str(tmp_path / "a.npz")]) == 0
+    assert "3 images had numbers that are not finite (grey there)" in capsys.readouterr().out
+    assert (read_npz(tmp_path / "a.npz") == 128).any(axis=(1, 2, 3)).all()
+
+
+def test_several_processes_and_a_second_start_give_the_same_folder(run, tmp_path):
+    """What was lost is drawn again, by two processes; nothing else is."""
+    arguments = ["sample", str(run), "--num=140", "--batch-size=32", "-o", str(tmp_path / "images")]
+    assert main(arguments) == 0
+    files = sorted((tmp_path / "images").glob("*.png"))
+    assert len(files) == 140
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    for part in (1, 2):  # images 64 to 139
+        (tmp_path / "images" / ".flowback" / f"part_{part:06d}.json").unlink()
+    for file in files[64:]:
+        file.unlink()
+    assert main([*arguments, "--processes=2"]) == 0
+    assert sorted((tmp_path / "images").glob("*.png")) == files
+    for number, file in enumerate(files):
+        assert file.read_bytes() == before[file][0]
+        assert (file.stat().st_mtime_ns == before[file][1]) == (number < 64)
+
+
+def test_another_request_into_the_same_folder_is_refused(run, tmp_path, capsys):
+    arguments = ["sample", str(run), "--num=2", "-o", str(tmp_path / "images")]
+    assert main(arguments) == 0
+    assert "was begun by another request" in refuse([*arguments, "--seed=1"], capsys)
+    assert main(arguments) == 0
+
+
+def test_calibrate_measures_and_sample_uses_it(run, tmp_path, capsys):
+    mine = tmp_path / "run"
+    shutil.copytree(run, mine)
+    assert main(["sample", str(mine), "--num=4", "-o", str(tmp_path / "before.npz")]) == 0
+    assert main(["calibrate", str(mine), "--rows=1,4"]) == 0
+    printed = capsys.readouterr().out
+    stored = mine / "checkpoints" / "step_00000040" / "decoding.json"
+    assert str(stored) in printed.replace("\n", "")
+    assert printed.count("block 1") == printed.count("block 2") == 2
+    calibration = json.loads(stored.read_text())
+    assert {rows: len(blocks) for rows, blocks in calibration["rows"].items()} == {"1": 2, "4": 2}
+    for method in ("jacobi", "sequential"):  # whatever was measured, what is stored is what is used
+        for block in calibration["rows"]["4"]:
+            block["solver"] = {"method": method, "window": None, "draft": False}
+        stored.write_text(json.dumps(calibration))
+        capsys.readouterr()
+        assert main(["sample", str(mine), "--num=4", "-o", str(tmp_path / f"{method}.npz")]) == 0
+        assert distance(read_npz(tmp_path / "before.npz"), read_npz(tmp_path / f"{method}.npz")) <= 1
+        assert ("sequential loop" in capsys.readouterr().out) == (method == "jacobi")
+
+
+# ---- editing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [[], ["--labels=0,1,2"], ["--labels=4"]], ids=str)
+def test_decode_gives_back_what_was_encoded(run, digits, tmp_path, capsys, labels):
+    file, folder, grid = tmp_path / "a" / "z.safetensors", tmp_path / "b" / "images", tmp_path / "c" / "grid.png"
+    assert main(["encode", str(run), *digits, *labels, "-o", str(file)]) == 0
+    content = load_file(file)
+    assert {name: list(tensor.shape) for name, tensor in content.items()} == {
+        "z": [3, 4, 16],
+        "log_det": [3],
+        "log_prob": [3],
+        "labels": [3],
+    }
+    prior = -0.5 * (content["z"].square() + np.log(2 * np.pi)).sum(dim=(1, 2))
+    assert torch.allclose(prior + content["log_det"], content["log_prob"], atol=1e-3)
+    if labels:
+        assert content["labels"].tolist() == ([0, 1, 2] if "," in labels[0] else [4, 4, 4])
+    assert main(["decode", str(run), str(file), "-o", str(folder)]) == 0
+    assert main(["decode", str(run), str(file), "-o", str(grid)]) == 0
+    images = np.stack([read(digit) for digit in digits])
+    assert distance(read_folder(folder), images) <= 1
+    assert distance(cells(grid, 2, 2).reshape(4, 8, 8)[:3], images) <= 1
+    assert f"3 images in {folder}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_decode_with_other_labels_is_swap(run, digits, tmp_path):
+    file = tmp_path / "z.safetensors"
+    assert main(["encode", str(run), *digits, "--labels=0,1,2", "-o", str(file)]) == 0
+    assert main(["decode", str(run), str(file), "--labels=7", "-o", str(tmp_path / "sevens")]) == 0
+    assert main(["swap", str(run), *digits, "--labels=0,1,2", "--to=7", "-o", str(tmp_path / "swapped.png")]) == 0
+    swapped = cells(tmp_path / "swapped.png", 3, 2)
+    assert distance(swapped[:, 1], read_folder(tmp_path / "sevens")) <= 1
+
+
+def test_interpolate_walks_from_image_to_image(run, digits, tmp_path):
+    file = tmp_path / "a" / "way.png"
+    assert main(["interpolate", str(run), *digits, "--steps=5", "-o", str(file)]) == 0
+    way = cells(file, 2, 5)
+    images = np.stack([read(digit) for digit in digits])
+    assert distance(way[:, 0], images[:-1]) <= 1
+    assert distance(way[:, -1], images[1:]) <= 1
+    assert distance(way[:, 2], images[:-1]) > 10
+    assert distance(way[:, 2], images[1:]) > 10
+
+
+def test_swap_draws_every_class(run, digits, tmp_path):
+    file = tmp_path / "a" / "all.png"
+    assert main(["swap", str(run), *digits[:2], "--labels=0,1", "-o", str(file)]) == 0
+    columns = cells(file, 2, 11)
+    for row, digit in enumerate(digits[:2]):
+        assert distance(columns[row, 0], read(digit)) <= 1
+        assert distance(columns[row, 1 + row], read(digit)) <= 1  # its own class
+        assert all(distance(columns[row, 1 + k], read(digit)) > 1 for k in range(10) if k != row)
+
+
+def test_inpaint_draws_within_a_box_or_a_mask(run, digits, tmp_path, capsys):
+    inside = np.zeros((8, 8), dtype=bool)
+    inside[3:5, 2:6] = True
+    Image.fromarray(inside.astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    arguments = ["inpaint", str(run), *digits[:2], "--num=3", "--steps=4", "--tries=2"]
+    box, mask, other = tmp_path / "a" / "box.png", tmp_path / "masked.png", tmp_path / "other.png"
+    assert main([*arguments, "--box=2,3,4,2", "-o", str(box)]) == 0
+    assert "% of the steps were accepted" in capsys.readouterr().out
+    assert main([*arguments, f"--mask={tmp_path / 'mask.png'}", "-o", str(mask)]) == 0
+    assert main([*arguments, "--box=2,3,4,2", "--seed=1", "-o", str(other)]) == 0
+    rows = cells(box, 2, 5)
+    for row, digit in zip(rows, digits, strict=False):
+        assert distance(row[0], read(digit)) == 0
+        assert (row[1][inside] == 128).all()
+        assert all(np.array_equal(image[~inside], read(digit)[~inside]) for image in row)
+        assert all(distance(a[inside], b[inside]) > 1 for a, b in ((row[2], row[3]), (row[3], row[4]), (row[0], row[2])))
+    assert np.array_equal(cells(mask, 2, 5), rows)
+    assert distance(cells(other, 2, 5), rows) > 1
+
+
+def test_inpaint_without_steps_says_nothing_of_them(run, digits, tmp_path, capsys):
+    file = tmp_path / "a.png"
+    assert main(["inpaint", str(run), digits[0], "--box=0,0,8,8", "--num=1", "--steps=0", "-o", str(file)]) == 0
+    assert "accepted" not in capsys.readouterr().out
+    assert cells(file, 1, 3).shape == (1, 3, 8, 8)
+
+
+# ---- help, and bad input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["sample", "calibrate", "encode", "decode", "interpolate", "swap", "inpaint"])
+def test_help_explains_every_option(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    for option in capsys.readouterr().out.split("\n  -")[1:]:
+        assert len(" ".join(option.split())) > 25, option
+
+
+def refuse(arguments: list[str], capsys) -> str:
+    """The one line that a bad call prints."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2, arguments
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, arguments
+    assert lines[0].startswith("flowback: error: ")
+    return lines[0]
+
+
+BAD = [
+    ("sample RUN -o a.gif", "output a.gif is not known; allowed: a .png file for a grid, an .npz file, or a folder"),
+    ("sample RUN --num=0", "num 0 is not usable"),
+    ("sample RUN --num=many", "many"),
+    ("sample RUN --method=newton", "decoding method 'newton' does not exist; allowed: auto, sequential"),
+    ("sample RUN --device=nowhere", "device 'nowhere' is not here"),
+    ("sample RUN --rank=0", "rank 0 is not usable"),
+    ("sample RUN --refine=-1", "refine -1 is not usable"),
+    ("sample RUN --temperature=0", "temperature 0.0 is not usable"),
+    ("sample RUN --temperature=inf", "inf"),
+    ("sample RUN --processes=0", "processes is 0"),
+    ("sample RUN --batch-size=0", "batch_size is 0"),
+    ("sample RUN --seed=-1", "seed -1 is not usable"),
+    ("sample RUN --precision=half", "precision is 'half'; allowed: 32-true, bf16-mixed"),
+    ("sample RUN --labels=3,12", "label '12' does not exist; allowed: 0 to 9"),
+    ("sample RUN --labels=-1", "label '-1' does not exist"),
+    ("sample RUN --guide=sigma", "guidance cannot act on 'sigma'"),
+    ("sample RUN --weights=best", "allowed: ema, raw"),
+    ("sample RUN -o TEXT/x.png", "TEXT"),
+    ("sample RUN -o TEXT/x.npz", "TEXT"),
+    ("sample RUN -o TEXT/x", "TEXT"),
+    ("sample RUN -o DIGITS", "DIGITS holds other files"),
+    ("calibrate RUN --rows=a,b", "--rows a,b is not a list of numbers"),
+    ("calibrate RUN --rows=", "--rows  is not a list of numbers"),
+    ("calibrate RUN --rows=0", "[0] rows"),
+    ("calibrate nowhere", "nowhere is neither a folder nor a hub id"),
+    ("encode RUN ONE TWO --labels=1,2,3", "3 labels do not fit 2 images; allowed is one for all, or one for each"),
+    ("encode RUN ONE --labels=cat", "label 'cat' does not exist"),
+    ("encode RUN ONE -o z.npz", "output z.npz is not known; allowed is a .safetensors file"),
+    ("encode RUN ONE -o TEXT/z.safetensors", "TEXT"),
+    ("encode RUN TEXT", "TEXT cannot be read"),
+    ("encode RUN nowhere.png", "nowhere.png cannot be read"),
+    ("encode RUN", "images"),
+    ("decode RUN TEXT", "TEXT is not a file that encode wrote"),
+    ("decode RUN nowhere.safetensors", "nowhere.safetensors is not a file that encode wrote"),
+    ("decode RUN MODEL", "MODEL is not a file that encode wrote"),
+    ("decode RUN TEXT -o a.gif", "output a.gif is not known; allowed is a .png file or a folder"),
+    ("interpolate RUN ONE", "1 image has no other to go to; allowed are at least 2"),
+    ("interpolate RUN ONE TWO --steps=1", "1 steps make no way"),
+    ("interpolate RUN ONE TWO -o walk", "output walk is not known; allowed is a .png file"),
+    ("interpolate RUN ONE TWO -o TEXT/x.png", "TEXT"),
+    ("swap RUN ONE --to=cat", "label 'cat' does not exist"),
+    ("swap RUN ONE --labels=1,2", "2 labels do not fit 1 images"),
+    ("swap RUN ONE -o TEXT/x.png", "TEXT"),
+    ("inpaint RUN ONE", "where to draw is not clear; allowed is either --mask or --box"),
+    ("inpaint RUN ONE --box=0,0,2,2 --mask=ONE", "where to draw is not clear; allowed is either --mask or --box"),
+    ("inpaint RUN ONE --box=1,2,3", "--box 1,2,3 is not a box; allowed are four numbers"),
+    ("inpaint RUN ONE --box=a,b,c,d", "--box a,b,c,d is not a box"),
+    ("inpaint RUN ONE --box=0,0,9,2", "--box 0,0,9,2 does not lie in the image; allowed is what lies within 8x8 pixels"),
+    ("inpaint RUN ONE --box=-1,0,2,2", "--box -1,0,2,2 does not lie in the image"),
+    ("inpaint RUN ONE --box=2,2,0,2", "--box 2,2,0,2 does not lie in the image"),
+    ("inpaint RUN ONE --mask=TEXT", "TEXT cannot be read"),
+    ("inpaint RUN ONE --box=0,0,2,2 --num=0", "--num 0"),
+    ("inpaint RUN ONE --box=0,0,2,2 --tries=0", "0 tries"),
+    ("inpaint RUN ONE --box=0,0,2,2 --steps=-1", "-1 steps"),
+    ("inpaint RUN ONE --box=0,0,2,2 -o TEXT/x.png", "TEXT"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD, ids=[command for command, _ in BAD])
+def test_bad_input_is_one_sentence_and_status_2(run, digits, tmp_path, monkeypatch, capsys, command, message):
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    names = {
+        "RUN": str(run),
+        "TEXT": str(text),
+        "ONE": digits[0],
+        "TWO": digits[1],
+        "DIGITS": str(Path(digits[0]).parent),
+        "MODEL": str(run / "checkpoints" / "step_00000040" / "model.safetensors"),
+    }
+    for name, value in names.items():
+        command, message = command.replace(name, value), message.replace(name, value)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert " ".join(message.split()) in refuse(command.split(), capsys)
+    assert not list((tmp_path / "here").iterdir())
+    assert text.read_text() == "no image"

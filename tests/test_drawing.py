@@ -1,0 +1,509 @@
+"""Images to disk: a function of request and number, whoever draws them, in whatever parts, interrupted or not."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flowback.sampling
+from builders import random_flow
+from flowback import Guidance, InputError, TarFlow
+from flowback.evaluation.pictures import to_uint8
+from flowback.refinement import rank, refine
+from flowback.sampling import Request, draw, noise, pick_device, sample_to_disk
+
+OPTIONS = {"image_size": 4, "patch_size": 2, "blocks": 2, "layers": 1, "noise_std": 0.1}
+
+
+def a_flow(**options):
+    return random_flow(torch.float32, std=0.1, **{**OPTIONS, "channels": 3, "num_classes": 3, **options})
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return a_flow()
+
+
+@pytest.fixture(scope="module")
+def folder(flow, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow")
+    flow.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def request_(folder):
+    return Request(str(folder), num=11, labels=(0, 2, 1))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(flowback.sampling, "PART", 4)
+
+
+@pytest.fixture
+def drawn(monkeypatch, small_parts):
+    """The parts that are drawn, as they are."""
+    parts = []
+    monkeypatch.setattr(flowback.sampling, "draw", lambda *args: parts.append(args[2]) or draw(*args))
+    return parts
+
+
+@contextmanager
+def interruption(monkeypatch, part):
+    def interrupted(*args):
+        if args[2] == part:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flowback.sampling, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def difference(a, b):
+    return (a.int() - b.int()).abs().max().item()
+
+
+def snapshot(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def load(file):
+    with np.load(file) as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        return archive["arr_0"], archive["arr_1"]
+
+
+# ---- what is drawn --------------------------------------------------------------------------------------------------
+
+
+def drawn_one_by_one(flow, request):
+    """By the definition, token by token, batches of one."""
+    guidance = Guidance(request.guidance, request.schedule, request.guide)
+    images = []
+    for i in range(request.num):
+        y = torch.tensor([request.labels[i % len(request.labels)]])
+        z = request.temperature * noise(flow, request.seed, i, request.rank)[None]
+        z = rank(flow, z, y, guidance, method="sequential") if request.rank > 1 else z[:, 0]
+        z = refine(flow, z, y, request.refine, guidance=guidance) if request.refine else z
+        x = flow.decode(z, y, guidance, "sequential")
+        images.append(flow.denoise(x, y) if request.denoise else x)
+    return to_uint8(torch.cat(images))
+
+
+CHANGES = {
+    "plain": {},
+    "one class": {"labels": (1,)},
+    "no class": {"labels": (-1,)},
+    "guided": {"guidance": 2.0, "schedule": "annealed", "guide": "mu"},
+    "cool": {"temperature": 0.5},
+    "with noise": {"denoise": False},
+    "another seed": {"seed": 5},
+    "ranked": {"rank": 3},
+    "refined": {"refine": 2},
+    "all": {"rank": 2, "refine": 1, "guidance": 1.0, "temperature": 0.9, "denoise": False},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_images_are_those_of_the_definition(flow, request_, change):
+    request = replace(request_, **change)
+    found, note = draw(flow, request, 0, "auto", 64)
+    assert found.dtype == torch.uint8
+    assert found.shape == (11, 3, 4, 4)
+    assert difference(found, drawn_one_by_one(flow, request)) <= 1
+    assert found.float().std() > 20  # not black, not white
+    assert (note.part, note.not_finite, note.fell_back) == (0, 0, 0)
+    assert note.seconds > 0
+    plain = draw(flow, request_, 0, "auto", 64)[0]
+    assert difference(found, plain) == 0 if request == request_ else difference(found, plain) > 3
+
+
+def test_a_request_is_always_answered_by_the_same_images(flow, request_):
+    first, second = (draw(flow, replace(request_, rank=2, refine=1), 0, "auto", 4)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("method", ["sequential", "jacobi", "gauss_seidel"])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_batch_size_and_method_hardly_change_the_images(flow, request_, guidance, method, batch_size):
+    request = replace(request_, guidance=guidance)
+    expected = draw(flow, request, 0, "auto", 64)[0]
+    found, note = draw(flow, request, 0, method, batch_size)
+    assert difference(found, expected) <= 1
+    assert note.residual < 1e-4
+
+
+def test_a_part_drawn_alone_is_that_of_the_whole(flow, request_, monkeypatch):
+    whole = draw(flow, request_, 0, "sequential", 4)[0]
+    monkeypatch.setattr(flowback.sampling, "PART", 4)
+    for part in (2, 0, 1):
+        assert torch.equal(draw(flow, request_, part, "sequential", 4)[0], whole[4 * part : 4 * part + 4])
+
+
+def test_the_first_images_of_many_are_those_of_few(flow, request_):
+    many, few = (draw(flow, replace(request_, num=num), 0, "sequential", 1)[0] for num in (7, 3))
+    assert torch.equal(many[:3], few)
+
+
+def test_mixed_precision_changes_the_images_a_little(flow, request_):
+    full, mixed = (draw(flow, replace(request_, precision=p), 0, "auto", 64)[0] for p in ("32-true", "bf16-mixed"))
+    assert mixed.dtype == torch.uint8
+    assert 1 <= difference(full, mixed) <= 12
+
+
+def test_noise_is_a_function_of_seed_number_and_candidate(flow):
+    keys = [(seed, number, candidate) for seed in (0, 1) for number in (0, 1, 2) for candidate in (0, 1)]
+    all_noise = [noise(flow, seed, number, 2)[candidate] for seed, number, candidate in keys]
+    for i, a in enumerate(all_noise):
+        for b in all_noise[:i]:
+            assert (a - b).abs().max() > 0.5
+    torch.rand(1)
+    assert torch.equal(noise(flow, 1, 2, 2), torch.stack(all_noise[-2:]))
+    assert torch.equal(noise(flow, 1, 2), all_noise[-2][None])  # more candidates leave the first as it is
+    assert noise(flow, 3, 4, 5).shape == (5, *flow.token_shape)
+
+
+def test_noise_is_normal(flow):
+    z = torch.cat([noise(flow, 0, number) for number in range(400)])
+    assert abs(z.mean()) < 4 / z.numel() ** 0.5
+    assert abs(z.std() - 1) < 4 / (2 * z.numel()) ** 0.5
+    correlation = torch.corrcoef(torch.stack([z[:-1].flatten(), z[1:].flatten()]))[0, 1]
+    assert abs(correlation) < 4 / z.numel() ** 0.5
+
+
+@pytest.mark.parametrize("method", ["auto", "jacobi", "gauss_seidel"])
+@pytest.mark.parametrize("change", [{}, {"rank": 2, "refine": 1}, {"denoise": False, "guidance": 1.0}], ids=str)
+def test_a_flow_that_is_not_finite_draws_grey_and_says_so(request_, method, change):
+    broken = a_flow()
+    broken.blocks[0].proj_out.bias.data.fill_(float("nan"))
+    images, note = draw(broken, replace(request_, **change), 0, method, 4)
+    assert note.not_finite == 11
+    assert (images == 128).flatten(1).any(dim=1).all()
+
+
+def test_only_numbers_that_are_not_finite_are_drawn_grey(flow, request_, monkeypatch):
+    decode = TarFlow.decode
+
+    def poisoned(self, *args, **kwargs):
+        x, report = decode(self, *args, **kwargs)
+        x[1, 0, 0, 0], x[2, 1], x[2, 2] = float("nan"), float("inf"), -float("inf")
+        x[3] = 1e30  # finite
+        return x, report
+
+    request = replace(request_, denoise=False)
+    expected = draw(flow, request, 0, "auto", 64)[0]
+    expected[1, 0, 0, 0], expected[2, 1:], expected[3] = 128, 128, 255
+    monkeypatch.setattr(TarFlow, "decode", poisoned)
+    images, note = draw(flow, request, 0, "auto", 64)
+    assert note.not_finite == 2
+    assert torch.equal(images, expected)
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def expected(flow, request_):
+    """The images in one part, `[n, H, W, C]`."""
+    return draw(flow, request_, 0, "auto", 4)[0].permute(0, 2, 3, 1).numpy()
+
+
+def test_npz_has_the_adm_format(request_, expected, small_parts, tmp_path):
+    notes = sample_to_disk(request_, tmp_path / "new" / "samples.npz", batch_size=4)
+    images, labels = load(tmp_path / "new" / "samples.npz")
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, expected)
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2]
+    assert [note.part for note in notes] == [0, 1, 2]
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["samples.npz"]
+
+
+def test_folder_has_one_png_an_image(request_, expected, small_parts, tmp_path):
+    sample_to_disk(request_, tmp_path / "images", batch_size=4)
+    files = sorted((tmp_path / "images").glob("*.png"))
+    assert [file.name for file in files] == [f"{number:06d}.png" for number in range(11)]
+    assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), expected)
+    assert {file.name for file in (tmp_path / "images").iterdir()} - {file.name for file in files} == {".flowback"}
+    assert not list((tmp_path / "images").rglob("*partial*"))
+
+
+def test_png_is_a_grid_of_all_images(request_, expected, small_parts, tmp_path):
+    sample_to_disk(request_, tmp_path / "grid.png", batch_size=4)
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (4 * 30 + 2, 3 * 30 + 2, 3)  # 4 rows of 3, enlarged sevenfold, lines of 2 pixels
+    for number, image in enumerate(expected):
+        top, left = 2 + 30 * (number // 3), 2 + 30 * (number % 3)
+        assert np.array_equal(grid[top : top + 28 : 7, left : left + 28 : 7], image)
+
+
+def test_grey_images_stay_grey(tmp_path):
+    a_flow(channels=1, num_classes=0).save_pretrained(tmp_path / "flow")
+    request = Request(str(tmp_path / "flow"), num=3)
+    sample_to_disk(request, tmp_path / "a.npz")
+    sample_to_disk(request, tmp_path / "images")
+    images, labels = load(tmp_path / "a.npz")
+    assert images.shape == (3, 4, 4, 1)
+    assert labels.tolist() == [-1, -1, -1]
+    for number, image in enumerate(images):
+        picture = Image.open(tmp_path / "images" / f"{number:06d}.png")
+        assert picture.mode == "L"
+        assert np.array_equal(np.asarray(picture), image[..., 0])
+
+
+def test_two_processes_draw_what_one_draws(request_, tmp_path):
+    request = replace(request_, num=130, rank=2)  # three parts
+    one = sample_to_disk(request, tmp_path / "one.npz")
+    two = sample_to_disk(request, tmp_path / "two.npz", processes=2)
+    for a, b in zip(load(tmp_path / "one.npz"), load(tmp_path / "two.npz"), strict=True):
+        assert np.array_equal(a, b)
+    assert [note.part for note in one] == [note.part for note in two] == [0, 1, 2]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.npz", "two.npz"]
+
+
+def test_what_goes_wrong_in_a_process_is_said(flow, monkeypatch, tmp_path):
+    flow.save_pretrained(tmp_path / "flow")
+    missing = flowback.sampling.Store.missing
+
+    def without_flow(store):  # gone before the process can read it
+        (tmp_path / "flow" / "model.safetensors").unlink()
+        return missing(store)
+
+    monkeypatch.setattr(flowback.sampling.Store, "missing", without_flow)
+    with pytest.raises(RuntimeError, match=r"ended with InputError: .*model\.safetensors cannot be read"):
+        sample_to_disk(Request(str(tmp_path / "flow"), num=3), tmp_path / "a.npz", processes=2)
+    assert not (tmp_path / "a.npz").exists()
+
+
+# ---- interrupted, and taken up again --------------------------------------------------------------------------------
+
+outputs = pytest.mark.parametrize("name", ["samples.npz", "grid.png", "images"])
+
+
+def parts_of(output):
+    return output.with_name(output.name + ".parts") if output.suffix else output / ".flowback"
+
+
+def content(output):
+    """What is in a finished output; an .npz holds the time too."""
+    if output.suffix == ".npz":
+        return [array.tobytes() for array in load(output)]
+    return [file.read_bytes() for file in ([output] if output.is_file() else sorted(output.glob("*.png")))]
+
+
+@outputs
+def test_an_interrupted_run_goes_on_where_it_was(request_, name, monkeypatch, drawn, tmp_path):
+    output, undisturbed = tmp_path / "a" / name, tmp_path / "b" / name
+    sample_to_disk(request_, undisturbed, batch_size=4)
+    with interruption(monkeypatch, 1):
+        sample_to_disk(request_, output, batch_size=4)
+    assert output.is_dir() if name == "images" else not output.exists()
+    assert sorted(file.name for file in parts_of(output).glob("*.json")) == ["part_000000.json", "request.json"]
+
+    drawn.clear()
+    notes = sample_to_disk(request_, output, batch_size=4)
+    assert drawn == [1, 2]
+    assert [note.part for note in notes] == [0, 1, 2]
+    assert content(output) == content(undisturbed)
+    assert parts_of(output).exists() == (name == "images")
+
+
+def full(store):
+    raise OSError("full")
+
+
+@outputs
+def test_only_missing_parts_are_drawn(request_, name, monkeypatch, drawn, tmp_path):
+    output = tmp_path / name
+    with monkeypatch.context() as patch:
+        patch.setattr(flowback.sampling.Store, "finish", full)
+        with pytest.raises(OSError, match="full"):  # all drawn, nothing put together
+            sample_to_disk(request_, output, batch_size=4)
+    assert drawn == [0, 1, 2]
+    (parts_of(output) / "part_000001.json").unlink()
+    for file in parts_of(output).glob("part_000001.npy"):
+        file.write_bytes(b"half of it")  # a part without its note is not whole
+    drawn.clear()
+    sample_to_disk(request_, output, batch_size=4)
+    assert drawn == [1]
+    sample_to_disk(request_, tmp_path / f"again_{name}", batch_size=4)
+    assert content(output) == content(tmp_path / f"again_{name}")
+
+
+def test_a_finished_folder_is_not_drawn_again(request_, drawn, tmp_path):
+    first = sample_to_disk(request_, tmp_path / "images")
+    before = snapshot(tmp_path)
+    drawn.clear()
+    assert sample_to_disk(request_, tmp_path / "images", batch_size=1) == first
+    assert drawn == []
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"num": 12}, {"labels": (0,)}, {"rank": 2}, {"guidance": 0.5}], ids=str)
+@outputs
+def test_another_request_does_not_go_on_with_it(request_, name, change, monkeypatch, small_parts, tmp_path):
+    with interruption(monkeypatch, 1):
+        sample_to_disk(request_, tmp_path / name)
+    before = snapshot(tmp_path)
+    with pytest.raises(
+        InputError, match=rf"{name}.* was begun by another request or with other weights; allowed: the same"
+    ):
+        sample_to_disk(replace(request_, **change), tmp_path / name)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_with_other_files_is_left_alone(request_, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000000.png").write_text("mine")
+    with pytest.raises(InputError, match="mine holds other files; allowed is a new or empty folder"):
+        sample_to_disk(request_, tmp_path / "mine")
+    assert list(snapshot(tmp_path).values()) == [b"mine"]
+
+
+def test_an_empty_folder_is_used(request_, tmp_path):
+    (tmp_path / "images").mkdir()
+    sample_to_disk(request_, tmp_path / "images")
+    assert len(list((tmp_path / "images").glob("*.png"))) == 11
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz"])
+def test_a_folder_with_a_files_name_is_refused(request_, name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"{name} is a folder; allowed is a file's name"):
+        sample_to_disk(request_, tmp_path / name)
+    assert list(tmp_path.rglob("*")) == [tmp_path / name]
+
+
+def test_an_output_is_replaced_only_when_the_new_one_is_whole(request_, monkeypatch, small_parts, tmp_path):
+    sample_to_disk(request_, tmp_path / "a.npz")
+    before = (tmp_path / "a.npz").read_bytes()
+    with interruption(monkeypatch, 2):
+        sample_to_disk(replace(request_, seed=1), tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").read_bytes() == before
+    sample_to_disk(replace(request_, seed=1), tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").read_bytes() != before
+
+
+def test_an_output_that_is_cut_off_while_written_leaves_the_old_one(request_, monkeypatch, small_parts, tmp_path):
+    sample_to_disk(request_, tmp_path / "a.npz")
+    before, read = (tmp_path / "a.npz").read_bytes(), flowback.sampling.Store._load
+
+    def cut_off(store, part):
+        if part == 2:
+            raise KeyboardInterrupt
+        return read(store, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flowback.sampling.Store, "_load", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            sample_to_disk(replace(request_, seed=1), tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").read_bytes() == before
+    sample_to_disk(replace(request_, seed=1), tmp_path / "a.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_the_notes_on_disk_are_those_returned(request_, small_parts, tmp_path):
+    notes = sample_to_disk(request_, tmp_path / "images", method="jacobi")
+    on_disk = [json.loads((tmp_path / "images" / ".flowback" / f"part_{n:06d}.json").read_text()) for n in range(3)]
+    assert [vars(note) for note in notes] == on_disk
+    assert json.loads((tmp_path / "images" / ".flowback" / "request.json").read_text())["labels"] == [0, 2, 1]
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+BAD_REQUESTS = [
+    ({"num": 0}, "num 0 is not usable"),
+    ({"seed": -1}, "seed -1 is not usable"),
+    ({"rank": 0}, "rank 0 is not usable"),
+    ({"refine": -1}, "refine -1 is not usable"),
+    ({"temperature": 0.0}, r"temperature 0\.0 is not usable"),
+    ({"temperature": -1.0}, r"temperature -1\.0 is not usable"),
+    ({"temperature": float("nan")}, "temperature nan is not usable"),
+    ({"temperature": float("inf")}, "temperature inf is not usable"),
+    ({"precision": "16"}, "precision is '16'; allowed: 32-true, bf16-mixed"),
+    ({"labels": (0, -1), "rank": 2}, "rank and refine need labels"),
+    ({"labels": (-1,), "refine": 1}, "rank and refine need labels"),
+    ({"guidance": -1.0}, r"guidance scale -1\.0"),
+    ({"schedule": "cosine"}, "guidance schedule 'cosine' does not exist"),
+    ({"guide": "sigma"}, "guidance cannot act on 'sigma'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_REQUESTS)
+def test_an_impossible_request_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        Request("run", **{"labels": (0,), **change})
+
+
+BAD_CALLS = [
+    ({"batch_size": 0}, "batch_size is 0; allowed is a whole number of at least 1"),
+    ({"processes": 0}, "processes is 0; allowed is a whole number of at least 1"),
+    ({"method": "newton"}, "decoding method 'newton' does not exist"),
+    ({"device": "nowhere"}, "device 'nowhere' is not here"),
+    ({"output": "a.gif"}, r"output .*a\.gif is not known"),
+    ({"labels": (0, 3)}, "label 3 is out of range; allowed: 0 to 2"),
+    ({"run": "nowhere"}, "nowhere is neither a folder nor a hub id"),
+    ({"weights": "best"}, "weights 'best' do not exist; allowed: ema, raw"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CALLS)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(request_, change, message, tmp_path):
+    changed = replace(request_, **{k: v for k, v in change.items() if k in ("labels", "run", "weights")})
+    options = {k: v for k, v in change.items() if k in ("batch_size", "processes", "method", "device")}
+    with pytest.raises(InputError, match=message):
+        sample_to_disk(changed, tmp_path / change.get("output", "a.npz"), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_devices_by_name():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    with pytest.raises(InputError, match=r"^device 'nowhere' is not here \([^\n]*\); allowed: auto, cpu"):
+        pick_device("nowhere")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without such a device")
+def test_a_device_that_is_not_here_is_refused():
+    assert pick_device("auto") == torch.device("cpu") or torch.accelerator.is_available()
+    with pytest.raises(InputError, match=r"^device 'cuda' is not here"):
+        pick_device("cuda")
+
+
+def test_a_finished_folder_is_not_that_of_other_weights(request_, small_parts, tmp_path):
+    run, output = tmp_path / "flow", tmp_path / "images"
+    a_flow().save_pretrained(run)
+    request = replace(request_, run=str(run))
+    sample_to_disk(request, output)
+    before = snapshot(output)
+    a_flow(seed=1).save_pretrained(run)
+    with pytest.raises(InputError, match="other weights"):
+        sample_to_disk(request, output)
+    assert snapshot(output) == before
+
+
+def test_parts_left_by_an_interrupted_end_do_not_reach_another_request(request_, monkeypatch, small_parts, tmp_path):
+    def cut(folder):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "samples.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(flowback.sampling.shutil, "rmtree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            sample_to_disk(request_, output)
+    first = load(output)[0]
+    sample_to_disk(replace(request_, seed=1), output)
+    assert not np.array_equal(load(output)[0], first)
+
+
+def test_noise_does_not_repeat_in_large_sets(flow):
+    assert not torch.equal(noise(flow, 16, 23565), noise(flow, 16, 49940))  # equal in the lowest 32 bits of a torch seed
