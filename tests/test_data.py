@@ -235,5 +235,5 @@ def test_steps_have_noise_of_their_own():
 
 def test_digits_have_one_size():
     assert load_data(DataConfig(image_size=8)).image_size == 8
-    with pytest.raises(InputError, match="data.image_size is 16; allowed for digits is 8"):
+    with pytest.raises(InputError, match=r"data\.image_size is 16; allowed for digits is 8"):
         load_data(DataConfig(image_size=16))

@@ -1,69 +1,246 @@
 """Training-free classification: the flow's own likelihood names the class (arXiv 2511.22345, section 3.4).
 
-Every rule maps noised images `[B, C, H, W]` to scores `[B, K]`, larger is likelier. An accuracy is only comparable under
-the name of its rule.
+Every rule maps noised images, one or several draws of `[B, C, H, W]`, to scores `[B, K]`, larger is likelier. An accuracy
+is only comparable under the name of its rule. Costs are in forward passes of one image; a backward pass counts two.
+
+- **single_gradient** (3 passes, whatever K is): the published rule, `d log p(x | softmax(lam)) / d lam` at `lam = 0`.
+- **z_score** (3): the same, each class' gradient standardised by its mean and deviation over unlabelled images.
+- **logit_steps** (9): three steps of size one on `lam`, up the log-likelihood in nats, instead of one look at its slope.
+- **shortlist_m** (3 + m): the m best of z_score, decided by their exact likelihoods.
+- **exact** (K): all likelihoods, `log p(x | k)`.
+
+Why the raw gradient is biased: it is `(g . (E_k - mean E)) / K`, summed over blocks, where g is the likelihood's slope in
+the space of class embeddings. A class whose embedding lies far from the mean has a large slope *of either sign* on every
+image, and so wins too often whatever the image is; and the curvature that the slope leaves out lowers the likelihood of
+exactly these far classes. Both depend on the class far more than on the image, so that unlabelled images show them.
 """
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flowback.errors import InputError
+from flowback.flows.pretrained import STANDARDS
 from flowback.flows.tarflow import TarFlow
 
+FORMAT = 1
+RULES = ("single_gradient", "z_score", "logit_steps", "shortlist_3", "exact")
+STEPS, STEP_SIZE = 3, 1.0  # of logit_steps
 
-def single_gradient(flow: TarFlow, x: Tensor) -> Tensor:
-    """One gradient for all classes: `d log p(x | softmax(lam)) / d lam` at `lam = 0`, where all weights are 1/K.
 
-    One forward and one backward pass per image, whatever K is.
+@dataclass
+class Standards:
+    """What z_score and probabilities need to know of a flow: learned from images without training the flow.
+
+    Args:
+        mean: of each class' gradient over unlabelled noised images, `[K]`.
+        std: its deviation.
+        images: how many were used.
+        temperatures: rule -> temperature by which its scores are divided before the softmax, fitted on labelled images.
     """
-    with torch.enable_grad():
-        lam = x.new_zeros(len(x), flow.num_classes, requires_grad=True)
-        log_prob = flow.log_prob(x, lam.softmax(dim=1))
-        (scores,) = torch.autograd.grad(log_prob.sum(), lam)
-    return scores
+
+    mean: list[float]
+    std: list[float]
+    images: int
+    temperatures: dict[str, float] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write `classification.json`."""
+        (folder / STANDARDS).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, file: Path, classes: int) -> "Standards | None":
+        """Read a `classification.json`, if there is one.
+
+        Raises:
+            InputError: if it is something else, or of another number of classes.
+        """
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text())
+            if content.pop("format") != FORMAT:
+                raise ValueError("another format")
+            standards = cls(**content)
+            if len(standards.mean) != classes or len(standards.std) != classes:
+                raise ValueError(f"{len(standards.mean)} classes, not {classes}")
+            torch.tensor([*standards.mean, *standards.std, *standards.temperatures.values()], dtype=torch.float64)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{file} cannot be used ({error}); it can be deleted and made anew by evaluate") from None
+        return standards
+
+
+Score = Callable[[TarFlow, Sequence[Tensor], "Standards | None"], Tensor]
+
+
+def single_gradient(flow: TarFlow, noisy: Sequence[Tensor], standards: Standards | None = None) -> Tensor:
+    """One gradient for all classes: `d log p(x | softmax(lam)) / d lam` at `lam = 0`, where all weights are 1/K."""
+    start = noisy[0].new_zeros(len(noisy[0]), flow.num_classes)
+    return torch.stack([_logit_gradient(flow, x, start) for x in noisy]).mean(0)
+
+
+def z_score(flow: TarFlow, noisy: Sequence[Tensor], standards: Standards | None) -> Tensor:
+    """`single_gradient`, standardised class by class."""
+    if standards is None:
+        raise InputError("z_score needs standards of unlabelled images (flowback.classify.standardise); there are none")
+    mean, std = (torch.as_tensor(values).to(noisy[0]) for values in (standards.mean, standards.std))
+    return (single_gradient(flow, noisy) - mean) / std
+
+
+def logit_steps(flow: TarFlow, noisy: Sequence[Tensor], standards: Standards | None = None) -> Tensor:
+    """`lam` after a few steps of gradient ascent on `log p(x | softmax(lam))`, nats, from zero."""
+    lam = noisy[0].new_zeros(len(noisy[0]), flow.num_classes)
+    for _ in range(STEPS):
+        lam = lam + STEP_SIZE * torch.stack([_logit_gradient(flow, x, lam) for x in noisy]).mean(0)
+    return lam
+
+
+def shortlist(m: int) -> Score:
+    """The rule `shortlist_m`: log-likelihoods, nats, of the m classes that z_score takes first, and of no others."""
+
+    def score(flow: TarFlow, noisy: Sequence[Tensor], standards: Standards | None) -> Tensor:
+        chosen = z_score(flow, noisy, standards).topk(m, dim=1).indices
+        log_probs = torch.stack([_log_probs(flow, x, chosen) for x in noisy]).mean(0)
+        return log_probs.new_full((len(chosen), flow.num_classes), -torch.inf).scatter(1, chosen, log_probs)
+
+    return score
+
+
+def exact(flow: TarFlow, noisy: Sequence[Tensor], standards: Standards | None = None) -> Tensor:
+    """The K conditional log-likelihoods `log p(x | k)`, nats."""
+    labels = torch.arange(flow.num_classes, device=noisy[0].device).expand(len(noisy[0]), -1)
+    return torch.stack([_log_probs(flow, x, labels) for x in noisy]).mean(0)
 
 
 @torch.no_grad()
-def exact(flow: TarFlow, x: Tensor) -> Tensor:
-    """The K conditional log-likelihoods `log p(x | k)`, nats; K forward passes per image, run as one batch."""
-    K = flow.num_classes
-    y = torch.arange(K, device=x.device).repeat(len(x))
-    return flow.log_prob(x.repeat_interleave(K, dim=0), y).view(len(x), K)
+def _log_probs(flow: TarFlow, x: Tensor, labels: Tensor) -> Tensor:
+    """`log p(x | k)` for the `labels [B, m]` of each image, as one batch."""
+    return flow.log_prob(x.repeat_interleave(labels.shape[1], dim=0), labels.flatten()).view(labels.shape)
 
 
-RULES = {"single_gradient": single_gradient, "exact": exact}
+def _logit_gradient(flow: TarFlow, x: Tensor, lam: Tensor) -> Tensor:
+    with torch.enable_grad():
+        lam = lam.detach().requires_grad_()
+        log_prob = flow.log_prob(x, lam.softmax(dim=1))
+        (gradient,) = torch.autograd.grad(log_prob.sum(), lam)
+    return gradient
+
+
+def rule_named(name: str, classes: int) -> tuple[Score, int, int]:
+    """A rule by name: its function, its passes per image, and the rows that it puts into one batch for an image.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    fixed: dict[str, tuple[Score, int, int]] = {
+        "single_gradient": (single_gradient, 3, 1),
+        "z_score": (z_score, 3, 1),
+        "logit_steps": (logit_steps, 3 * STEPS, 1),
+        "exact": (exact, classes, classes),
+    }
+    if name in fixed:
+        return fixed[name]
+    found = re.fullmatch(r"shortlist_([1-9]\d{0,4})", name)
+    if found is None:
+        allowed = ", ".join(rule for rule in RULES if not rule.startswith("shortlist"))
+        raise InputError(f"classification rule {name!r} does not exist; allowed: {allowed}, or shortlist_ and a number")
+    m = min(int(found[1]), classes)
+    return shortlist(m), 3 + m, m
+
+
+def default_rule(flow: TarFlow) -> str:
+    """What a flow classifies with unless told otherwise: shortlist_3, or single_gradient where there are no standards."""
+    return "single_gradient" if flow.standards is None else "shortlist_3"
+
+
+def needs_standards(rule: str) -> bool:
+    """Whether a rule asks for `Standards`."""
+    return rule == "z_score" or rule.startswith("shortlist")
 
 
 def classify(
-    flow: TarFlow, x: Tensor, rule: str = "single_gradient", draws: int = 1, batch_size: int = 256, seed: int = 0
+    flow: TarFlow,
+    x: Tensor,
+    rule: str = "single_gradient",
+    draws: int = 1,
+    batch_size: int = 256,
+    seed: int = 0,
+    standards: Standards | None = None,
 ) -> Tensor:
     """Score clean images under every class.
 
     Args:
         flow: a class-conditional flow.
         x: clean images `[B, C, H, W]` in [-1, 1]; the noise of training is added here, from `seed`.
-        rule: a key of `RULES`.
+        rule: one of `RULES`, or shortlist_m for another m.
         draws: noise draws whose scores are averaged.
         batch_size: rows that the flow sees at once; bounds the memory.
         seed: of the noise.
+        standards: of this flow; None for those that were stored with it.
 
     Returns:
         Scores `[B, K]`, larger is likelier.
 
     Raises:
-        InputError: if the flow is unconditional, the rule does not exist, or there are no draws.
+        InputError: if the flow is unconditional, the rule does not exist or lacks its standards, or there are no draws.
     """
     if not flow.num_classes:
         raise InputError("an unconditional flow cannot classify; allowed is a flow with num_classes of at least 1")
-    if rule not in RULES:
-        raise InputError(f"classification rule {rule!r} does not exist; allowed: {', '.join(RULES)}")
     for name, value in (("draws", draws), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} {value} is not usable; allowed is a whole number of at least 1")
-    images = batch_size if rule != "exact" else max(1, batch_size // flow.num_classes)
+    score, _, rows = rule_named(rule, flow.num_classes)
+    standards = standards or flow.standards
     generator = torch.Generator().manual_seed(seed)
-    scores = x.new_zeros(len(x), flow.num_classes)
-    for _ in range(draws):
-        noisy = flow.perturb(x, generator)
-        scores += torch.cat([RULES[rule](flow, part) for part in noisy.split(images)])
-    return scores / draws
+    noisy = [flow.perturb(x, generator).split(max(1, batch_size // rows)) for _ in range(draws)]
+    return torch.cat([score(flow, parts, standards) for parts in zip(*noisy, strict=True)])
+
+
+def standardise(flow: TarFlow, x: Tensor, batch_size: int = 256, seed: int = 1) -> Standards:
+    """Learn from unlabelled clean images `x [B, C, H, W]` what z_score needs: a pass over some hundred of them.
+
+    Raises:
+        InputError: if the flow is unconditional or there are fewer than two images.
+    """
+    if len(x) < 2:
+        raise InputError(f"{len(x)} images have no deviation; allowed are at least 2, better some hundred")
+    scores = classify(flow, x, "single_gradient", batch_size=batch_size, seed=seed)
+    std = scores.std(dim=0).clamp(min=1e-12)
+    return Standards(scores.mean(dim=0).tolist(), std.tolist(), len(x))
+
+
+def fit_temperature(scores: Tensor, y: Tensor) -> float:
+    """The temperature T that makes `softmax(scores / T)` likeliest for labels `y [B]` (Guo et al., arXiv 1706.04599).
+
+    Classes without a score (-inf) have no probability; images whose label is among them cannot speak and are left out.
+    """
+    known = scores.gather(1, y[:, None])[:, 0].isfinite()
+    if not known.any():
+        return 1.0
+    scores, y = scores[known].double(), y[known]
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    start = (scores.masked_fill(scores == -torch.inf, 0).std() + 1e-12).log().detach()
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(scores / (start + log_t).exp(), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+    return float((start + log_t.detach()).exp())
+
+
+def calibration_error(probabilities: Tensor, y: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: mean gap between confidence and accuracy over equally wide bins of confidence."""
+    confidence, predicted = probabilities.max(dim=1)
+    right = (predicted == y).to(probabilities.dtype)
+    places = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=probabilities.dtype).index_add(0, places, right - confidence)
+    return float(gaps.abs().sum() / len(y))

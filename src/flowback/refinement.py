@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flowback.classify import RULES
+from flowback.classify import Standards, rule_named
 from flowback.errors import InputError
 from flowback.flows import Guidance, TarFlow
 from flowback.flows.adjoint import latent_gradient
@@ -39,24 +39,31 @@ OBJECTIVES: dict[str, Objective] = {"contrast": contrast, "posterior": posterior
 
 
 @torch.no_grad()
-def agreement(flow: TarFlow, x: Tensor, y: Tensor, rule: str = "exact", batch_size: int = 256) -> Tensor:
+def agreement(
+    flow: TarFlow,
+    x: Tensor,
+    y: Tensor,
+    rule: str = "exact",
+    batch_size: int = 256,
+    standards: Standards | None = None,
+) -> Tensor:
     """How surely the flow takes noisy images `x [B, C, H, W]` for their labels `y [B]`: log-probability `[B]`, nats.
 
     Args:
         flow: a class-conditional flow.
         x: images as decoded, before the score step: with the noise that the flow was trained on.
         y: labels.
-        rule: a classification rule, a key of `flowback.classify.RULES`; its scores are normalised over the classes.
+        rule: a classification rule (`flowback.classify`); its scores are normalised over the classes.
         batch_size: rows that the flow sees at once.
+        standards: that the rule may need; None for those stored with the flow.
 
     Raises:
         InputError: if the flow is unconditional or the rule does not exist.
     """
     _check_conditional(flow)
-    if rule not in RULES:
-        raise InputError(f"classification rule {rule!r} does not exist; allowed: {', '.join(RULES)}")
-    images = max(1, batch_size // flow.num_classes) if rule == "exact" else batch_size
-    scores = torch.cat([RULES[rule](flow, part) for part in x.split(images)])
+    score, _, rows = rule_named(rule, flow.num_classes)
+    parts = x.split(max(1, batch_size // rows))
+    scores = torch.cat([score(flow, [part], standards or flow.standards) for part in parts])
     return scores.log_softmax(dim=1).gather(1, y[:, None].to(scores.device))[:, 0]
 
 

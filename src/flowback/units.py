@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from flowback.errors import InputError
+
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -41,11 +43,20 @@ def nll_per_dim(z: Tensor, log_det: Tensor) -> Tensor:
     return 0.5 * z.square().mean() - log_det.mean() / z[0].numel()
 
 
-def bits_per_dim(log_prob: Tensor, dims: int, levels: int) -> Tensor:
+def bits_per_dim(log_prob: Tensor, dims: int, levels: int, noise: str = "uniform") -> Tensor:
     """Bits per dimension of *discrete* pixels from the log-density of uniformly dequantised ones.
 
     `log_prob` is `log p(x + u)` in nats on the [-1, 1] scale, `u` uniform over the pixel's bin of width `2/levels`; the
     constant `log2(levels / 2)` (7 for 256 levels) accounts for that scale. By Jensen's inequality the mean is an upper
-    bound of the bits that the model needs. Densities of Gaussian-noised data are not bits per dimension: pass none.
+    bound of the bits that the model needs.
+
+    Raises:
+        InputError: if `noise` says that the images were noised otherwise. A density of Gaussian-noised images says nothing
+            of the discrete ones: with more noise it only gets flatter, and its "bits" become whatever one likes.
     """
+    if noise != "uniform":
+        raise InputError(
+            f"the density of images with {noise} noise is not bits per dimension, since it is not one of pixels; allowed: "
+            "images that are dequantised uniformly (TarFlow.dequantise)"
+        )
     return (nats_per_dim(log_prob, dims) - math.log(bin_width(levels))) / math.log(2)

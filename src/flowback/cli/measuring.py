@@ -1,24 +1,17 @@
-"""`flowback classify` and `flowback evaluate`."""
+"""`flowback classify`, `flowback evaluate` and `flowback compare`."""
 
-import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
-from flowback.classify import RULES, classify
-from flowback.cli.common import (
-    Verb,
-    add_flow,
-    class_names,
-    flow_and_clean_images,
-)
-from flowback.data import load_data
+from flowback.classify import RULES, classify, default_rule
+from flowback.cli.common import Verb, add_flow, class_names, flow_and_clean_images, say
 from flowback.errors import InputError
-from flowback.evaluation.metrics import METRICS, measure
-from flowback.quickstart import machine
-from flowback.training import RunConfig
-from flowback.training.checkpoint import load_flow
-from flowback.training.log import console
+from flowback.evaluation.compare import write_comparison
+from flowback.evaluation.evaluate import DEFAULT, METRICS, EvaluationConfig, evaluate
+from flowback.evaluation.fidelity import EXTRACTORS
 
 
 def add(verb: Verb) -> None:
@@ -26,46 +19,79 @@ def add(verb: Verb) -> None:
     command = verb("classify", _classify, "Classify image files with the flow's own likelihood. No classifier is trained.")
     add_flow(command)
     command.add_argument("images", type=str, nargs="+", help="image files")
-    command.add_argument("--rule", type=str, default="exact", help=f"how classes are scored: {' or '.join(RULES)}")
+    command.add_argument("--rule", type=str, default=None, help=f"{', '.join(RULES)} (default: as evaluated, see the docs)")
     command.add_argument("--top", type=int, default=3, help="classes to print for each image")
     command.add_argument("--draws", type=int, default=4, help="draws of the training noise that are averaged")
 
     command = verb(
-        "evaluate", _evaluate, "Measure a run on its held-out images. Prints the figures and writes evaluation.json."
+        "evaluate",
+        _evaluate,
+        "Measure a run on its data: density, classification, probes, fidelity. Writes evaluation.json.",
     )
     add_flow(command)
-    command.add_argument("--metrics", type=str, default=",".join(METRICS), help=f"any of: {', '.join(METRICS)}")
-    command.add_argument("--images", type=int, default=None, help="held-out images to use (default: all)")
+    command.add_argument("--metrics", type=str, default=",".join(DEFAULT), help=f"any of: {', '.join(METRICS)}")
+    command.add_argument("--images", type=int, default=None, help="held-out images for bpd, accuracy, probe (default: all)")
+    command.add_argument("--draws", type=int, default=1, help="draws of the training noise that an accuracy averages")
+    command.add_argument("--samples", type=int, default=4096, help="images drawn for fidelity, against as many real ones")
+    command.add_argument("--samples-from", type=str, default=None, help="a folder of PNGs or an .npz to measure instead")
+    command.add_argument("--guidance", type=float, default=0.0, help="guidance scale of the samples drawn")
+    command.add_argument("--extractor", type=str, default="efficientnet_lite0", help=f"one of: {', '.join(EXTRACTORS)}")
+    command.add_argument("--extractor-weights", type=str, default=None, help="a local file of the extractor's weights")
+    command.add_argument("--reference", type=str, default="train", help="real images: train or held_out")
+    command.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    command.add_argument("--sweep", type=str, default=None, help="guidance scales to measure FID at, like 0,1,2")
+
+    command = verb("compare", _compare, "Report on evaluated runs side by side. Writes report.html and report.json.")
+    command.add_argument("runs", type=str, nargs="+", help="folders of runs")
+    command.add_argument("-o", "--output", type=str, default="runs/comparison", help="a folder")
 
 
 def _classify(options: Namespace) -> int:
     flow, images = flow_and_clean_images(options)
     names = class_names(options.run, flow)
-    scores = classify(flow, images, rule=options.rule, draws=options.draws)
-    shown = scores.softmax(dim=1) if options.rule == "exact" else scores
+    rule = options.rule or default_rule(flow)
+    scores = classify(flow, images, rule=rule, draws=options.draws)
+    temperature = flow.standards.temperatures.get(rule) if flow.standards else None
+    likely = temperature or (rule == "exact" or rule.startswith("shortlist"))
+    shown = (scores / (temperature or 1.0)).softmax(dim=1) if likely else scores
     top = shown.topk(min(max(options.top, 1), flow.num_classes), dim=1)
     for file, values, classes in zip(options.images, top.values.tolist(), top.indices.tolist(), strict=True):
-        form = "{} {:.3f}" if options.rule == "exact" else "{} {:+.2f}"
-        ranked = (form.format(names[k], value) for k, value in zip(classes, values, strict=True))
-        console.print(f"{file}: {', '.join(ranked)}", highlight=False, soft_wrap=True, markup=False)
+        form = "{} {:.3f}" if likely else "{} {:+.2f}"
+        say(f"{file}: {', '.join(form.format(names[k], value) for k, value in zip(classes, values, strict=True))}")
+    what = "calibrated probabilities" if temperature else "probabilities, not calibrated" if likely else "scores"
+    say(f"{what}, by {rule}" + ("" if flow.standards else "; `flowback evaluate` makes a better rule and calibrates it"))
     return 0
 
 
 def _evaluate(options: Namespace) -> int:
-    metrics = tuple(options.metrics.split(","))
-    for name in metrics:
-        if name not in METRICS:
-            raise InputError(f"metric {name!r} does not exist; allowed: {', '.join(METRICS)}")
-    if options.images is not None and options.images < 1:
-        raise InputError(f"--images {options.images} is not usable; allowed is a whole number of at least 1")
-    flow, weights = load_flow(options.run, options.weights)
-    file = Path(options.run) / "config.yaml"
-    if not file.is_file():
-        raise InputError(f"{options.run} has no config.yaml that names its data; allowed is the folder of a run")
-    data = load_data(RunConfig.from_yaml(file.read_text()).data)
-    figures = {"data": data.name, "weights": weights, "machine": machine()}
-    figures |= measure(flow, data, metrics, options.images)
-    (Path(options.run) / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-    for name, value in figures.items():
-        console.print(f"{name:16} {value}", highlight=False, soft_wrap=True)
+    names = [field.name for field in fields(EvaluationConfig) if field.name != "metrics"]
+    config = EvaluationConfig(tuple(options.metrics.split(",")), **{name: options[name] for name in names})
+    results = evaluate(options.run, config, _scales(options.sweep))
+    for name, value in results.items():
+        if isinstance(value, list):
+            for row in value:
+                say(f"{name:14} {', '.join(f'{k} {_short(v)}' for k, v in row.items())}")
+        elif isinstance(value, dict):
+            say(f"{name:14} {', '.join(f'{k} {_short(v)}' for k, v in value.items())}")
+        else:
+            say(f"{name:14} {_short(value)}")
+    write_comparison([options.run], Path(options.run))
+    say(f"all in {Path(options.run) / 'evaluation.json'} and report.html beside it")
     return 0
+
+
+def _compare(options: Namespace) -> int:
+    write_comparison(options.runs, Path(options.output))
+    say(f"report   {Path(options.output) / 'report.html'}")
+    return 0
+
+
+def _scales(text: str | None) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")] if text else []
+    except ValueError:
+        raise InputError(f"--sweep {text} is not a list of numbers; allowed is something like 0,1,2") from None
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

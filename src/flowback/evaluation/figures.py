@@ -1,5 +1,9 @@
 """Figures of runs, drawn with matplotlib."""
 
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -87,6 +91,67 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Figure:
             if count:
                 colour = "white" if count > 0.5 * sum(row) else "black"
                 panel.text(j, i, str(count), ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def draw_against(records: Sequence[Any], against: str, curves: dict[str, tuple[str, bool]]) -> Figure:
+    """Held-out figures of several runs against steps or seconds, a panel each."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for panel, (column, (title, _)) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+        for record, colour in zip(records, cycle(COLOURS)):
+            panel.plot(*record.series(column, against), "o-", ms=3, color=colour, label=record.name)
+        _finish(panel, title)
+        panel.set_xlabel("seconds of training" if against == "seconds" else against, fontsize=9)
+    return figure
+
+
+def draw_cost_accuracy(evaluation: dict[str, Any]) -> Figure:
+    """Accuracy of each rule against its passes, as `cost_accuracy` measured them."""
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    panel = figure.subplots()
+    rows = sorted(evaluation["classification"], key=lambda row: row["passes"])
+    for i, row in enumerate(rows):
+        panel.plot(row["passes"], 100 * row["accuracy"], "o", color=COLOURS[1])
+        place = (6, -3 if i % 2 else 6)
+        panel.annotate(
+            row["rule"].replace("_", " "), (row["passes"], 100 * row["accuracy"]), place, fontsize=7.5, **_OFFSET
+        )
+    _finish(panel, f"accuracy, % of {rows[0]['images']} held-out images")
+    panel.set_xlabel("forward passes an image", fontsize=9)
+    panel.margins(x=0.25, y=0.15)
+    return figure
+
+
+_OFFSET: dict[str, Any] = {"textcoords": "offset points"}
+
+
+def draw_probe(evaluation: dict[str, Any]) -> Figure:
+    """Accuracy of the probe at every (block, layer), and the flow's own as lines across (arXiv 2511.22345, figure 4)."""
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    panel = figure.subplots()
+    rows = evaluation["probe"]
+    layers = max(row["layer"] for row in rows)
+    for block in sorted({row["block"] for row in rows}):
+        own = [row for row in rows if row["block"] == block]
+        panel.plot([(block - 1) * layers + row["layer"] for row in own], [100 * row["accuracy"] for row in own], "o-", ms=3)
+        panel.axvline(block * layers + 0.5, color="#e5e7eb", lw=0.8)
+    panel.set_xticks([(b + 0.5) * layers + 0.5 for b in range(len(rows) // layers)], range(1, len(rows) // layers + 1))
+    for rule, style in (("single_gradient", ":"), ("exact", "--")):
+        if rule in evaluation.get("accuracy", {}):
+            label = f"the flow itself, {rule.replace('_', ' ')}"
+            panel.axhline(100 * evaluation["accuracy"][rule], color="black", lw=1, ls=style, label=label)
+    _finish(panel, "accuracy of a linear probe, %")
+    panel.set_xlabel(f"block, from the data (1) to the noise; {layers} layers in each", fontsize=9)
+    return figure
+
+
+def draw_sweep(rows: list[dict[str, Any]]) -> Figure:
+    """FID against the guidance scale (arXiv 2511.22345, figure 5)."""
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    panel = figure.subplots()
+    panel.plot([row["guidance"] for row in rows], [row["fid"] for row in rows], "o-", color=COLOURS[1])
+    _finish(panel, f"FID, {rows[0]['extractor']}, {rows[0]['samples']} samples")
+    panel.set_xlabel("guidance scale", fontsize=9)
     return figure
 
 

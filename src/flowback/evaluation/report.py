@@ -38,9 +38,9 @@ def write_report(folder: Path, data: ImageSet, runs: list[Measured], machine: st
         sections.append(
             {
                 "title": run.title,
-                "plain": _picture(grid_array(class_grid(run.flow, PER_CLASS), PER_CLASS, smallest=32)),
-                "guided": _picture(guided),
-                "confusion": _svg(draw_confusion(confusion(predicted, y, len(data.classes)), data.classes)),
+                "plain": as_picture(grid_array(class_grid(run.flow, PER_CLASS), PER_CLASS, smallest=32)),
+                "guided": as_picture(guided),
+                "confusion": as_svg(draw_confusion(confusion(predicted, y, len(data.classes)), data.classes)),
             }
         )
     shown = torch.cat([(y == k).nonzero()[:PER_CLASS, 0] for k in range(len(data.classes))])
@@ -50,8 +50,8 @@ def write_report(folder: Path, data: ImageSet, runs: list[Measured], machine: st
         runs=runs,
         sections=sections,
         table=_table(runs),
-        curves=_svg(draw_curves(runs)),
-        real=_picture(grid_array(x[shown], PER_CLASS, smallest=32)),
+        curves=as_svg(draw_curves(runs)),
+        real=asas_picture(grid_array(x[shown], PER_CLASS, smallest=32)),
         machine=machine,
         guidance=guidance,
         draws=DRAWS,
@@ -80,13 +80,15 @@ def _table(runs: list[Measured]) -> list[tuple[str, list[str], int | None]]:
     ]
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
+    """A matplotlib figure as a data URI."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     return _data_uri("image/svg+xml", stream.getvalue())
 
 
-def _picture(picture: Tensor) -> str:
+def as_picture(picture: Tensor) -> str:
+    """Pixels uint8 `[rows, columns, 3]` as a data URI."""
     from PIL import Image
 
     stream = io.BytesIO()

@@ -10,6 +10,9 @@ from torch import nn
 from flowback.errors import InputError
 from flowback.flows.calibration import FILE as CALIBRATION
 
+STANDARDS = "classification.json"
+FILES = ["config.json", "model.safetensors", CALIBRATION, STANDARDS]
+
 if TYPE_CHECKING:
     from flowback.flows.tarflow import TarFlow
 
@@ -23,10 +26,18 @@ def save_folder(flow: "TarFlow", folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     config = {"model": "TarFlow", "format": 1, **asdict(flow.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if flow.calibration is not None:
-        flow.calibration.save(folder)
-    else:
-        (folder / CALIBRATION).unlink(missing_ok=True)  # of another flow
+    for name, extra in ((CALIBRATION, flow.calibration), (STANDARDS, flow.standards)):
+        if extra is not None:
+            extra.save(folder)
+        else:
+            (folder / name).unlink(missing_ok=True)  # of another flow
+
+
+def load_standards(folder: Path, classes: int) -> Any:
+    """The standards of classification in a folder, `flowback.classify.Standards`, or None."""
+    from flowback.classify import Standards
+
+    return Standards.load(folder / STANDARDS, classes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,7 +95,7 @@ def pretrained_folder(path_or_hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=["config.json", "model.safetensors", CALIBRATION]))
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=FILES))
     except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path_or_hub_id} is no local folder and the hub did not give it ({reason})") from None

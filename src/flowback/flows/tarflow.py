@@ -21,7 +21,7 @@ from flowback.flows.config import FlowConfig
 from flowback.flows.decoders import DECODERS, CausalMap, Solved, Solver, default_tolerance, solve
 from flowback.flows.guidance import Guidance
 from flowback.flows.patches import patchify, unpatchify
-from flowback.flows.pretrained import load_tensors, pretrained_folder, read_config, save_folder
+from flowback.flows.pretrained import load_standards, load_tensors, pretrained_folder, read_config, save_folder
 from flowback.units import LOG_2PI, bin_width
 
 
@@ -74,6 +74,7 @@ class TarFlow(nn.Module):
         self.grid = (side, side)
         self.token_shape = (side * side, self.channels * c.patch_size**2)  # N, D
         self.calibration: Calibration | None = None  # which decoder suits which block on this machine
+        self.standards: Any = None  # of classification, `flowback.classify.Standards`
         self.blocks = nn.ModuleList(
             FlowBlock(
                 *self.token_shape,
@@ -407,11 +408,14 @@ class TarFlow(nn.Module):
 
     # ---- classification -----------------------------------------------------------------------------------------
 
-    def classify(self, x: Tensor, rule: str = "single_gradient", draws: int = 1, batch_size: int = 256) -> Tensor:
-        """Scores `[B, K]` of clean images, larger is likelier, without any training: see `flowback.classify`."""
-        from flowback.classify import classify
+    def classify(self, x: Tensor, rule: str | None = None, draws: int = 1, batch_size: int = 256) -> Tensor:
+        """Scores `[B, K]` of clean images, larger is likelier, without any training: see `flowback.classify`.
 
-        return classify(self, x, rule=rule, draws=draws, batch_size=batch_size)
+        `rule` is None for `shortlist_3`, or for `single_gradient` where the flow has no standards yet.
+        """
+        from flowback.classify import classify, default_rule
+
+        return classify(self, x, rule=rule or default_rule(self), draws=draws, batch_size=batch_size)
 
     # ---- on disk ------------------------------------------------------------------------------------------------
 
@@ -430,6 +434,7 @@ class TarFlow(nn.Module):
         flow = cls(**read_config(folder))
         load_tensors(flow, folder / "model.safetensors")
         flow.calibration = Calibration.load(folder)
+        flow.standards = load_standards(folder, flow.num_classes)
         return flow.eval()
 
 

@@ -1,0 +1,74 @@
+"""How well a flow classifies: accuracy by rule against its cost, and probabilities that mean what they say."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowback.classify import Standards, calibration_error, classify, fit_temperature, rule_named, standardise
+from flowback.data import ImageSet
+from flowback.flows import TarFlow
+from flowback.units import from_levels
+
+CURVE = ("single_gradient", "z_score", "shortlist_1", "shortlist_2", "shortlist_3", "shortlist_5", "logit_steps", "exact")
+UNLABELLED = 512  # training images, without their labels, that z_score's standards are learned from
+CALIBRATION = 1000  # held-out images that temperatures are fitted on, and nothing else
+
+
+def cost_accuracy(
+    flow: TarFlow,
+    data: ImageSet,
+    images: int | None = None,
+    draws: int = 1,
+    rules: Sequence[str] = CURVE,
+    seed: int = 0,
+) -> tuple[list[dict[str, Any]], Standards]:
+    """The cost-accuracy table of a flow on held-out images.
+
+    Args:
+        flow: a class-conditional flow.
+        data: its images. Standards come from unlabelled training images, temperatures from a quarter of the held-out ones
+            (at most 1,000), figures from the others.
+        images: how many of these others; None for all.
+        draws: noise draws whose scores are averaged; they multiply the passes.
+        rules: names of rules.
+        seed: which held-out images calibrate.
+
+    Returns:
+        A row a rule: "rule", "passes" (forward passes an image), "accuracy", "images", "seconds_per_image",
+        "temperature", "ece_before" and "ece_after" (the temperature); and the standards, to be stored with the flow.
+    """
+    unlabelled = torch.linspace(0, len(data.train) - 1, min(UNLABELLED, len(data.train))).round().long().tolist()
+    standards = standardise(flow, from_levels(data.train[unlabelled][0], data.levels))
+    order = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(seed))
+    count = min(CALIBRATION, len(order) // 4)
+    fit = _images(data, order[:count])
+    x, y = _images(data, order[count:][:images])
+    rows = []
+    for rule in rules:
+        _, passes, _ = rule_named(rule, flow.num_classes)
+        fitted = classify(flow, fit[0], rule, draws, standards=standards)
+        temperature = standards.temperatures[rule] = fit_temperature(fitted, fit[1])
+        started = time.perf_counter()
+        scores = classify(flow, x, rule, draws, standards=standards, seed=1)
+        seconds = (time.perf_counter() - started) / len(x)
+        rows.append(
+            {
+                "rule": rule,
+                "passes": passes * draws,
+                "accuracy": float((scores.argmax(dim=1) == y).double().mean()),
+                "images": len(x),
+                "seconds_per_image": seconds,
+                "temperature": temperature,
+                "ece_before": calibration_error(scores.softmax(dim=1), y),
+                "ece_after": calibration_error((scores / temperature).softmax(dim=1), y),
+            }
+        )
+    return rows, standards
+
+
+def _images(data: ImageSet, indices: Tensor) -> tuple[Tensor, Tensor]:
+    pixels, labels = data.held_out[indices.sort().values.tolist()]
+    return from_levels(pixels, data.levels), labels

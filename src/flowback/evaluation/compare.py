@@ -1,0 +1,234 @@
+"""One report on one or several runs: report.html, self-contained, and report.json with the same figures.
+
+report.json: {"runs": {name: what evaluation.json holds, and "steps", "seconds_of_training"}, "config_differences": {option: [values]},
+"crossings": [rows of `crossings`], "not_comparable": [sentences]}.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from flowback.classify import classify
+from flowback.data import ImageSet, load_data
+from flowback.errors import InputError
+from flowback.evaluation.figures import draw_against, draw_cost_accuracy, draw_probe, draw_sweep
+from flowback.evaluation.metrics import held_out
+from flowback.evaluation.pictures import class_grid, grid_array
+from flowback.evaluation.report import as_picture, as_svg
+from flowback.flows import TarFlow
+from flowback.training import RunConfig
+from flowback.training.checkpoint import load_flow
+from flowback.training.log import read_metrics
+
+# what a run is judged by while it trains: column of metrics.csv -> (title, whether larger is better)
+CURVES = {
+    "held_out_exact": ("exact accuracy, held out", True),
+    "held_out_single_gradient": ("single-gradient accuracy, held out", True),
+    "held_out_nats_per_dim": ("nats per dimension, held out", False),
+}
+SHOWN = 8  # images a row
+
+
+@dataclass
+class Record:
+    """A run and all that is known of it."""
+
+    name: str
+    folder: Path
+    flow: TarFlow
+    data: ImageSet
+    config: dict[str, Any]  # flat, by dotted names
+    rows: list[dict[str, float]]  # of metrics.csv
+    evaluation: dict[str, Any]
+
+    def series(self, column: str, against: str = "step") -> tuple[list[float], list[float]]:
+        """A column of metrics.csv against steps or seconds."""
+        found = [(row[against], row[column]) for row in self.rows if column in row and against in row]
+        return [x for x, _ in found], [value for _, value in found]
+
+
+def load_record(run: str) -> Record:
+    """Read a run that was evaluated.
+
+    Raises:
+        InputError: if the folder holds no run, or one that was never evaluated.
+    """
+    folder = Path(run)
+    for name, what in (("config.yaml", "train"), ("metrics.csv", "train"), ("evaluation.json", "evaluate")):
+        if not (folder / name).is_file():
+            raise InputError(f"{run} has no {name}; allowed are runs on which `flowback {what}` was run")
+    text = (folder / "config.yaml").read_text()
+    flow, _ = load_flow(run)
+    try:
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+    except ValueError as error:
+        raise InputError(f"{folder / 'evaluation.json'} cannot be read ({error}); evaluate the run again") from None
+    data = load_data(RunConfig.from_yaml(text).data)
+    return Record(
+        folder.name, folder, flow, data, flat(yaml.safe_load(text)), read_metrics(folder / "metrics.csv"), evaluation
+    )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections to dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def config_differences(records: list[Record]) -> dict[str, list[Any]]:
+    """Options that are not the same in all runs, with their values."""
+    names = sorted(set().union(*(record.config for record in records)) - {"run", "train.resume"})
+    values = {name: [record.config.get(name) for record in records] for name in names}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def crossings(records: list[Record]) -> list[dict[str, Any]]:
+    """Where each run passes every other's final figure: "run", "passes", "figure", "value", "step", "seconds".
+
+    "step" and "seconds" are None where it never does; "speed_up" is the other's steps over this one's, what the papers report.
+    """
+    rows = []
+    for column, (title, larger) in CURVES.items():
+        for other in records:
+            steps, values = other.series(column)
+            for run in records:
+                if run is other or not values or not run.series(column)[1]:
+                    continue
+                own_steps, own = run.series(column)
+                passed = [i for i, value in enumerate(own) if (value >= values[-1] if larger else value <= values[-1])]
+                step = own_steps[passed[0]] if passed else None
+                seconds = run.series(column, "seconds")[0][passed[0]] if passed else None
+                row = {"run": run.name, "passes": other.name, "figure": title, "value": values[-1], "step": step}
+                rows.append(row | {"seconds": seconds, "speed_up": steps[-1] / step if step else None})
+    return rows
+
+
+def not_comparable(records: list[Record]) -> list[str]:
+    """What must not be read side by side, a sentence each."""
+    sentences = []
+    if len({record.evaluation.get("data") for record in records}) > 1:
+        sentences.append("The runs were measured on different data sets: no figure of one compares with the other's.")
+    for name in ("extractor", "samples", "reference", "guidance"):
+        values = [record.evaluation["fidelity"][name] for record in records if "fidelity" in record.evaluation]
+        if any(value != values[0] for value in values):
+            listed = ", ".join(map(str, values))
+            sentences.append(f"Fidelity was measured with another {name} ({listed}): those figures do not compare.")
+    if len({record.evaluation.get("noise_draws") for record in records}) > 1:
+        sentences.append("Accuracies average different numbers of noise draws.")
+    if len({record.evaluation.get("held_out_images") for record in records}) > 1:
+        sentences.append("The figures are of different numbers of held-out images.")
+    return sentences
+
+
+def table(records: list[Record]) -> list[tuple[str, list[str]]]:
+    """Figures by name, one text a run."""
+    rows: dict[str, list[str]] = {}
+
+    def put(title: str, i: int, text: str) -> None:
+        rows.setdefault(title, ["–"] * len(records))[i] = text
+
+    for i, record in enumerate(records):
+        e = record.evaluation
+        for row in e.get("classification", []):
+            put(f"accuracy, {row['rule'].replace('_', ' ')} ({row['passes']} passes)", i, f"{100 * row['accuracy']:.1f} %")
+        if "nats_per_dim" in e:
+            put("nats per dimension", i, f"{e['nats_per_dim']:.4f}")
+            put("bits per dimension, at most", i, f"{e['bits_per_dim']:.3f}")
+            put("… importance-weighted", i, f"{e['bits_per_dim_importance_weighted']:.3f}")
+        f = e.get("fidelity", {})
+        for name in ("fid", "sfid", "is", "kid", "precision", "recall"):
+            if name in f:
+                put(
+                    f"{name.upper() if len(name) < 5 else name} ({f['extractor']}, {f['samples']} samples)",
+                    i,
+                    f"{f[name]:.3f}",
+                )
+        if e.get("probe"):
+            best = max(e["probe"], key=lambda row: row["accuracy"])
+            put("best linear probe", i, f"{100 * best['accuracy']:.1f} % (block {best['block']}, layer {best['layer']})")
+        put("training steps", i, f"{record.rows[-1]['step']:.0f}")
+        put("seconds of training", i, f"{max(row.get('seconds', 0) for row in record.rows):.0f}")
+        put("parameters", i, f"{sum(p.numel() for p in record.flow.parameters()) / 1e6:.2f} M")
+        put("measured with", i, str(e.get("weights")))
+    return list(rows.items())
+
+
+def best_and_worst(record: Record, images: int = 300) -> tuple[Tensor, list[str]]:
+    """Held-out images `[2 * SHOWN, C, H, W]`: those taken most surely for what they are, and those least; and captions."""
+    x, y = held_out(record.data, images)
+    sure = classify(record.flow, x, "exact").log_softmax(dim=1)
+    own = sure.gather(1, y[:, None])[:, 0]
+    order = own.argsort(descending=True)
+    chosen = torch.cat([order[:SHOWN], order.flip(0)[:SHOWN]])
+    names = record.data.classes
+    captions = [f"{names[int(y[i])]}, taken for {names[int(sure[i].argmax())]}" for i in chosen[SHOWN:]]
+    return x[chosen], captions
+
+
+def write_comparison(runs: list[str], folder: Path) -> dict[str, Any]:
+    """Write report.html and report.json on one or several evaluated runs into `folder`. Returns what report.json holds.
+
+    Raises:
+        InputError: if a run is not one, was not evaluated, or stands there twice.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    if len({Path(run).resolve() for run in runs}) < len(runs):
+        raise InputError("a run stands there twice; allowed are different ones")
+    records = [load_record(run) for run in runs]
+    facts: dict[str, Any] = {
+        "runs": {
+            record.name: record.evaluation
+            | {"steps": record.rows[-1]["step"], "seconds_of_training": max(r.get("seconds", 0) for r in record.rows)}
+            for record in records
+        },
+        "config_differences": config_differences(records),
+        "crossings": crossings(records),
+        "not_comparable": not_comparable(records),
+    }
+    sections = []
+    for record in records:
+        picture, captions = best_and_worst(record) if record.flow.num_classes else (None, [])
+        sweep = record.evaluation.get("guidance_sweep")
+        sections.append(
+            {
+                "name": record.name,
+                "samples": as_picture(grid_array(class_grid(record.flow, SHOWN), SHOWN, smallest=32)),
+                "judged": None if picture is None else as_picture(grid_array(picture, SHOWN, smallest=32)),
+                "captions": captions,
+                "probe": as_svg(draw_probe(record.evaluation)) if record.evaluation.get("probe") else None,
+                "curve": as_svg(draw_cost_accuracy(record.evaluation)) if record.evaluation.get("classification") else None,
+                "sweep": as_svg(draw_sweep(sweep)) if sweep else None,
+            }
+        )
+    html = (
+        Environment(loader=PackageLoader("flowback.evaluation"), autoescape=True)
+        .get_template("compare.html")
+        .render(
+            records=records,
+            sections=sections,
+            table=table(records),
+            facts=facts,
+            by_step=as_svg(draw_against(records, "step", CURVES)),
+            by_seconds=as_svg(draw_against(records, "seconds", CURVES)),
+            chance=1 / max(1, records[0].flow.num_classes),
+        )
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(facts, indent=2, default=_plain) + "\n")
+    (folder / "report.html").write_text(html, encoding="utf-8")
+    return facts
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value)} cannot be written")

@@ -1,0 +1,150 @@
+"""Everything that is measured of a run, by one call: `evaluation.json` in the run's folder.
+
+Top level: "run", "data", "weights", "machine", "seconds" (of each metric), and for the metrics that were asked for
+
+    bpd         "nats_per_dim", "bits_per_dim" (an upper bound), "bits_per_dim_importance_weighted" (a tighter one)
+    accuracy    "accuracy": rule -> share; "classification": a row a rule, see `classification.cost_accuracy`
+    probe       "probe": a row a (block, layer), see `probe.probe_layers`
+    fid …       "fidelity": the figures with extractor, samples, reference and guidance, see `fidelity.fidelity`
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flowback.data import load_data
+from flowback.errors import InputError
+from flowback.evaluation import fidelity as fid
+from flowback.evaluation.classification import CURVE, cost_accuracy
+from flowback.evaluation.metrics import density, held_out, importance_weighted_bits
+from flowback.evaluation.probe import probe_layers
+from flowback.quickstart import machine
+from flowback.sampling import Request, pick_device, sample_to_disk
+from flowback.training import RunConfig
+from flowback.training.checkpoint import flow_folder, load_flow
+
+METRICS = ("bpd", "accuracy", "probe", *fid.METRICS)
+DEFAULT = ("bpd", "accuracy")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What to measure.
+
+    Args:
+        metrics: of `METRICS`.
+        weights: ema or raw.
+        images: held-out images for bpd, accuracy and probe; None for all.
+        draws: noise draws averaged in an accuracy; they multiply its cost.
+        samples: images drawn for fidelity, and as many real ones; the papers use 4,096 and 50,000.
+        samples_from: a folder of PNGs or an .npz to measure instead of drawing any.
+        guidance: of the samples drawn.
+        extractor: of fidelity, a key of `flowback.evaluation.fidelity.EXTRACTORS`.
+        extractor_weights: a local file of its weights.
+        reference: train or held_out: which real images.
+        seed: of the samples.
+
+    Raises:
+        InputError: if a value is impossible.
+    """
+
+    metrics: tuple[str, ...] = DEFAULT
+    weights: str = "ema"
+    images: int | None = None
+    draws: int = 1
+    samples: int = 4096
+    samples_from: str | None = None
+    guidance: float = 0.0
+    extractor: str = "efficientnet_lite0"
+    extractor_weights: str | None = None
+    reference: str = "train"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if name not in METRICS:
+                raise InputError(f"metric {name!r} does not exist; allowed: {', '.join(METRICS)}")
+        for name, value in (("images", self.images), ("draws", self.draws), ("samples", self.samples)):
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value} is not usable; allowed is a whole number of at least 1")
+        if self.reference not in ("train", "held_out"):
+            raise InputError(f"--reference {self.reference!r} does not exist; allowed: train, held_out")
+        if self.extractor not in fid.EXTRACTORS:
+            raise InputError(f"extractor {self.extractor!r} does not exist; allowed: {', '.join(fid.EXTRACTORS)}")
+
+
+def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) -> dict[str, Any]:
+    """Measure a run on the data it names; standards and temperatures are stored with the flow.
+
+    Args:
+        run: the run's folder.
+        config: what to measure.
+        sweep: guidance scales at which fidelity is measured too, under "guidance_sweep" (arXiv 2511.22345, figure 5).
+
+    Raises:
+        InputError: if the run names no data, or something that a metric needs cannot be had.
+    """
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{run} has no config.yaml that names its data; allowed is the folder of a run")
+    flow, weights = load_flow(run, config.weights)
+    data = load_data(RunConfig.from_yaml(file.read_text()).data)
+    results: dict[str, Any] = {"run": Path(run).name, "data": data.name, "weights": weights, "machine": machine()}
+    seconds: dict[str, float] = {}
+    x, y = held_out(data, config.images)
+    results["held_out_images"] = len(x)
+    if "bpd" in config.metrics:
+        started = time.perf_counter()
+        results |= density(flow, x, y)
+        results["bits_per_dim_importance_weighted"] = importance_weighted_bits(flow, x, y)
+        results["density"] = (
+            f"nats of images with {flow.config.noise} noise on the [-1, 1] scale; bits of {flow.levels} levels, "
+            "dequantised uniformly, bounded from above by 1 draw, and by 16 draws importance-weighted"
+        )
+        seconds["bpd"] = time.perf_counter() - started
+    if "accuracy" in config.metrics and flow.num_classes:
+        started = time.perf_counter()
+        rows, standards = cost_accuracy(flow, data, config.images, config.draws, CURVE, config.seed)
+        results["classification"] = rows
+        results["accuracy"] = {row["rule"]: row["accuracy"] for row in rows}
+        results["noise_draws"] = config.draws
+        if config.weights == "ema":
+            standards.save(flow_folder(run))
+        seconds["accuracy"] = time.perf_counter() - started
+    if "probe" in config.metrics:
+        started = time.perf_counter()
+        results["probe"] = probe_layers(flow, data, images=config.images)
+        seconds["probe"] = time.perf_counter() - started
+    wanted = [name for name in config.metrics if name in fid.METRICS]
+    if wanted:
+        started = time.perf_counter()
+        results["fidelity"] = _fidelity(run, config, wanted)
+        seconds["fidelity"] = time.perf_counter() - started
+    if sweep:
+        started = time.perf_counter()
+        fidelities = wanted or ["fid"]
+        results["guidance_sweep"] = [_fidelity(run, replace(config, guidance=scale), fidelities) for scale in sweep]
+        seconds["guidance_sweep"] = time.perf_counter() - started
+    results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    (Path(run) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _fidelity(run: str, config: EvaluationConfig, wanted: list[str]) -> dict[str, Any]:
+    flow, weights = load_flow(run, config.weights)
+    data = load_data(RunConfig.from_yaml((Path(run) / "config.yaml").read_text()).data)
+    if config.samples_from is not None:
+        samples, source = fid.open_images(Path(config.samples_from)), str(config.samples_from)
+    else:
+        labels = tuple(range(flow.num_classes)) or (-1,)
+        request = Request(run, config.weights, config.samples, labels, config.guidance, seed=config.seed)
+        file = Path(run) / "evaluation" / f"samples_{config.samples}_guidance_{config.guidance:g}_seed_{config.seed}.npz"
+        sample_to_disk(request, file)
+        samples, source = fid.open_images(file), f"drawn with seed {config.seed}"
+    reference, name = fid.reference_of(data, len(samples), config.reference == "train")  # pyright: ignore[reportArgumentType]
+    options = {"extractor": config.extractor, "weights": config.extractor_weights, "reference_name": name}
+    figures = fid.fidelity(samples, reference, wanted, device=pick_device("auto"), **options)
+    return figures | {"reference": name, "guidance": config.guidance, "flow": weights, "samples_from": source}
