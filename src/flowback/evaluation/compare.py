@@ -133,7 +133,7 @@ def table(records: list[Record]) -> list[tuple[str, list[str]]]:
     rows: dict[str, list[str]] = {}
 
     def put(title: str, i: int, text: str) -> None:
-        rows.setdefault(title, ["–"] * len(records))[i] = text
+        rows.setdefault(title, ["-"] * len(records))[i] = text
 
     for i, record in enumerate(records):
         e = record.evaluation

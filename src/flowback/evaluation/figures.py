@@ -112,17 +112,12 @@ def draw_cost_accuracy(evaluation: dict[str, Any]) -> Figure:
     rows = sorted(evaluation["classification"], key=lambda row: row["passes"])
     for i, row in enumerate(rows):
         panel.plot(row["passes"], 100 * row["accuracy"], "o", color=COLOURS[1])
-        place = (6, -3 if i % 2 else 6)
-        panel.annotate(
-            row["rule"].replace("_", " "), (row["passes"], 100 * row["accuracy"]), place, fontsize=7.5, **_OFFSET
-        )
+        name, at = row["rule"].replace("_", " "), (row["passes"], 100 * row["accuracy"])
+        panel.annotate(name, at, (6, -3 if i % 2 else 6), textcoords="offset points", fontsize=7.5)
     _finish(panel, f"accuracy, % of {rows[0]['images']} held-out images")
     panel.set_xlabel("forward passes an image", fontsize=9)
     panel.margins(x=0.25, y=0.15)
     return figure
-
-
-_OFFSET: dict[str, Any] = {"textcoords": "offset points"}
 
 
 def draw_probe(evaluation: dict[str, Any]) -> Figure:
@@ -135,7 +130,8 @@ def draw_probe(evaluation: dict[str, Any]) -> Figure:
         own = [row for row in rows if row["block"] == block]
         panel.plot([(block - 1) * layers + row["layer"] for row in own], [100 * row["accuracy"] for row in own], "o-", ms=3)
         panel.axvline(block * layers + 0.5, color="#e5e7eb", lw=0.8)
-    panel.set_xticks([(b + 0.5) * layers + 0.5 for b in range(len(rows) // layers)], range(1, len(rows) // layers + 1))
+    blocks = len(rows) // layers
+    panel.set_xticks([(b + 0.5) * layers + 0.5 for b in range(blocks)], [str(b + 1) for b in range(blocks)])
     for rule, style in (("single_gradient", ":"), ("exact", "--")):
         if rule in evaluation.get("accuracy", {}):
             label = f"the flow itself, {rule.replace('_', ' ')}"

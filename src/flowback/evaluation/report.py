@@ -51,7 +51,7 @@ def write_report(folder: Path, data: ImageSet, runs: list[Measured], machine: st
         sections=sections,
         table=_table(runs),
         curves=as_svg(draw_curves(runs)),
-        real=asas_picture(grid_array(x[shown], PER_CLASS, smallest=32)),
+        real=as_picture(grid_array(x[shown], PER_CLASS, smallest=32)),
         machine=machine,
         guidance=guidance,
         draws=DRAWS,
