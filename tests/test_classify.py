@@ -1,15 +1,40 @@
+import json
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from builders import images, random_flow
-from flowback import InputError
-from flowback.classify import RULES, classify, exact, single_gradient
+from flowback import InputError, TarFlow
+from flowback.classify import (
+    RULES,
+    Standards,
+    calibration_error,
+    classify,
+    default_rule,
+    exact,
+    fit_temperature,
+    logit_steps,
+    rule_named,
+    shortlist,
+    single_gradient,
+    standardise,
+    z_score,
+)
+
+
+def standards(flow, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    K = flow.num_classes
+    return Standards(torch.randn(K, generator=generator).tolist(), (torch.rand(K, generator=generator) + 0.5).tolist(), 9)
 
 
 def test_single_gradient_is_the_slope_of_every_logit():
     flow = random_flow(num_classes=5)
     x, h = images(flow), 1e-5
-    scores = single_gradient(flow, x)
+    scores = single_gradient(flow, [x])
     assert scores.shape == (3, 5)
     for k in range(5):
         lam = torch.zeros(3, 5, dtype=torch.float64)
@@ -23,28 +48,66 @@ def test_exact_is_one_likelihood_a_class():
     flow = random_flow(num_classes=5)
     x = images(flow)
     expected = torch.stack([flow.log_prob(x, torch.full((3,), k)) for k in range(5)], dim=1)
-    assert torch.allclose(exact(flow, x), expected, atol=1e-9)
-    assert exact(flow, x).std(dim=1).min() > 1e-3
+    assert torch.allclose(exact(flow, [x]), expected, atol=1e-9)
+    assert exact(flow, [x]).std(dim=1).min() > 1e-3
+
+
+def test_z_score_shifts_and_scales_each_class():
+    flow = random_flow(num_classes=5)
+    known = standards(flow)
+    expected = (single_gradient(flow, [images(flow)]) - torch.tensor(known.mean)) / torch.tensor(known.std)
+    assert torch.allclose(z_score(flow, [images(flow)], known), expected, atol=1e-6)
+
+
+def test_logit_steps_climb_the_likelihood():
+    flow = random_flow(std=0.05)
+    x = images(flow)
+    lam = logit_steps(flow, [x])
+    uniform = flow.log_prob(x, torch.full((3, 4), 0.25, dtype=torch.float64))
+    assert (flow.log_prob(x, lam.softmax(dim=1)) > uniform).all()
+    first = single_gradient(flow, [x])
+    assert not torch.allclose(lam, 3 * first)  # the slope is taken anew at each step
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_shortlist_has_the_likelihoods_of_the_best_and_no_others(m):
+    flow = random_flow()
+    x, known = images(flow), standards(flow)
+    scores = shortlist(m)(flow, [x], known)
+    best = z_score(flow, [x], known).topk(m, dim=1).indices
+    assert (scores.isfinite().sum(dim=1) == m).all()
+    assert torch.allclose(scores.gather(1, best), exact(flow, [x]).gather(1, best), atol=1e-9)
+
+
+def test_a_shortlist_of_all_classes_is_exact():
+    flow = random_flow()
+    x = images(flow)
+    assert torch.allclose(
+        classify(flow, x, "shortlist_99", standards=standards(flow)), classify(flow, x, "exact"), atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_draws_are_averaged(rule):
     flow = random_flow(noise_std=0.3)
-    x = images(flow)
+    x, known = images(flow), standards(flow)
     generator = torch.Generator().manual_seed(11)
-    draws = [RULES[rule](flow, flow.perturb(x, generator)) for _ in range(3)]
-    found = classify(flow, x, rule, draws=3, seed=11)
-    assert torch.allclose(found, torch.stack(draws).mean(dim=0), atol=1e-9)
-    assert (draws[0] - draws[1]).abs().max() > 1e-3
+    draws = [flow.perturb(x, generator) for _ in range(3)]
+    score = rule_named(rule, 4)[0]
+    found = classify(flow, x, rule, draws=3, seed=11, standards=known)
+    assert torch.allclose(found, score(flow, draws, known), atol=1e-9)
+    if rule in ("single_gradient", "exact", "z_score"):
+        assert torch.allclose(found, torch.stack([score(flow, [d], known) for d in draws]).mean(dim=0), atol=1e-9)
+    assert not torch.allclose(found, classify(flow, x, rule, draws=1, seed=11, standards=known))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_scores_do_not_depend_on_the_batch_size(rule):
     flow = random_flow()
-    x = images(flow, 5)
-    whole = classify(flow, x, rule)
+    x, known = images(flow, 5), standards(flow)
+    whole = classify(flow, x, rule, standards=known)
     for batch_size in (1, 2, 8):
-        assert torch.allclose(classify(flow, x, rule, batch_size=batch_size), whole, atol=1e-9)
+        assert torch.allclose(classify(flow, x, rule, batch_size=batch_size, standards=known), whole, atol=1e-9)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -52,8 +115,115 @@ def test_batch_size_bounds_the_rows_that_the_flow_sees(rule, monkeypatch):
     flow = random_flow()
     rows, encode = [], type(flow).encode
     monkeypatch.setattr(type(flow), "encode", lambda self, x, *a, **k: rows.append(len(x)) or encode(self, x, *a, **k))
-    classify(flow, images(flow, 7), rule, batch_size=8)
+    classify(flow, images(flow, 7), rule, batch_size=8, standards=standards(flow))
     assert max(rows) <= 8
+
+
+@pytest.mark.parametrize(("rule", "passes"), [("single_gradient", 3), ("z_score", 3), ("shortlist_3", 6), ("exact", 4)])
+def test_rules_cost_what_they_say(rule, passes, monkeypatch):
+    """Counted: rows encoded per image, and two more for each that is differentiated."""
+    flow = random_flow()
+    cost, encode = [], type(flow).encode
+
+    def counting(self, x, *args, **options):
+        cost.append(len(x) * (3 if torch.is_grad_enabled() else 1))
+        return encode(self, x, *args, **options)
+
+    monkeypatch.setattr(type(flow), "encode", counting)
+    with torch.no_grad():
+        classify(flow, images(flow, 5), rule, standards=standards(flow))
+    assert sum(cost) / 5 == rule_named(rule, 4)[1] == passes
+
+
+def test_a_thousand_classes_cost_one_gradient_no_more_passes(monkeypatch):
+    flow = random_flow(num_classes=1000)
+    rows, encode = [], type(flow).encode
+    monkeypatch.setattr(type(flow), "encode", lambda self, x, *a, **k: rows.append(len(x)) or encode(self, x, *a, **k))
+    assert classify(flow, images(flow, 2), "shortlist_3", standards=standards(flow)).shape == (2, 1000)
+    assert sum(rows) == 2 + 2 * 3
+
+
+def test_standards_are_mean_and_deviation_of_the_gradient():
+    flow = random_flow(noise_std=0.2)
+    x = images(flow, 20)
+    known = standardise(flow, x, seed=3)
+    scores = classify(flow, x, "single_gradient", seed=3)
+    assert known.images == 20
+    assert torch.allclose(torch.tensor(known.mean).double(), scores.mean(0), atol=1e-6)
+    assert torch.allclose(torch.tensor(known.std).double(), scores.std(0), atol=1e-6)
+    standardised = classify(flow, x, "z_score", seed=3, standards=known)
+    assert torch.allclose(standardised.std(0), torch.ones(4, dtype=torch.float64), atol=1e-5)
+    with pytest.raises(InputError, match="1 images have no deviation"):
+        standardise(flow, x[:1])
+
+
+def test_standards_travel_with_the_flow(tmp_path):
+    flow = random_flow()
+    assert default_rule(flow) == "single_gradient"
+    flow.standards = standards(flow)
+    flow.standards.temperatures["exact"] = 2.5
+    flow.save_pretrained(tmp_path)
+    loaded = TarFlow.from_pretrained(tmp_path)
+    assert loaded.standards == flow.standards
+    assert default_rule(loaded) == "shortlist_3"
+    x = images(flow)
+    assert torch.equal(loaded.classify(x), classify(flow, x, "shortlist_3"))
+    random_flow().save_pretrained(tmp_path)
+    assert TarFlow.from_pretrained(tmp_path).standards is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.pop("mean"),
+        lambda content: content.update(format=9),
+        lambda content: content.update(mean=[1.0]),
+        lambda content: content.update(std=["a", "b", "c", "d"]),
+        lambda content: content.update(more=1),
+    ],
+)
+def test_damaged_standards_are_refused_by_name(damage, tmp_path):
+    flow = random_flow()
+    flow.standards = standards(flow)
+    flow.save_pretrained(tmp_path)
+    file = tmp_path / "classification.json"
+    content = json.loads(file.read_text())
+    damage(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"classification\.json cannot be used"):
+        TarFlow.from_pretrained(tmp_path)
+
+
+def test_rules_that_need_standards_say_so():
+    flow = random_flow()
+    for rule in ("z_score", "shortlist_2"):
+        with pytest.raises(InputError, match="needs standards"):
+            flow.classify(images(flow), rule)
+
+
+@given(st.floats(0.05, 20), st.integers(0, 100))
+def test_the_temperature_of_scaled_scores_is_the_scale(scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(4000, 5, generator=generator, dtype=torch.float64)
+    y = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert fit_temperature(scale * logits, y) == pytest.approx(scale, rel=0.15)
+
+
+def test_the_temperature_passes_over_labels_without_a_score():
+    scores = torch.tensor([[1.0, 0.0, -torch.inf], [0.0, 1.5, -torch.inf], [0.3, -torch.inf, 0.1], [0.0, 2.0, -torch.inf]])
+    y = torch.tensor([0, 1, 1, 0])
+    assert math.isfinite(fit_temperature(scores, y))
+    assert fit_temperature(scores[2:3], y[2:3]) == 1.0
+
+
+def test_calibration_error_by_hand():
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.45, 0.55]])
+    y = torch.tensor([0, 1, 1, 1])
+    # bins of confidence: 0.9 twice, half right; 0.8 once, right; 0.55 once, right
+    assert calibration_error(probabilities, y) == pytest.approx((2 * 0.4 + 0.2 + 0.45) / 4, abs=1e-6)
+    certain = torch.eye(2)[y]
+    assert calibration_error(certain, y) == 0
+    assert calibration_error(certain, 1 - y) == 1
 
 
 def test_seed_decides_the_noise():
@@ -66,7 +236,7 @@ def test_seed_decides_the_noise():
 def test_uniform_noise_flow_is_classified_with_its_own_noise():
     flow = random_flow(noise="uniform", levels=4)
     x = images(flow)
-    expected = exact(flow, flow.dequantise(x, torch.Generator().manual_seed(0)))
+    expected = exact(flow, [flow.dequantise(x, torch.Generator().manual_seed(0))])
     assert torch.allclose(classify(flow, x, "exact"), expected, atol=1e-9)
 
 
@@ -95,7 +265,11 @@ def test_method_of_the_flow_is_the_function():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "best"}, "classification rule 'best' does not exist; allowed: single_gradient, exact"),
+        (
+            {"rule": "best"},
+            "classification rule 'best' does not exist; allowed: single_gradient, z_score, logit_steps, exact",
+        ),
+        ({"rule": "shortlist_0"}, "classification rule 'shortlist_0' does not exist"),
         ({"draws": 0}, "draws 0 is not usable; allowed is a whole number of at least 1"),
     ],
 )
@@ -117,7 +291,8 @@ def test_unconditional_flow_cannot_classify():
 @pytest.fixture(scope="module")
 def accuracies(trained, digits):
     x, y = digits[0][1500:], digits[1][1500:]
-    scores = {rule: trained.classify(x, rule, draws=2) for rule in RULES}
+    known = standardise(trained, digits[0][:500])
+    scores = {rule: classify(trained, x, rule, draws=2, standards=known) for rule in RULES}
     return {rule: (s.argmax(dim=1) == y).float().mean().item() for rule, s in scores.items()}
 
 
@@ -127,6 +302,10 @@ def test_a_briefly_trained_flow_knows_most_digits(accuracies):
 
 def test_one_gradient_knows_nearly_as_many(accuracies):
     assert accuracies["single_gradient"] > 0.7  # three seeds gave 0.83 to 0.88
+
+
+def test_a_shortlist_of_three_is_nearly_as_good_as_all(accuracies):
+    assert accuracies["shortlist_3"] > 0.97 * accuracies["exact"]
 
 
 def test_training_made_held_out_digits_likelier(trained, digits):

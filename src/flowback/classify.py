@@ -222,9 +222,9 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
     known = scores.gather(1, y[:, None])[:, 0].isfinite()
     if not known.any():
         return 1.0
-    scores, y = scores[known].double(), y[known]
+    scores, y = scores[known].double().clamp(min=-1e30), y[known]  # -inf has no gradient in T
     log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    start = (scores.masked_fill(scores == -torch.inf, 0).std() + 1e-12).log().detach()
+    start = (scores[scores > -1e30].std(correction=0) + 1e-12).log().detach()
     optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

@@ -139,8 +139,10 @@ def test_classify_prints_the_likeliest_classes(run, tmp_path, capsys):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(file)
     assert main(["classify", str(run), str(file), "--top=2"]) == 0
     line = capsys.readouterr().out.strip()
-    assert re.fullmatch(r".*digit\.png: \d 0\.\d{3}, \d 0\.\d{3}", line)
-    assert main(["classify", str(run), str(file), "--rule=single_gradient"]) == 0
+    assert re.fullmatch(r".*digit\.png: \d [+-]\d+\.\d\d, \d [+-]\d+\.\d\d", line.splitlines()[0])
+    assert "scores, by single_gradient; `flowback evaluate` makes a better rule and calibrates it" in line
+    assert main(["classify", str(run), str(file), "--rule=exact"]) == 0
+    assert re.match(r".*digit\.png: \d 0\.\d{3}, ", capsys.readouterr().out)
 
 
 def test_evaluate_prints_and_writes_the_figures(run, capsys):
@@ -148,13 +150,17 @@ def test_evaluate_prints_and_writes_the_figures(run, capsys):
     figures = json.loads((run / "evaluation.json").read_text())
     assert figures["held_out_images"] == 30
     assert figures["weights"] == "ema weights of step_00000008"
-    assert set(figures["accuracy"]) == {"single_gradient", "exact"}
+    assert {"single_gradient", "z_score", "shortlist_3", "exact"} < set(figures["accuracy"])
     assert "bits_per_dim" in capsys.readouterr().out
     assert main(["evaluate", str(run), "--metrics=bpd", "--weights=raw", "--images=30"]) == 0
     assert json.loads((run / "evaluation.json").read_text())["weights"] == "raw weights of step_00000008"
 
 
-@pytest.mark.parametrize("verb", ["", "quickstart", "train", "sample", "classify", "evaluate"])
+VERBS = ["quickstart", "train", "sample", "calibrate", "classify", "evaluate", "compare"]
+VERBS += ["encode", "decode", "interpolate", "swap", "inpaint"]
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_explains_every_option(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*([verb] if verb else []), "--help"])

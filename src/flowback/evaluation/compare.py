@@ -1,7 +1,7 @@
 """One report on one or several runs: report.html, self-contained, and report.json with the same figures.
 
-report.json: {"runs": {name: what evaluation.json holds, and "steps", "seconds_of_training"}, "config_differences": {option: [values]},
-"crossings": [rows of `crossings`], "not_comparable": [sentences]}.
+report.json: {"runs": {name: what evaluation.json holds, and "steps", "seconds_of_training"}, "config_differences":
+{option: [values]}, "crossings": [rows of `crossings`], "not_comparable": [sentences]}.
 """
 
 import json
@@ -93,7 +93,7 @@ def config_differences(records: list[Record]) -> dict[str, list[Any]]:
 def crossings(records: list[Record]) -> list[dict[str, Any]]:
     """Where each run passes every other's final figure: "run", "passes", "figure", "value", "step", "seconds".
 
-    "step" and "seconds" are None where it never does; "speed_up" is the other's steps over this one's, what the papers report.
+    "step" and "seconds" are None where it never does; "speed_up" is the other's steps over this one's, as papers report.
     """
     rows = []
     for column, (title, larger) in CURVES.items():

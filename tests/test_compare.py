@@ -1,0 +1,222 @@
+"""Comparisons of runs: what differs, who passes whom, what must not be put side by side; and probes, and the IW bound."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from builders import images, random_flow
+from flowback import InputError, TarFlow
+from flowback.cli import main
+from flowback.data import DataConfig, load_data
+from flowback.evaluation.classification import CURVE, cost_accuracy
+from flowback.evaluation.compare import Record, config_differences, crossings, not_comparable
+from flowback.evaluation.metrics import density, importance_weighted_bits
+from flowback.evaluation.probe import probe_layers
+from flowback.units import bits_per_dim
+
+SMALL = ["--flow.width=32", "--flow.blocks=2", "--flow.layers=1", "--flow.patch_size=4", "--flow.noise_std=0.2"]
+SMALL += ["--data.limit=64", "--train.batch_size=16", "--train.warmup=2", "--train.eval_images=20", "--train.eval_every=2"]
+
+
+def record(name, rows=(), config=None, evaluation=None):
+    return Record(name, None, None, None, config or {}, list(rows), evaluation or {})
+
+
+def rows(*values, column="held_out_exact", seconds=10):
+    return [{"step": 100.0 * (i + 1), "seconds": seconds * (i + 1.0), column: v} for i, v in enumerate(values)]
+
+
+def test_a_crossing_is_the_first_evaluation_that_is_as_good_as_the_others_last():
+    plain, aligned = record("plain", rows(0.1, 0.3, 0.5)), record("aligned", rows(0.2, 0.5, 0.4, seconds=30))
+    found = {(row["run"], row["passes"]): row for row in crossings([plain, aligned])}
+    passed = found["aligned", "plain"]
+    assert (passed["step"], passed["seconds"], passed["value"], passed["speed_up"]) == (200, 60, 0.5, 1.5)
+    assert found["plain", "aligned"]["step"] == 300
+    never = crossings([record("plain", rows(0.9)), record("aligned", rows(0.1, 0.2))])
+    assert {row["run"]: row["step"] for row in never} == {"plain": 100, "aligned": None}
+
+
+def test_smaller_is_better_for_nats():
+    column = "held_out_nats_per_dim"
+    pair = [record("a", rows(0.5, 0.2, column=column)), record("b", rows(0.3, 0.1, column=column))]
+    assert {row["run"]: row["step"] for row in crossings(pair)} == {"a": None, "b": 200}
+
+
+def test_differences_of_configurations_are_those_of_options():
+    first = record("a", config={"run": "x", "train.lr": 1e-3, "flow.width": 32})
+    second = record("b", config={"run": "y", "train.lr": 1e-3, "flow.width": 64, "alignment.weight": 0.5})
+    assert config_differences([first, second]) == {"flow.width": [32, 64], "alignment.weight": [None, 0.5]}
+
+
+def test_figures_that_do_not_compare_are_named():
+    def measured(**fidelity):
+        known = {"extractor": "inception", "samples": 4096, "reference": "x", "guidance": 0.0}
+        return record("a", evaluation={"data": "digits", "fidelity": known | fidelity})
+
+    assert not_comparable([measured(), measured()]) == []
+    assert "extractor (inception, dinov2)" in not_comparable([measured(), measured(extractor="dinov2")])[0]
+    assert "samples (4096, 100)" in not_comparable([measured(), measured(samples=100)])[0]
+    assert "different data sets" in not_comparable([record("a", evaluation={"data": "x"}), record("b")])[0]
+
+
+# ---- density --------------------------------------------------------------------------------------------------------
+
+
+def test_the_importance_weighted_bound_comes_down_to_the_models_own_bits():
+    """One pixel of four levels: the probability of each by integration over its bin."""
+    flow = random_flow(image_size=1, channels=1, patch_size=1, blocks=1, num_classes=0, levels=4, noise="uniform")
+    x = (2 * torch.tensor([0.0, 1, 2, 3], dtype=torch.float64) + 1).view(4, 1, 1, 1) / 4 - 1
+    y = torch.full((4,), -1)
+    grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000 - 0.5
+    inside = (x.view(4, 1) + 0.5 * grid).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        probability = flow.log_prob(inside).exp().view(4, 2000).mean(1) * 0.5
+    exact = float(-probability.log2().mean())
+    found = {draws: importance_weighted_bits(flow, x, y, draws) for draws in (1, 4000)}
+    assert found[4000] == pytest.approx(exact, abs=2e-3)
+    bounds = [np.mean([importance_weighted_bits(flow, x, y, draws, seed=s) for s in range(300)]) for draws in (1, 8)]
+    assert bounds[0] > bounds[1] > exact - 2e-3
+
+
+def test_one_draw_is_the_usual_bound():
+    flow = random_flow(levels=16)
+    x, y = images(flow, 5), torch.zeros(5, dtype=torch.long)
+    mean = np.mean([importance_weighted_bits(flow, x, y, 1, seed=s) for s in range(200)])
+    usual = np.mean([density(flow, x, y, seed=s)["bits_per_dim"] for s in range(200)])
+    assert mean == pytest.approx(usual, abs=0.02)
+
+
+def test_the_density_of_noised_images_is_not_called_bits():
+    with pytest.raises(InputError, match="density of images with gaussian noise is not bits per dimension"):
+        bits_per_dim(torch.zeros(1), 4, 256, noise="gaussian")
+    assert bits_per_dim(torch.zeros(1), 4, 256) == pytest.approx(math.log2(128))
+
+
+# ---- classification and probes --------------------------------------------------------------------------------------
+
+
+def test_the_cost_accuracy_table_is_of_images_that_calibrated_nothing(trained):
+    data = load_data(DataConfig())
+    table, standards = cost_accuracy(trained, data, images=100)
+    assert [row["rule"] for row in table] == list(CURVE)
+    assert set(standards.temperatures) == set(CURVE)
+    accuracy = {row["rule"]: row["accuracy"] for row in table}
+    assert accuracy["shortlist_5"] >= accuracy["shortlist_1"] - 0.02
+    assert accuracy["exact"] > 0.8
+    for row in table:
+        assert row["images"] == 100
+        assert row["temperature"] > 0
+        assert 0 <= row["ece_after"] <= 1
+    exact = next(row for row in table if row["rule"] == "exact")
+    assert exact["ece_after"] < 0.15
+
+
+def test_probes_see_classes_where_there_are_some():
+    data = load_data(DataConfig())
+    flow = TarFlow(image_size=8, channels=1, patch_size=2, width=32, blocks=2, layers=2, levels=17, num_classes=10)
+    found = probe_layers(flow, data, training_images=400, images=150)
+    assert [(row["block"], row["layer"]) for row in found] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(0.3 < row["accuracy"] <= 1 for row in found)  # random features of digits; chance is 0.1
+    data.train.labels = data.train.labels[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))]
+    shuffled = probe_layers(flow, data, training_images=400, images=150)
+    assert all(row["accuracy"] < 0.3 for row in shuffled)
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWBACK_CACHE", str(root / "cache"))
+        for name, steps in (("short", 4), ("long", 8)):
+            assert main(["train", f"--run={root / name}", f"--train.steps={steps}", *SMALL]) == 0
+            metrics = "bpd,accuracy,probe,fid,kid,prc,is"
+            options = [f"--metrics={metrics}", "--images=40", "--samples=12", "--sweep=0,1"]
+            assert main(["evaluate", str(root / name), *options]) == 0
+    return root
+
+
+def test_evaluate_measures_what_was_asked_for(runs):
+    found = json.loads((runs / "short" / "evaluation.json").read_text())
+    assert set(found["accuracy"]) == set(CURVE)
+    assert found["bits_per_dim_importance_weighted"] < found["bits_per_dim"] + 0.1
+    assert len(found["probe"]) == 2
+    f = found["fidelity"]
+    assert (f["extractor"], f["samples"], f["guidance"]) == ("efficientnet_lite0", 12, 0.0)
+    assert f["reference"].startswith("digits-train-12-8-")
+    assert {"fid", "kid", "precision", "recall", "is"} <= set(f)
+    assert [row["guidance"] for row in found["guidance_sweep"]] == [0, 1]
+    assert set(found["seconds"]) == {"bpd", "accuracy", "probe", "fidelity", "guidance_sweep"}
+    assert len(list(runs.glob("short/checkpoints/*/classification.json"))) == 1
+    assert (runs / "short" / "report.html").is_file()
+
+
+def test_samples_on_disk_are_measured(runs, capsys):
+    folder = runs / "pngs"
+    main(["sample", str(runs / "short"), "--num=12", "-o", str(folder)])
+    file = runs / "short" / "evaluation.json"
+    before = file.read_text()
+    assert main(["evaluate", str(runs / "short"), "--metrics=fid", f"--samples-from={folder}"]) == 0
+    assert json.loads(file.read_text())["fidelity"]["fid"] == pytest.approx(json.loads(before)["fidelity"]["fid"], rel=1e-3)
+    file.write_text(before)
+
+
+def test_compare_writes_one_page_that_needs_nothing_else(runs, capsys):
+    assert main(["compare", str(runs / "short"), str(runs / "long"), "-o", str(runs / "both")]) == 0
+    page = (runs / "both" / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    for word in ("short", "long", "train.steps", "importance-weighted", "shortlist 3", "best linear probe", "never"):
+        assert word in page
+    report = json.loads((runs / "both" / "report.json").read_text())
+    assert set(report) == {"runs", "config_differences", "crossings", "not_comparable"}
+    assert report["config_differences"] == {"train.steps": [4, 8]}
+    assert report["not_comparable"] == []
+    assert report["runs"]["long"]["steps"] == 8
+
+
+def test_classify_prints_calibrated_probabilities_after_an_evaluation(runs, capsys):
+    main(["sample", str(runs / "long"), "--num=1", "-o", str(runs / "one")])
+    capsys.readouterr()
+    assert main(["classify", str(runs / "long"), str(runs / "one" / "000000.png"), "--top=2"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert re.fullmatch(r".*000000\.png: \d 0\.\d{3}, \d 0\.\d{3}", lines[0])
+    assert lines[1] == "calibrated probabilities, by shortlist_3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "RUN", "--metrics=lpips"], "metric 'lpips' does not exist"),
+        (["evaluate", "RUN", "--metrics=sfid"], "sfid is a figure of inception"),
+        (["evaluate", "RUN", "--metrics=fid", "--extractor=vgg"], "extractor 'vgg'"),
+        (["evaluate", "RUN", "--samples=0"], "--samples 0"),
+        (["evaluate", "RUN", "--reference=all"], "--reference 'all'"),
+        (["evaluate", "RUN", "--sweep=a,b"], "--sweep a,b"),
+        (["evaluate", "RUN", "--metrics=fid", "--samples-from=nowhere"], "nowhere holds no samples"),
+        (["compare", "RUN", "RUN"], "stands there twice"),
+        (["compare", "nowhere"], "nowhere has no config.yaml"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(runs, arguments, message, capsys):
+    words = [str(runs / "short") if word == "RUN" else word for word in arguments]
+    before = (runs / "short" / "evaluation.json").read_text()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert (runs / "short" / "evaluation.json").read_text() == before
+
+
+def test_a_run_that_was_not_evaluated_is_sent_to_evaluate(tmp_path, capsys):
+    assert main(["train", f"--run={tmp_path}", "--train.steps=1", *SMALL]) == 0
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path)])
+    assert "has no evaluation.json; allowed are runs on which `flowback evaluate` was run" in capsys.readouterr().err

@@ -1,0 +1,217 @@
+"""FID and its kin against torch-fidelity's own, and sFID against its definition, on random weights and small images."""
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metrics import calculate_metrics
+from torchvision.io import write_png
+
+from flowback import InputError
+from flowback.data import DataConfig, load_data
+from flowback.evaluation.fidelity import (
+    FolderImages,
+    SplitImages,
+    TensorImages,
+    fidelity,
+    open_images,
+    pooled_features,
+    reference_of,
+    spatial_features,
+)
+
+ALL = ("fid", "is", "kid", "prc")
+
+
+def pictures(n, seed, channels=3, size=16):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, channels, size, size), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWBACK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """Inception-v3 with random weights that let the image through, and a file of them."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    file = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(model.state_dict(), file)
+    return model, file
+
+
+def frechet(a, b):
+    """The distance of features `[n, d]`: with C = A^T A, the trace of sqrt(C1 C2) is the sum of A1 A2^T's singular values."""
+    centred = [(v - v.mean(0)) / np.sqrt(len(v) - 1) for v in (a, b)]
+    spread = sum((v**2).sum() for v in centred)
+    shared = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + spread - 2 * shared
+
+
+def test_figures_equal_torch_fidelitys_own_on_the_same_two_folders(inception, tmp_path):
+    sets = []
+    for seed in (1, 2):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        for i, image in enumerate(pictures(12, seed)):
+            write_png(image, str(folder / f"{i:03d}.png"))
+        sets.append(folder)
+    own = calculate_metrics(
+        input1=str(sets[0]), input2=str(sets[1]), fid=True, isc=True, kid=True, prc=True, cuda=False, verbose=False,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception[1]), kid_subset_size=12,
+        feature_layer_prc="2048", save_cpu_ram=True,
+    )  # fmt: skip
+    ours = fidelity(FolderImages(sets[0]), FolderImages(sets[1]), ALL, "inception", str(inception[1]))
+    names = {"fid": "frechet_inception_distance", "is": "inception_score_mean", "kid": "kernel_inception_distance_mean"}
+    names |= {"precision": "precision", "recall": "recall"}
+    for name, theirs in names.items():
+        assert ours[name] == pytest.approx(own[theirs], rel=1e-6, abs=1e-9)
+    assert (ours["extractor"], ours["samples"], ours["reference_images"]) == ("inception", 12, 12)
+
+
+def test_fid_is_the_frechet_distance_of_the_features():
+    a, b = TensorImages(pictures(20, 1)), TensorImages(pictures(16, 2) // 2)
+    shipped = [pooled_features(images).double().numpy() for images in (a, b)]
+    assert shipped[0].shape == (20, 1280)
+    assert fidelity(a, b, ("fid",))["fid"] == pytest.approx(frechet(*shipped), rel=1e-3)
+
+
+def test_sfid_is_the_frechet_distance_of_adms_spatial_features(inception):
+    model, file = inception
+    a, b = pictures(9, 1), pictures(8, 2) // 2
+    seen = []
+    for part in (a, b):
+        assert spatial_features(model, part).shape == (len(part), 7 * 17 * 17)
+        seen.append(spatial_features(model, part).double().numpy())
+    found = fidelity(TensorImages(a), TensorImages(b), ("sfid",), "inception", str(file))["sfid"]
+    assert found == pytest.approx(frechet(*seen), rel=1e-3, abs=1e-6)
+
+
+def test_spatial_features_are_the_first_channels_of_mixed_6s_first_branch(inception):
+    model, _ = inception
+    outputs = {}
+    handles = [
+        model.Mixed_6c.register_forward_hook(lambda m, i, o: outputs.update(before=o)),
+        model.Mixed_6d.register_forward_hook(lambda m, i, o: outputs.update(after=o)),
+    ]
+    features = spatial_features(model, pictures(2, 3))
+    for handle in handles:
+        handle.remove()
+    expected = model.Mixed_6d.branch1x1(outputs["before"])[:, :7]
+    assert expected.shape[1:] == (7, 17, 17)
+    assert torch.equal(outputs["after"][:, :7], expected)  # the branch comes first in the block's output
+    assert torch.allclose(features, expected.flatten(1))
+    assert not model.Mixed_6d.branch1x1._forward_hooks
+
+
+def test_the_reference_is_computed_once(monkeypatch):
+    data = load_data(DataConfig(limit=40))
+    reference, name = reference_of(data, 20)
+    samples = TensorImages(pictures(20, 1, channels=1, size=8))
+    first = fidelity(samples, reference, ("fid",), reference_name=name)
+    reads = []
+    monkeypatch.setattr(SplitImages, "__getitem__", lambda self, i: reads.append(i) or pictures(1, i)[0])
+    assert fidelity(samples, reference, ("fid",), reference_name=name)["fid"] == pytest.approx(first["fid"])
+    assert len(reads) <= 1  # torch-fidelity looks at one image to see what it is
+
+
+def test_the_references_name_changes_with_data_size_and_split():
+    few, many = load_data(DataConfig(limit=40)), load_data(DataConfig(limit=41))
+    names = {reference_of(data, n, train)[1] for data in (few, many) for n in (10, 20) for train in (True, False)}
+    assert len(names) == 6  # the held-out images are the same in both
+
+
+def test_grey_images_of_few_levels_become_colour():
+    data = load_data(DataConfig(limit=10))
+    images = SplitImages(data.train, data.levels, 4)
+    assert len(images) == 4
+    assert images[0].shape == (3, 8, 8)
+    assert images[0].dtype == torch.uint8
+    assert images[0].max() > 200  # 17 levels, spread over 0 … 255
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_is_read_as_written(save, tmp_path):
+    images = pictures(5, 1).permute(0, 2, 3, 1).numpy()
+    save(tmp_path / "samples.npz", images)
+    opened = open_images(tmp_path / "samples.npz")
+    assert len(opened) == 5
+    for i in range(5):
+        assert np.array_equal(opened[i].permute(1, 2, 0).numpy(), images[i])
+
+
+def test_a_stored_npz_is_not_read_into_memory(tmp_path):
+    np.savez(tmp_path / "samples.npz", pictures(5, 1).permute(0, 2, 3, 1).numpy())
+    assert isinstance(open_images(tmp_path / "samples.npz").images, np.memmap)
+
+
+def test_files_that_hold_no_samples_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    for name, word in (
+        ("empty", "no .png"),
+        ("text.npz", "no samples"),
+        ("other.npz", "no samples"),
+        ("none", "no samples"),
+    ):
+        with pytest.raises(InputError, match=word):
+            open_images(tmp_path / name)
+
+
+class Surprise:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_weights_with_code_in_them_are_refused(tmp_path, capsys):
+    torch.save({"fc.weight": Surprise()}, tmp_path / "weights.pth")
+    images = TensorImages(pictures(3, 1))
+    with pytest.raises(InputError, match="hold more than tensors"):
+        fidelity(images, images, ("fid",), "inception", str(tmp_path / "weights.pth"))
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "weights.pth")
+    images = TensorImages(pictures(3, 1))
+    with pytest.raises(InputError, match="do not fit extractor inception"):
+        fidelity(images, images, ("fid",), "inception", str(tmp_path / "weights.pth"))
+
+
+def test_weights_that_cannot_be_downloaded_are_one_sentence(monkeypatch):
+    def offline(*args, **options):
+        raise OSError("no route")
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
+    images = TensorImages(pictures(3, 1))
+    with pytest.raises(InputError, match=r"weights of extractor inception cannot be had \(no route\); allowed: a network"):
+        fidelity(images, images, ("fid",), "inception")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ("lpips",)}, "metric 'lpips' does not exist; allowed: fid, sfid, is, kid, prc"),
+        ({"extractor": "vgg"}, "extractor 'vgg' does not exist; allowed: efficientnet_lite0"),
+        ({"metrics": ("sfid",)}, "sfid is a figure of inception"),
+        ({"weights": "nowhere.pth"}, "extractor weights nowhere.pth are not a file"),
+    ],
+)
+def test_impossible_requests_are_named(options, message):
+    images = TensorImages(pictures(3, 1))
+    with pytest.raises(InputError, match=message):
+        fidelity(images, images, **options)
+
+
+def test_one_image_has_no_spread():
+    with pytest.raises(InputError, match="one image has no spread"):
+        fidelity(TensorImages(pictures(1, 1)), TensorImages(pictures(3, 1)))
