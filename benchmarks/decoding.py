@@ -3,8 +3,9 @@
     python benchmarks/decoding.py RUN [--batches 1,8,32] [--guidance 0,2] [--repeats 3] [--device auto] [--json FILE]
 
 The textbook decoder is the published TARFlow code's way, written out here: token by token, keys and values in lists
-that are concatenated at every token, and with guidance two separate passes. Beside it our sequential loop, and `auto`
-as `flowback calibrate` found, or as calibrated first. For each, seconds a batch (the least of the repeats, which alternate), and for the result:
+that are concatenated at every token, and with guidance two separate passes. Beside it our sequential loop, and `auto` as
+`flowback calibrate` found, or as calibrated first. For each, seconds a batch (the least of the repeats, which alternate),
+and for the result:
 
 - error: largest difference from the textbook's images, which are in about [-1, 1];
 - bound: the time over that of one forward pass' matrix products at the machine's measured GEMM speed;

@@ -49,7 +49,7 @@ def inception(tmp_path_factory):
 
 
 def frechet(a, b):
-    """The distance of features `[n, d]`: with C = A^T A, the trace of sqrt(C1 C2) is the sum of A1 A2^T's singular values."""
+    """Of features `[n, d]`: with C = A^T A, the trace of sqrt(C1 C2) is the sum of the singular values of A1 A2^T."""
     centred = [(v - v.mean(0)) / np.sqrt(len(v) - 1) for v in (a, b)]
     spread = sum((v**2).sum() for v in centred)
     shared = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
