@@ -55,13 +55,14 @@ def main() -> None:
         "plain": plain,
         "rank 4": replace(plain, rank=4),
         "refine 3": replace(plain, refine=3),
-        "rank 4, refine 3": replace(plain, rank=4, refine=3),
+        "refine 3, contrast": replace(plain, refine=3, objective="contrast"),
         f"guidance {o.guidance:g}": guided,
         f"guidance {o.guidance:g}, rank 4": replace(guided, rank=4),
         f"guidance {o.guidance:g}, refine 3": replace(guided, refine=3),
+        f"guidance {o.guidance:g}, refine 3, contrast": replace(guided, refine=3, objective="contrast"),
     }
     rows = []
-    print(f"{'way':>24}  {'right label':>11}  {'FID':>7}  {'precision':>9}  {'recall':>6}  {'s/image':>8}  {'cost':>6}")
+    print(f"{'way':>30}  {'right label':>11}  {'FID':>7}  {'precision':>9}  {'recall':>6}  {'s/image':>8}  {'cost':>6}")
     for way, request in ways.items():
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "samples.npz"
@@ -74,7 +75,7 @@ def main() -> None:
         row["cost"] = seconds / (rows[0]["seconds_per_image"] if rows else seconds)
         rows.append(row)
         print(
-            f"{way:>24}  {100 * right:>9.1f} %  {row['fid']:>7.2f}  {row['precision']:>9.3f}  {row['recall']:>6.3f}  "
+            f"{way:>30}  {100 * right:>9.1f} %  {row['fid']:>7.2f}  {row['precision']:>9.3f}  {row['recall']:>6.3f}  "
             f"{seconds:>8.4f}  {row['cost']:>5.1f}x",
             flush=True,
         )

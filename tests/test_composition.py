@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from builders import PatchEncoder, images, labels, random_flow
@@ -72,3 +73,17 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     torch.multiprocessing.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
     for member in MEMBERS:
         assert_equal(torch.load(tmp_path / f"{member}.pt"), gradients(build(member)))
+
+
+@pytest.mark.parametrize("method", ["sequential", "gauss_seidel"])
+def test_compiled_blocks_decode_with_a_few_graphs_for_all_tokens(method):
+    flow = random_flow(image_size=16, blocks=2)  # 64 tokens
+    y = torch.tensor([0, 3])
+    z = torch.randn(2, *flow.token_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = flow.decode(z, y, 1.0, method=method)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(flow, backend="eager")
+    assert torch.allclose(flow.decode(z, y, 1.0, method=method), expected, atol=1e-9)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 8 * len(flow.blocks)
+    assert not counters["graph_break"]

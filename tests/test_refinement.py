@@ -152,9 +152,9 @@ def test_a_step_that_would_lower_the_objective_is_taken_back():
     """A quarter turn at once is far beyond what the gradient knows: of some images it is not taken."""
     flow = a_flow(std=0.4)
     z = noises(flow, 6)
-    stayed = (refine(flow, z, LABELS, 1, 1.5) == z).all(dim=2).all(dim=1)
+    stayed = (refine(flow, z, LABELS, 1, 1.5, "contrast") == z).all(dim=2).all(dim=1)
     assert 0 < stayed.sum() < 6
-    smaller = refine(flow, z, LABELS, 8, 1.5)  # the angle is halved until it helps
+    smaller = refine(flow, z, LABELS, 8, 1.5, "contrast")  # the angle is halved until it helps
     assert not (smaller[stayed] == z[stayed]).all(dim=2).all(dim=1).any()
 
 

@@ -107,7 +107,7 @@ def refine(
     y: Tensor,
     steps: int = 3,
     angle: float = 0.1,
-    objective: str = "contrast",
+    objective: str = "posterior",
     guidance: float | Guidance = 0.0,
     batch_size: int = 64,
 ) -> Tensor:

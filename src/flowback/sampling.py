@@ -27,7 +27,7 @@ from torch import Tensor
 from flowback.errors import InputError
 from flowback.evaluation.pictures import save_grid, save_png, to_uint8
 from flowback.flows import Guidance, TarFlow
-from flowback.refinement import rank, refine
+from flowback.refinement import OBJECTIVES, rank, refine
 from flowback.seeds import keyed_normal
 from flowback.training.checkpoint import load_flow
 from flowback.training.log import Bar
@@ -53,6 +53,7 @@ class Request:
         precision: 32-true, or bf16-mixed.
         rank: candidates for each image, of which the flow's own favourite is kept; 1 for none.
         refine: gradient steps on z.
+        objective: what they raise, a key of `flowback.refinement.OBJECTIVES`.
     """
 
     run: str
@@ -68,6 +69,7 @@ class Request:
     precision: str = "32-true"
     rank: int = 1
     refine: int = 0
+    objective: str = "posterior"
 
     def __post_init__(self) -> None:
         for name, least in (("num", 1), ("seed", 0), ("rank", 1), ("refine", 0)):
@@ -79,6 +81,8 @@ class Request:
             raise InputError(f"temperature {self.temperature} is not usable; allowed is a number above 0")
         if self.precision not in ("32-true", "bf16-mixed"):
             raise InputError(f"precision is {self.precision!r}; allowed: 32-true, bf16-mixed")
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective {self.objective!r} does not exist; allowed: {', '.join(OBJECTIVES)}")
         if (self.rank > 1 or self.refine) and min(self.labels) < 0:
             raise InputError("rank and refine need labels to agree with; allowed are flows with classes")
         if self.seed >= 2**63:
@@ -112,7 +116,8 @@ def draw(flow: TarFlow, request: Request, part: int, method: str, batch_size: in
         with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
             chosen = rank(flow, z, y, guidance, method=method, batch_size=batch_size) if request.rank > 1 else z[:, 0]
             if request.refine:
-                chosen = refine(flow, chosen, y, request.refine, guidance=guidance, batch_size=batch_size)
+                options = {"objective": request.objective, "guidance": guidance, "batch_size": batch_size}
+                chosen = refine(flow, chosen, y, request.refine, **options)
             x, report = flow.decode(chosen, y, guidance, method, return_report=True)
             x = flow.denoise(x, y, batch_size) if request.denoise else x
         residual = max([residual, *(solved.residual for solved in report)])

@@ -9,6 +9,7 @@ from flowback.errors import InputError
 from flowback.flows.calibration import FILE, ROWS, calibrate
 from flowback.flows.decoders import DECODERS
 from flowback.flows.guidance import SCHEDULES, TARGETS
+from flowback.refinement import OBJECTIVES
 from flowback.sampling import Request, sample_to_disk
 from flowback.training.checkpoint import flow_folder, load_flow
 
@@ -32,6 +33,7 @@ def add(verb: Verb) -> None:
     command.add_argument("--no-denoise", action="store_true", help="keep the training noise in the images")
     command.add_argument("--rank", type=int, default=1, help="draw so many for each image and keep the flow's favourite")
     command.add_argument("--refine", type=int, default=0, help="gradient steps on z that raise log p(label | image)")
+    command.add_argument("--objective", type=str, default="posterior", help=f"of the steps: {' or '.join(OBJECTIVES)}")
     command.add_argument("--seed", type=int, default=0, help="seed; an image is a function of it and of its number")
     command.add_argument("--precision", type=str, default="32-true", help="32-true or bf16-mixed")
     command.add_argument("--method", type=str, default="auto", help=f"of decoding: auto, {', '.join(DECODERS)}")
@@ -60,7 +62,7 @@ def _sample(options: Namespace) -> int:
         labels=tuple(chosen_labels(options.labels, names, flow) if options.labels else range(flow.num_classes)) or (-1,),
         denoise=not options.no_denoise,
         **{name: options[name] for name in ("guidance", "schedule", "guide", "temperature", "seed", "precision")},
-        **{name: options[name] for name in ("rank", "refine")},
+        **{name: options[name] for name in ("rank", "refine", "objective")},
     )
     notes = sample_to_disk(
         request, Path(options.output), options.method, options.batch_size, options.processes, options.device

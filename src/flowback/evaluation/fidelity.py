@@ -46,7 +46,8 @@ class TensorImages(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return _rgb(torch.as_tensor(np.asarray(self.images[index])))
+        image = self.images[index]
+        return _rgb(image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)))
 
 
 class SplitImages(Dataset[Tensor]):
