@@ -125,7 +125,7 @@ def test_hub_id_is_downloaded(folder, flow, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     loaded = TarFlow.from_pretrained("someone/some-flow")
-    assert asked == [("someone/some-flow", ["config.json", "decoding.json", "model.safetensors"])]
+    assert asked == [("someone/some-flow", ["classification.json", "config.json", "decoding.json", "model.safetensors"])]
     assert torch.equal(loaded.encode(images(flow))[0], flow.encode(images(flow))[0])
 
 
