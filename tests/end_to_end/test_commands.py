@@ -210,7 +210,7 @@ def test_bad_input_is_one_sentence_and_status_2(run, tmp_path, capsys):
         (["classify", str(run), str(text)], "text.png cannot be read"),
         (["classify", str(run), "nowhere.png"], "nowhere.png cannot be read"),
         (["classify", str(run), str(text), "--rule=guess"], "text.png"),
-        (["evaluate", str(run), "--metrics=fid"], "metric 'fid' does not exist; allowed: bpd, accuracy"),
+        (["evaluate", str(run), "--metrics=lpips"], "metric 'lpips' does not exist; allowed: bpd, accuracy"),
         (["evaluate", str(run), "--weights=best"], "allowed: ema, raw"),
         (["quickstart", f"--run={tmp_path / 'q'}", "--steps=0"], "train.steps is 0"),
     ]
