@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from flowback import TarFlow
+from flowback.cli import main
 
 SMALL: dict[str, Any] = {
     "image_size": 6,
@@ -90,3 +92,19 @@ def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[
 def flat(tensors: dict[str, Tensor]) -> Tensor:
     """All tensors as one vector."""
     return torch.cat([t.flatten() for t in tensors.values()])
+
+
+# options of `flowback train` that make a run of seconds
+SMALL_RUN = ["--flow.width=32", "--flow.blocks=2", "--flow.layers=1", "--flow.patch_size=4", "--flow.noise_std=0.2"]
+SMALL_RUN += ["--data.limit=64", "--train.batch_size=16", "--train.warmup=2", "--train.eval_images=20"]
+
+
+def refuse(arguments: list[str], capsys: Any) -> str:
+    """The one line that a bad call of the command line prints."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2, arguments
+    assert len(lines) == 1, arguments
+    assert lines[0].startswith("flowback: error: "), arguments
+    return lines[0]

@@ -219,7 +219,7 @@ def test_a_calibration_of_other_threads_is_of_another_machine(flow):
 @pytest.mark.parametrize(("guidance", "solver"), [(0.0, JACOBI), (1.5, WINDOW)])
 def test_a_guided_image_counts_as_two_rows(flow, z, guidance, solver):
     flow.calibration = made_of({3: JACOBI, 6: WINDOW})
-    _, report = flow.decode(z, labels(flow), guidance, return_report=True)
+    _, report = flow.decode_with_report(z, labels(flow), guidance)
     assert [solved.solver for solved in report] == [solver] * 3
 
 
@@ -233,7 +233,7 @@ def test_a_calibrated_flow_decodes_the_same_images(flow, z, guidance):
 @pytest.mark.parametrize("solver", candidates(9), ids=str)
 def test_whatever_a_calibration_chose_decodes_the_same_images(flow, z, solver):
     flow.calibration = made_of({1: solver})
-    x, report = flow.decode(z, labels(flow), 1.5, return_report=True)
+    x, report = flow.decode_with_report(z, labels(flow), 1.5)
     assert [solved.solver for solved in report] == [solver] * 3
     assert torch.allclose(x, flow.decode(z, labels(flow), 1.5, method="sequential"), atol=1e-8)
 

@@ -173,7 +173,7 @@ def test_decoding_inverts_encoding(method):
 def test_every_block_may_have_a_method_of_its_own(methods):
     flow = use(random_flow(std=0.1), Solver("sequential"), Solver("gauss_seidel", 2), Solver("jacobi"))
     z, y = noise(flow), labels(flow)
-    x, report = flow.decode(z, y, 1.5, method=methods, return_report=True)
+    x, report = flow.decode_with_report(z, y, 1.5, method=methods)
     automatic = ["sequential", "gauss_seidel", "jacobi"]
     expected = [a if method == "auto" else method for method, a in zip(methods, automatic, strict=True)]
     assert [solved.solver.method for solved in report] == expected
@@ -185,7 +185,7 @@ def test_every_block_may_have_a_method_of_its_own(methods):
 def test_a_single_token_needs_no_pass(solver, scale):
     flow = use(random_flow(image_size=2), solver)
     z = noise(flow)
-    x, report = flow.decode(z, labels(flow), Guidance(scale, "annealed"), return_report=True)
+    x, report = flow.decode_with_report(z, labels(flow), Guidance(scale, "annealed"))
     assert torch.equal(x, unpatchify(z, 2, 2))
     assert [(solved.tokens, solved.residual, solved.fell_back) for solved in report] == [(0, 0.0, False)] * 3
 
@@ -207,7 +207,7 @@ def test_gauss_seidel_one_token_wide_is_the_sequential_decoder():
     flow = random_flow()
     z, y = noise(flow), labels(flow)
     expected = flow.decode(z, y, 1.0, method="sequential")
-    x, report = use(flow, Solver("gauss_seidel", 1)).decode(z, y, 1.0, return_report=True)
+    x, report = use(flow, Solver("gauss_seidel", 1)).decode_with_report(z, y, 1.0)
     assert torch.equal(x, expected)
     assert [(s.sweeps, s.tokens, s.residual, s.fell_back) for s in report] == [(N - 1, N - 1, 0.0, False)] * 3
 
@@ -285,7 +285,7 @@ def test_only_the_draft_runs_in_bfloat16(method, monkeypatch):
         return original(block, *args, **kwargs)
 
     monkeypatch.setattr(FlowBlock, "predict_next", spy)
-    _, report = flow.decode(noise(flow), labels(flow), return_report=True)
+    _, report = flow.decode_with_report(noise(flow), labels(flow))
     assert len(precise) == sum(solved.sweeps for solved in report)
     for solved in reversed(report):
         own, precise = precise[: solved.sweeps], precise[solved.sweeps :]
@@ -310,7 +310,7 @@ def test_report_counts_what_ran_block_one_first(method, image_size, monkeypatch)
         return original(block, x, *args, **kwargs)
 
     monkeypatch.setattr(FlowBlock, "predict_next", spy)
-    _, report = flow.decode(noise(flow), labels(flow), 1.5, method=method, return_report=True)
+    _, report = flow.decode_with_report(noise(flow), labels(flow), 1.5, method=method)
     assert [(s.sweeps, s.tokens) for s in report] == [(len(passes), sum(passes)) for passes in seen.values()]
     assert len(report) == 3
 
@@ -321,7 +321,7 @@ def test_report_counts_what_ran_block_one_first(method, image_size, monkeypatch)
 def test_report_stays_within_its_bounds(solver, tolerance):
     flow = use(random_flow(std=0.05, image_size=16, blocks=2), solver)
     tokens = flow.token_shape[0]
-    _, report = flow.decode(noise(flow), labels(flow), tolerance=tolerance, return_report=True)
+    _, report = flow.decode_with_report(noise(flow), labels(flow), tolerance=tolerance)
     for solved in report:
         assert solved.solver == solver
         assert not solved.fell_back
@@ -368,7 +368,7 @@ def test_a_looser_tolerance_takes_no_more_sweeps(solver):
     flow = use(random_flow(std=0.05, image_size=16, blocks=2), solver)
     z, y = noise(flow), labels(flow)
     sweeps = [
-        [solved.sweeps for solved in flow.decode(z, y, tolerance=tolerance, return_report=True)[1]]
+        [solved.sweeps for solved in flow.decode_with_report(z, y, tolerance=tolerance)[1]]
         for tolerance in (1e-10, 1e-5, 1e-1)
     ]
     for tight, loose in pairwise(sweeps):
@@ -382,7 +382,7 @@ def test_tolerance_comes_with_the_precision(dtype, tolerance):
     assert TOLERANCES[dtype] == tolerance
     flow = random_flow(dtype, std=0.05, image_size=16)
     z, y = noise(flow), labels(flow)
-    reports = [flow.decode(z, y, method="jacobi", tolerance=t, return_report=True)[1] for t in (None, tolerance)]
+    reports = [flow.decode_with_report(z, y, method="jacobi", tolerance=t)[1] for t in (None, tolerance)]
     assert reports[0] == reports[1]
     assert max(solved.residual for solved in reports[0]) <= tolerance
 
@@ -394,7 +394,7 @@ def test_tolerance_comes_with_the_precision(dtype, tolerance):
 def test_jacobi_that_does_not_converge_falls_back(draft):
     flow = use(random_flow(std=0.3, image_size=16), Solver("jacobi", draft=draft))
     z, y, tokens = noise(flow), labels(flow), flow.token_shape[0]
-    x, report = flow.decode(z, y, return_report=True)
+    x, report = flow.decode_with_report(z, y)
     assert x.isfinite().all()
     assert torch.equal(x, flow.decode(z, y, method="sequential"))
     tried = round(decoders.JACOBI_SHARE * tokens) + draft * decoders.DRAFT_SWEEPS
@@ -409,7 +409,7 @@ def test_gauss_seidel_that_takes_too_long_goes_on_token_by_token(window, monkeyp
     monkeypatch.setattr(decoders, "WORK_LIMIT", 1)
     flow = use(random_flow(std=0.1), Solver("gauss_seidel", window))
     z, y = noise(flow), labels(flow)
-    x, report = flow.decode(z, y, return_report=True)
+    x, report = flow.decode_with_report(z, y)
     assert torch.allclose(x, flow.decode(z, y, method="sequential"), atol=1e-8)
     for solved in report:
         assert solved.fell_back
@@ -444,7 +444,7 @@ def test_an_image_that_is_not_finite_spoils_no_other(solver, bad):
     flow = use(random_flow(std=0.1, blocks=2), solver)
     z, y = noise(flow), labels(flow)
     z[1, 4, 2] = bad
-    x, report = flow.decode(z, y, return_report=True)
+    x, report = flow.decode_with_report(z, y)
     assert not x[1].isfinite().all()
     for row in (slice(0, 1), slice(2, 3)):
         assert torch.allclose(x[row], flow.decode(z[row], y[row], method="sequential"), atol=1e-8)

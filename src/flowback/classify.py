@@ -105,21 +105,23 @@ def shortlist(m: int) -> Score:
 
     def score(flow: TarFlow, noisy: Sequence[Tensor], standards: Standards | None) -> Tensor:
         chosen = z_score(flow, noisy, standards).topk(m, dim=1).indices
-        log_probs = torch.stack([_log_probs(flow, x, chosen) for x in noisy]).mean(0)
+        with torch.no_grad():
+            log_probs = torch.stack([class_log_probs(flow, x, chosen) for x in noisy]).mean(0)
         return log_probs.new_full((len(chosen), flow.num_classes), -torch.inf).scatter(1, chosen, log_probs)
 
     return score
 
 
+@torch.no_grad()
 def exact(flow: TarFlow, noisy: Sequence[Tensor], standards: Standards | None = None) -> Tensor:
     """The K conditional log-likelihoods `log p(x | k)`, nats."""
-    labels = torch.arange(flow.num_classes, device=noisy[0].device).expand(len(noisy[0]), -1)
-    return torch.stack([_log_probs(flow, x, labels) for x in noisy]).mean(0)
+    return torch.stack([class_log_probs(flow, x) for x in noisy]).mean(0)
 
 
-@torch.no_grad()
-def _log_probs(flow: TarFlow, x: Tensor, labels: Tensor) -> Tensor:
-    """`log p(x | k)` for the `labels [B, m]` of each image, as one batch."""
+def class_log_probs(flow: TarFlow, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    """`log p(x | k)`, nats, for the `labels [B, m]` of each image, or all K: `[B, m]`, as one batch, on the graph of x."""
+    if labels is None:
+        labels = torch.arange(flow.num_classes, device=x.device).expand(len(x), -1)
     return flow.log_prob(x.repeat_interleave(labels.shape[1], dim=0), labels.flatten()).view(labels.shape)
 
 
@@ -156,11 +158,6 @@ def rule_named(name: str, classes: int) -> tuple[Score, int, int]:
 def default_rule(flow: TarFlow) -> str:
     """What a flow classifies with unless told otherwise: shortlist_3, or single_gradient where there are no standards."""
     return "single_gradient" if flow.standards is None else "shortlist_3"
-
-
-def needs_standards(rule: str) -> bool:
-    """Whether a rule asks for `Standards`."""
-    return rule == "z_score" or rule.startswith("shortlist")
 
 
 def classify(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowback.errors import InputError
 from flowback.flows import TarFlow
+from flowback.seeds import draw
 
 ACCEPTANCE = 0.574  # share of proposals at which Metropolis-adjusted Langevin steps are most efficient
 
@@ -121,7 +122,7 @@ def inpaint(
     size = x.new_full((len(x), 1, 1, 1), max(flow.config.noise_std, 0.02) ** 2)
     for step in range(steps):
         ahead = current + 0.5 * size * score
-        proposal = torch.where(mask, ahead + size.sqrt() * _randn(x, generator), current)
+        proposal = torch.where(mask, ahead + size.sqrt() * draw(torch.randn, x, generator), current)
         new_log_prob, new_score = _score(flow, proposal, y, mask)
         back = proposal + 0.5 * size * new_score
         forth_back = [
@@ -129,7 +130,7 @@ def inpaint(
             for difference in (proposal - ahead, current - back)
         ]
         ratio = new_log_prob - log_prob + forth_back[0] - forth_back[1]  # of densities times proposals, in nats
-        accept = _rand(ratio, generator).log() < ratio  # never where the ratio is not a number
+        accept = draw(torch.rand, ratio, generator).log() < ratio  # never where the ratio is not a number
         current = torch.where(accept[:, None, None, None], proposal, current)
         score = torch.where(accept[:, None, None, None], new_score, score)
         log_prob = torch.where(accept, new_log_prob, log_prob)
@@ -149,7 +150,8 @@ def _likeliest_guess(
 ) -> Tensor:
     best, best_log_prob = noisy, noisy.new_full((len(noisy),), -math.inf)
     for _ in range(tries):
-        guess = flow.decode(_randn(noisy.new_empty(len(noisy), *flow.token_shape), generator), y, known=(noisy, ~mask))
+        z = draw(torch.randn, noisy.new_empty(len(noisy), *flow.token_shape), generator)
+        guess = flow.decode(z, y, known=(noisy, ~mask))
         log_prob = flow.log_prob(guess, y)
         better = log_prob > best_log_prob
         best = torch.where(better[:, None, None, None], guess, best)
@@ -164,13 +166,3 @@ def _score(flow: TarFlow, x: Tensor, y: Tensor | None, mask: Tensor) -> tuple[Te
         log_prob = flow.log_prob(x, y)
         (score,) = torch.autograd.grad(log_prob.sum(), x)
     return log_prob.detach(), torch.where(mask, score, 0)
-
-
-def _randn(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else like.device
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
-
-
-def _rand(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else like.device
-    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flowback.classify import Standards, rule_named
+from flowback.classify import Standards, class_log_probs, rule_named
 from flowback.errors import InputError
 from flowback.flows import Guidance, TarFlow
 from flowback.flows.adjoint import latent_gradient
@@ -29,10 +29,7 @@ def contrast(flow: TarFlow, x: Tensor, y: Tensor) -> Tensor:
 
 def posterior(flow: TarFlow, x: Tensor, y: Tensor) -> Tensor:
     """`log p(y | x)`, `[B]`, nats, under equally likely classes: the exact posterior; K passes."""
-    K = flow.num_classes
-    labels = torch.arange(K, device=x.device).repeat(len(x))
-    log_probs = flow.log_prob(x.repeat_interleave(K, dim=0), labels).view(len(x), K)
-    return log_probs.log_softmax(dim=1).gather(1, y[:, None])[:, 0]
+    return class_log_probs(flow, x).log_softmax(dim=1).gather(1, y[:, None])[:, 0]
 
 
 OBJECTIVES: dict[str, Objective] = {"contrast": contrast, "posterior": posterior}

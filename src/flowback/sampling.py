@@ -118,7 +118,7 @@ def draw(flow: TarFlow, request: Request, part: int, method: str, batch_size: in
             if request.refine:
                 options = {"objective": request.objective, "guidance": guidance, "batch_size": batch_size}
                 chosen = refine(flow, chosen, y, request.refine, **options)
-            x, report = flow.decode(chosen, y, guidance, method, return_report=True)
+            x, report = flow.decode_with_report(chosen, y, guidance, method)
             x = flow.denoise(x, y, batch_size) if request.denoise else x
         residual = max([residual, *(solved.residual for solved in report)])
         fell_back += sum(solved.fell_back for solved in report)

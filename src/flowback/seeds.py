@@ -1,10 +1,16 @@
 """Random streams that are functions of their key, so that what is drawn depends on no order of work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def draw(distribution: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random numbers (torch.rand, torch.randn) of the shape, type and device of `like`, drawn where the generator lives."""
+    device = generator.device if generator is not None else like.device
+    return distribution(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
 def keyed_generator(*key: int) -> torch.Generator:

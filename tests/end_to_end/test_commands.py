@@ -14,11 +14,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from builders import SMALL_RUN, refuse
 from flowback.cli import main
 from flowback.quickstart import recipe
 
-SMALL = ["--flow.width=32", "--flow.blocks=2", "--flow.layers=1", "--flow.patch_size=4", "--flow.noise_std=0.2"]
-SMALL += ["--data.limit=64", "--train.batch_size=16", "--train.warmup=2", "--train.eval_images=20"]
 FLOWBACK = [sys.executable, "-c", "from flowback.cli import main; raise SystemExit(main())"]
 
 
@@ -30,20 +29,8 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    assert main(["train", f"--run={folder}", "--train.steps=8", *SMALL]) == 0
+    assert main(["train", f"--run={folder}", "--train.steps=8", *SMALL_RUN]) == 0
     return folder
-
-
-def refuse(arguments: list[str], capsys) -> str:
-    """The one line that a bad call prints."""
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    captured = capsys.readouterr()
-    assert stop.value.code == 2
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("flowback: error: ")
-    return lines[0]
 
 
 def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys):
@@ -72,14 +59,14 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys):
 def test_config_file_and_command_line_meet_and_the_command_line_wins(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("train: {steps: 9, lr: 0.01}\nflow: {patch_size: 4}\n")
-    assert main(["train", f"--config={file}", f"--run={tmp_path / 'run'}", "--train.steps=2", *SMALL]) == 0
+    assert main(["train", f"--config={file}", f"--run={tmp_path / 'run'}", "--train.steps=2", *SMALL_RUN]) == 0
     written = (tmp_path / "run" / "config.yaml").read_text()
     assert "steps: 2" in written
     assert "lr: 0.01" in written
 
 
 def test_stopped_and_resumed_by_the_config_of_the_run(tmp_path, capsys):
-    assert main(["train", f"--run={tmp_path}", "--train.steps=6", "--train.until=4", *SMALL]) == 0
+    assert main(["train", f"--run={tmp_path}", "--train.steps=6", "--train.until=4", *SMALL_RUN]) == 0
     assert "stopped at step 4 of 6" in capsys.readouterr().out
     arguments = ["train", "--config", str(tmp_path / "config.yaml"), "--train.until=6", "--train.resume"]
     assert main(arguments) == 0
@@ -87,7 +74,7 @@ def test_stopped_and_resumed_by_the_config_of_the_run(tmp_path, capsys):
 
 
 def test_ctrl_c_saves_ends_cleanly_and_says_how_to_go_on(tmp_path):
-    command = [*FLOWBACK, "train", f"--run={tmp_path}", "--train.steps=100000", "--train.log_every=1", *SMALL]
+    command = [*FLOWBACK, "train", f"--run={tmp_path}", "--train.steps=100000", "--train.log_every=1", *SMALL_RUN]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     metrics = tmp_path / "metrics.csv"
@@ -110,7 +97,8 @@ def test_a_folder_of_images_is_trained_sampled_and_classified_by_name(tmp_path, 
     options = ["--data.name=folder", f"--data.path={tmp_path / 'data'}", "--data.image_size=8", "--data.workers=1"]
     run = tmp_path / "run"
     aligned = ["--alignment.strategy=reverse", "--alignment.at=[[2,1]]", "--alignment.projector_width=16"]
-    assert main(["train", f"--run={run}", "--train.steps=3", *options, *aligned, *SMALL[:5], "--train.batch_size=8"]) == 0
+    changes = [*options, *aligned, *SMALL_RUN[:5], "--train.batch_size=8"]
+    assert main(["train", f"--run={run}", "--train.steps=3", *changes]) == 0
     assert main(["sample", str(run), "--labels=二", "--num=1", "-o", str(tmp_path / "二.png")]) == 0
     assert Image.open(tmp_path / "二.png").mode == "RGB"
     capsys.readouterr()

@@ -12,18 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from builders import SMALL_RUN, refuse
 from flowback import TarFlow
 from flowback.cli import main
 
-SMALL = ["--flow.width=32", "--flow.blocks=2", "--flow.layers=1", "--flow.patch_size=4", "--flow.noise_std=0.2"]
-SMALL += [
-    "--data.limit=64",
-    "--train.batch_size=16",
-    "--train.warmup=2",
-    "--train.lr=0.01",
-    "--train.ema=0.9",
-    "--train.eval_images=20",
-]
+SMALL = [*SMALL_RUN, "--train.lr=0.01", "--train.ema=0.9"]
 CELL = 34  # an image in a grid: 8 pixels, enlarged fourfold, and a line of 2
 
 
@@ -272,18 +265,6 @@ def test_help_explains_every_option(verb, capsys):
     assert stop.value.code == 0
     for option in capsys.readouterr().out.split("\n  -")[1:]:
         assert len(" ".join(option.split())) > 25, option
-
-
-def refuse(arguments: list[str], capsys) -> str:
-    """The one line that a bad call prints."""
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    captured = capsys.readouterr()
-    assert stop.value.code == 2, arguments
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, arguments
-    assert lines[0].startswith("flowback: error: ")
-    return lines[0]
 
 
 BAD = [

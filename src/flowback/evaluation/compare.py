@@ -24,6 +24,7 @@ from flowback.evaluation.report import as_picture, as_svg
 from flowback.flows import TarFlow
 from flowback.training import RunConfig
 from flowback.training.checkpoint import load_flow
+from flowback.training.config import flat
 from flowback.training.log import read_metrics
 
 # what a run is judged by while it trains: column of metrics.csv -> (title, whether larger is better)
@@ -73,14 +74,6 @@ def load_record(run: str) -> Record:
     return Record(
         folder.name, folder, flow, data, flat(yaml.safe_load(text)), read_metrics(folder / "metrics.csv"), evaluation
     )
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted names."""
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves
 
 
 def config_differences(records: list[Record]) -> dict[str, list[Any]]:

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flowback.data import load_data
+from flowback.data import ImageSet, load_data
 from flowback.errors import InputError
 from flowback.evaluation import fidelity as fid
 from flowback.evaluation.classification import CURVE, cost_accuracy
 from flowback.evaluation.metrics import density, held_out, importance_weighted_bits
 from flowback.evaluation.probe import probe_layers
+from flowback.flows import TarFlow
 from flowback.quickstart import machine
 from flowback.sampling import Request, pick_device, sample_to_disk
 from flowback.training import RunConfig
@@ -40,7 +41,7 @@ class EvaluationConfig:
         images: held-out images for bpd, accuracy and probe; None for all.
         draws: noise draws averaged in an accuracy; they multiply its cost.
         samples: images drawn for fidelity, and as many real ones; the papers use 4,096 and 50,000.
-        samples_from: a folder of PNGs or an .npz to measure instead of drawing any.
+        samples_from: a folder of PNGs or an .npz to measure instead of drawing any; their guidance is then not known.
         guidance: of the samples drawn.
         extractor: of fidelity, a key of `flowback.evaluation.fidelity.EXTRACTORS`.
         extractor_weights: a local file of its weights.
@@ -87,6 +88,8 @@ def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) ->
     Raises:
         InputError: if the run names no data, or something that a metric needs cannot be had.
     """
+    if sweep and config.samples_from is not None:
+        raise InputError("samples from disk have one guidance; allowed is --sweep or --samples-from")
     file = Path(run) / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run} has no config.yaml that names its data; allowed is the folder of a run")
@@ -121,23 +124,22 @@ def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) ->
     wanted = [name for name in config.metrics if name in fid.METRICS]
     if wanted:
         started = time.perf_counter()
-        results["fidelity"] = _fidelity(run, config, wanted)
+        results["fidelity"] = _fidelity(run, flow, data, config, wanted)
         seconds["fidelity"] = time.perf_counter() - started
     if sweep:
         started = time.perf_counter()
-        fidelities = wanted or ["fid"]
-        results["guidance_sweep"] = [_fidelity(run, replace(config, guidance=scale), fidelities) for scale in sweep]
+        scales = [replace(config, guidance=scale) for scale in sweep]
+        results["guidance_sweep"] = [_fidelity(run, flow, data, scaled, wanted or ["fid"]) for scaled in scales]
         seconds["guidance_sweep"] = time.perf_counter() - started
     results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     (Path(run) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
-def _fidelity(run: str, config: EvaluationConfig, wanted: list[str]) -> dict[str, Any]:
-    flow, weights = load_flow(run, config.weights)
-    data = load_data(RunConfig.from_yaml((Path(run) / "config.yaml").read_text()).data)
+def _fidelity(run: str, flow: TarFlow, data: ImageSet, config: EvaluationConfig, wanted: list[str]) -> dict[str, Any]:
+    guidance: float | None = config.guidance
     if config.samples_from is not None:
-        samples, source = fid.open_images(Path(config.samples_from)), str(config.samples_from)
+        samples, source, guidance = fid.open_images(Path(config.samples_from)), config.samples_from, None
     else:
         labels = tuple(range(flow.num_classes)) or (-1,)
         request = Request(run, config.weights, config.samples, labels, config.guidance, seed=config.seed)
@@ -147,4 +149,4 @@ def _fidelity(run: str, config: EvaluationConfig, wanted: list[str]) -> dict[str
     reference, name = fid.reference_of(data, len(samples), config.reference == "train")  # pyright: ignore[reportArgumentType]
     options = {"extractor": config.extractor, "weights": config.extractor_weights, "reference_name": name}
     figures = fid.fidelity(samples, reference, wanted, device=pick_device("auto"), **options)
-    return figures | {"reference": name, "guidance": config.guidance, "flow": weights, "samples_from": source}
+    return figures | {"reference": name, "guidance": guidance, "samples_from": source}

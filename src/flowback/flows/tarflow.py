@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from flowback.flows.decoders import DECODERS, CausalMap, Solved, Solver, default
 from flowback.flows.guidance import Guidance
 from flowback.flows.patches import patchify, unpatchify
 from flowback.flows.pretrained import load_standards, load_tensors, pretrained_folder, read_config, save_folder
+from flowback.seeds import draw
 from flowback.units import LOG_2PI, bin_width
 
 
@@ -225,15 +226,14 @@ class TarFlow(nn.Module):
         """Add the noise of training to clean images: Gaussian of `noise_std`, or uniform over a pixel's bin."""
         if self.config.noise == "uniform":
             return self.dequantise(x, generator)
-        return x + self.config.noise_std * _draw(torch.randn, x, generator)
+        return x + self.config.noise_std * draw(torch.randn, x, generator)
 
     def dequantise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Spread clean images uniformly over the bins of their pixel values (`flowback.units`)."""
-        return x + bin_width(self.levels) * (_draw(torch.rand, x, generator) - 0.5)
+        return x + bin_width(self.levels) * (draw(torch.rand, x, generator) - 0.5)
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
-    @overload
     def decode(
         self,
         z: Tensor,
@@ -242,30 +242,7 @@ class TarFlow(nn.Module):
         method: str | Sequence[str] = "auto",
         tolerance: float | None = None,
         known: tuple[Tensor, Tensor] | None = None,
-        return_report: Literal[False] = False,
-    ) -> Tensor: ...
-    @overload
-    def decode(
-        self,
-        z: Tensor,
-        y: Tensor | None = None,
-        guidance: float | Guidance = 0.0,
-        method: str | Sequence[str] = "auto",
-        tolerance: float | None = None,
-        known: tuple[Tensor, Tensor] | None = None,
-        *,
-        return_report: Literal[True],
-    ) -> tuple[Tensor, list[Solved]]: ...
-    def decode(
-        self,
-        z: Tensor,
-        y: Tensor | None = None,
-        guidance: float | Guidance = 0.0,
-        method: str | Sequence[str] = "auto",
-        tolerance: float | None = None,
-        known: tuple[Tensor, Tensor] | None = None,
-        return_report: bool = False,
-    ) -> Tensor | tuple[Tensor, list[Solved]]:
+    ) -> Tensor:
         """Map noise to images; without guidance the inverse of `encode`.
 
         Args:
@@ -277,14 +254,25 @@ class TarFlow(nn.Module):
             tolerance: update at which the parallel methods stop; None for 1e-5 in float32, 1e-10 in float64.
             known: images `[B, C, H, W]` and, as booleans, which of their pixels block 1 is given instead of decoding
                 them: every other pixel then follows from them as the model has it (`flowback.editing.inpaint`).
-            return_report: also return how each block was decoded, block 1 first, with its residual.
 
         Returns:
-            Images `[B, C, H, W]`; with `return_report` a pair.
+            Images `[B, C, H, W]`.
 
         Raises:
             InputError: if shapes or labels do not fit, the method does not exist, or an unconditional flow is guided.
         """
+        return self.decode_with_report(z, y, guidance, method, tolerance, known)[0]
+
+    def decode_with_report(
+        self,
+        z: Tensor,
+        y: Tensor | None = None,
+        guidance: float | Guidance = 0.0,
+        method: str | Sequence[str] = "auto",
+        tolerance: float | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, list[Solved]]:
+        """`decode`, and how each block was decoded, block 1 first, with its residual."""
         if z.dim() != 3 or z.shape[1:] != self.token_shape:
             N, D = self.token_shape
             raise InputError(f"z of shape {list(z.shape)} does not fit; allowed is [B, {N}, {D}]")
@@ -304,8 +292,7 @@ class TarFlow(nn.Module):
             F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None)
             tokens, solved = solve(F, solvers[t - 1], tolerance or default_tolerance(z))
             report.insert(0, solved)
-        x = unpatchify(tokens, self.config.patch_size, self.image_size)
-        return (x, report) if return_report else x
+        return unpatchify(tokens, self.config.patch_size, self.image_size), report
 
     def _known_tokens(self, x: Tensor, where: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         tokens = self.tokenize(x)
@@ -396,7 +383,7 @@ class TarFlow(nn.Module):
         labels = torch.as_tensor(y, device=like.device)
         if not len(labels):
             raise InputError("no labels were given; allowed is at least one, or a count")
-        z = temperature * _draw(torch.randn, like.new_empty(len(labels), *self.token_shape), generator)
+        z = temperature * draw(torch.randn, like.new_empty(len(labels), *self.token_shape), generator)
         images, log_probs = [], []
         for z_part, y_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
             x = self.decode(z_part, y_part, guidance, method)
@@ -436,9 +423,3 @@ class TarFlow(nn.Module):
         flow.calibration = Calibration.load(folder)
         flow.standards = load_standards(folder, flow.num_classes)
         return flow.eval()
-
-
-def _draw(distribution: Any, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random numbers of the shape, type and device of `like`, drawn where the generator lives."""
-    device = generator.device if generator is not None else like.device
-    return distribution(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

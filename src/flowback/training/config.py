@@ -180,6 +180,14 @@ class RunConfig:
             raise InputError(f"this is not the configuration of a run ({error})") from None
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections to dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
 def _plain(value: Any) -> Any:
     """Tuples to lists, all the way down."""
     if isinstance(value, dict):

@@ -24,7 +24,7 @@ from flowback.flows import FlowConfig, TarFlow
 from flowback.training import checkpoint
 from flowback.training.checkpoint import State
 from flowback.training.compile import compile_blocks
-from flowback.training.config import AlignmentConfig, RunConfig, TrainConfig
+from flowback.training.config import AlignmentConfig, RunConfig, TrainConfig, flat
 from flowback.training.log import Bar, MetricsLog, console
 from flowback.training.optim import learning_rate, update_ema
 from flowback.units import LOG_2PI, from_levels, nll_per_dim
@@ -231,7 +231,7 @@ def _open_run(config: RunConfig) -> Path | None:
         return None
     if found is None:
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
-    before, now = (_flat(yaml.safe_load(text)) for text in (file.read_text(), config.to_yaml()))
+    before, now = (flat(yaml.safe_load(text)) for text in (file.read_text(), config.to_yaml()))
     free = {"run", "data.workers", "data.path", "train.resume", "train.until", "train.keep", "train.accelerator"}
     free |= {"train.compile"}
     free |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")} | {"train.eval_images"}
@@ -239,13 +239,6 @@ def _open_run(config: RunConfig) -> Path | None:
         if name not in free and before.get(name) != now[name]:
             raise InputError(f"{name} was {before.get(name)} when {run} began and is {now[name]}; allowed: the same")
     return found
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested sections to dotted names."""
-    sections = [(k, v) for k, v in values.items() if isinstance(v, dict)]
-    leaves = {k: v for k, v in values.items() if not isinstance(v, dict)}
-    return leaves | {f"{section}.{k}": v for section, inner in sections for k, v in inner.items()}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
