@@ -12,7 +12,7 @@ from flowback.data import ImageSet
 from flowback.flows import TarFlow
 from flowback.units import from_levels
 
-CURVE = ("single_gradient", "z_score", "shortlist_1", "shortlist_2", "shortlist_3", "shortlist_5", "logit_steps", "exact")
+CURVE = ("single_gradient", "z_score", "shortlist_2", "shortlist_3", "shortlist_5", "logit_steps", "exact")
 UNLABELLED = 512  # training images, without their labels, that z_score's standards are learned from
 CALIBRATION = 1000  # held-out images that temperatures are fitted on, and nothing else
 
