@@ -17,6 +17,7 @@ FLOWS = {
     "three blocks, the other way round": {"blocks": 3, "flipped": True},
     "one number a token, no bound": {"image_size": 4, "channels": 1, "patch_size": 1, "log_scale_bound": None},
     "one token": {"image_size": 2},
+    "rotary, gated": {"positions": "rotary", "mlp": "swiglu"},
 }
 LABELS = {"unconditional": None, "classes": [1, 3, 0], "some without": [-1, 2, -1]}
 

@@ -125,7 +125,8 @@ def test_hub_id_is_downloaded(folder, flow, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     loaded = TarFlow.from_pretrained("someone/some-flow")
-    assert asked == [("someone/some-flow", ["classification.json", "config.json", "decoding.json", "model.safetensors"])]
+    files = ["autoencoder/*", "classification.json", "config.json", "decoding.json", "model.safetensors"]
+    assert asked == [("someone/some-flow", files)]
     assert torch.equal(loaded.encode(images(flow))[0], flow.encode(images(flow))[0])
 
 

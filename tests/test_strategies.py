@@ -18,6 +18,7 @@ FLOWS = {
     "unconditional": {"num_classes": 0},
     "one number a token": {"image_size": 4, "channels": 1, "patch_size": 1, "num_classes": 2},
     "two by two": {"image_size": 4, "log_scale_bound": None},
+    "rotary, gated, of unequal depth": {"positions": "rotary", "mlp": "swiglu", "layers": [2, 3, 2], "image_size": 4},
 }
 AT = {
     "bottom": [(1, 2)],

@@ -25,6 +25,9 @@ OPTIONS = st.fixed_dictionaries(
         "log_scale_bound": st.sampled_from([None, 0.5, 8.0]),
         "head_dim": st.sampled_from([4, 16]),
         "mlp_ratio": st.sampled_from([0.5, 4.0]),
+        "mlp": st.sampled_from(["gelu", "swiglu"]),
+        "positions": st.sampled_from(["learned", "rotary"]),
+        "prior": st.sampled_from(["standard", "scaled"]),
     }
 )
 LABELS = st.sampled_from(["none", "dropped", "hard", "mixed", "soft"])
@@ -313,6 +316,8 @@ def test_noise_follows_the_generator_and_leaves_the_images_alone(noise):
         ("head_dim", 5, r"flow\.head_dim 5 does not divide flow\.width 16; allowed: 1, 2, 4, 8, 16$"),
         ("blocks", 0, r"flow\.blocks is 0"),
         ("layers", -2, r"flow\.layers is -2"),
+        ("layers", [2, 0, 1], r"flow\.layers is \[2, 0, 1\]; allowed .* or a list of 3 of them"),
+        ("layers", [2, 2], r"flow\.layers is \[2, 2\]; allowed .* or a list of 3 of them"),
         ("mlp", "relu", r"flow\.mlp is 'relu'; allowed: gelu"),
         ("mlp_ratio", 0, r"flow\.mlp_ratio is 0"),
         ("positions", "none", r"flow\.positions is 'none'; allowed: learned"),
@@ -322,7 +327,7 @@ def test_noise_follows_the_generator_and_leaves_the_images_alone(noise):
         ("noise_std", -0.1, r"flow\.noise_std is -0\.1; allowed is a number of at least 0"),
         ("noise_std", float("inf"), r"flow\.noise_std is inf"),
         ("noise_std", float("nan"), r"flow\.noise_std is nan"),
-        ("depth", 3, r"no option 'depth'; allowed: image_size, .*noise_std$"),
+        ("depth", 3, r"no option 'depth'; allowed: image_size, .*latent_posterior$"),
     ],
 )
 def test_impossible_options_are_named(option, value, message):

@@ -7,13 +7,33 @@ from torch import nn
 
 from builders import attributes, normal_
 from flowback.nn import CausalTransformer, Projector
+from flowback.nn.transformer import GeluMLP, SwiGLU, rotate, rotations
 
 N, WIDTH, LAYERS, HEAD_DIM = 7, 16, 3, 8
+KINDS = {"learned, gelu": {}, "rotary, swiglu": {"rotary": N, "mlp": "swiglu"}}
 
 
-@pytest.fixture(scope="module")
-def transformer():
-    return normal_(CausalTransformer(WIDTH, LAYERS, HEAD_DIM).double(), 0.2)
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+def transformer(request):
+    return normal_(exact_turns(CausalTransformer(WIDTH, LAYERS, HEAD_DIM, **request.param).double()), 0.2)
+
+
+def exact_turns(transformer):
+    """Turns in float64 instead of those of float32, converted."""
+    if transformer.rotary:
+        angles = torch.outer(torch.arange(N, dtype=torch.float64), 10_000.0 ** (-torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM))
+        transformer.cos, transformer.sin = angles.cos(), angles.sin()
+    return transformer
+
+
+def turned(heads, rotary):
+    """Vectors `[B, N, head_dim]` as complex numbers, channel i with i + head_dim / 2, turned by their positions."""
+    if not rotary:
+        return heads
+    numbers = torch.complex(*heads.chunk(2, dim=-1))
+    speed = 10_000.0 ** (-torch.arange(HEAD_DIM // 2).double() / (HEAD_DIM // 2))
+    numbers = numbers * torch.exp(1j * torch.arange(N)[:, None] * speed)
+    return torch.cat([numbers.real, numbers.imag], dim=-1)
 
 
 @pytest.fixture
@@ -30,18 +50,42 @@ def plain(transformer, x):
         out = torch.zeros_like(x)
         for head in range(WIDTH // HEAD_DIM):
             part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            q_head, k_head = turned(q[..., part], transformer.rotary), turned(k[..., part], transformer.rotary)
             for t in range(x.shape[1]):
-                scores = (k[:, : t + 1, part] @ q[:, t, part, None])[..., 0] / HEAD_DIM**0.5
+                scores = (k_head[:, : t + 1] @ q_head[:, t, :, None])[..., 0] / HEAD_DIM**0.5
                 out[:, t, part] = (scores.softmax(dim=1)[..., None] * v[:, : t + 1, part]).sum(dim=1)
         x = x + out @ attention.proj.weight.T + attention.proj.bias
         normed = F.layer_norm(x, (WIDTH,), layer.norm.weight, layer.norm.bias)
-        first, last = layer.mlp[0], layer.mlp[2]
-        x = x + F.gelu(normed @ first.weight.T + first.bias) @ last.weight.T + last.bias
+        if isinstance(layer.mlp, SwiGLU):
+            gate, up = (normed @ layer.mlp.gate_up.weight.T + layer.mlp.gate_up.bias).chunk(2, dim=-1)
+            inner, last = gate * torch.sigmoid(gate) * up, layer.mlp.out
+        else:
+            inner, last = F.gelu(normed @ layer.mlp[0].weight.T + layer.mlp[0].bias), layer.mlp[2]
+        x = x + inner @ last.weight.T + last.bias
     return x
 
 
 def test_equals_its_equations(transformer, x):
     assert torch.allclose(transformer(x)[0], plain(transformer, x), atol=1e-12)
+
+
+def test_rotary_attention_sees_only_how_far_back_a_token_is():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, N, HEAD_DIM, generator=generator)
+    cos, sin = rotations(2 * N, HEAD_DIM)
+
+    def scores(start):
+        turn = cos[start : start + N], sin[start : start + N]
+        return rotate(q, turn) @ rotate(k, turn).transpose(-1, -2)
+
+    assert torch.allclose(scores(0), scores(4), atol=1e-5)
+    assert not torch.allclose(scores(0), q @ k.transpose(-1, -2), atol=1e-2)
+
+
+def test_the_gated_mlp_has_the_size_of_the_plain_one():
+    for width in (96, 256, 1024):
+        plain_size, gated = (sum(p.numel() for p in kind(width, 4.0).parameters()) for kind in (GeluMLP, SwiGLU))
+        assert abs(gated / plain_size - 1) < 0.03
 
 
 @pytest.mark.parametrize("t", range(N))
@@ -114,7 +158,8 @@ def test_hidden_states_are_those_of_a_truncated_stack(transformer, x):
     out, states = transformer(x, hidden=[1, 2, 3])
     assert sorted(states) == [1, 2, 3]
     for layers, state in states.items():
-        truncated = CausalTransformer(WIDTH, layers, HEAD_DIM).double()
+        rotary, mlp = (N, "swiglu") if transformer.rotary else (0, "gelu")
+        truncated = exact_turns(CausalTransformer(WIDTH, layers, HEAD_DIM, mlp, rotary=rotary).double())
         truncated.load_state_dict({k: v for k, v in transformer.state_dict().items() if k in truncated.state_dict()})
         assert torch.equal(truncated(x)[0], state)
     assert torch.equal(states[3], out)

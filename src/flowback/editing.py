@@ -1,6 +1,6 @@
 """What exact invertibility makes possible with one's own images: interpolation, another class, inpainting.
 
-Images here are clean, `[B, C, H, W]` in [-1, 1]; encode and decode themselves are methods of the flow.
+Images here are clean, `[B, C, H, W]` in [-1, 1], or of a flow in latents those (`TarFlow.to_data`); encode and decode themselves are methods of the flow.
 """
 
 import math
@@ -150,7 +150,7 @@ def _likeliest_guess(
 ) -> Tensor:
     best, best_log_prob = noisy, noisy.new_full((len(noisy),), -math.inf)
     for _ in range(tries):
-        z = draw(torch.randn, noisy.new_empty(len(noisy), *flow.token_shape), generator)
+        z = flow.to_prior(draw(torch.randn, noisy.new_empty(len(noisy), *flow.token_shape), generator))
         guess = flow.decode(z, y, known=(noisy, ~mask))
         log_prob = flow.log_prob(guess, y)
         better = log_prob > best_log_prob

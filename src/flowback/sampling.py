@@ -122,7 +122,7 @@ def draw(flow: TarFlow, request: Request, part: int, method: str, batch_size: in
             x = flow.denoise(x, y, batch_size) if request.denoise else x
         residual = max([residual, *(solved.residual for solved in report)])
         fell_back += sum(solved.fell_back for solved in report)
-        images.append(x.float().cpu())
+        images.append(flow.to_images(x.float()).cpu())
     x = torch.cat(images)
     bad = ~x.isfinite()
     note = Note(part, time.perf_counter() - started, residual, fell_back, int(bad.flatten(1).any(dim=1).sum()))
@@ -131,7 +131,8 @@ def draw(flow: TarFlow, request: Request, part: int, method: str, batch_size: in
 
 def noise(flow: TarFlow, seed: int, number: int, candidates: int = 1) -> Tensor:
     """The noise of image `number`, `[candidates, N, D]`, drawn on the CPU so that every device gets the same."""
-    return torch.stack([keyed_normal(flow.token_shape, seed, number, candidate) for candidate in range(candidates)])
+    z = torch.stack([keyed_normal(flow.token_shape, seed, number, candidate) for candidate in range(candidates)])
+    return flow.to_prior(z.to(next(flow.parameters()).device)).cpu()
 
 
 def fingerprint(flow: TarFlow) -> str:

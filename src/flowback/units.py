@@ -43,6 +43,11 @@ def nll_per_dim(z: Tensor, log_det: Tensor) -> Tensor:
     return 0.5 * z.square().mean() - log_det.mean() / z[0].numel()
 
 
+def nats_to_bits(nats: float) -> float:
+    """The same amount of information in bits."""
+    return nats / math.log(2)
+
+
 def bits_per_dim(log_prob: Tensor, dims: int, levels: int, noise: str = "uniform") -> Tensor:
     """Bits per dimension of *discrete* pixels from the log-density of uniformly dequantised ones.
 

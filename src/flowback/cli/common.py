@@ -59,14 +59,14 @@ def say(text: str) -> None:
 
 
 def flow_and_clean_images(options: Namespace) -> tuple[TarFlow, Tensor]:
-    """The flow, and the image files as it wants them, `[B, C, H, W]` in [-1, 1]."""
+    """The flow, and the image files as it sees them, clean, `[B, *data_shape]`."""
     flow, _ = load_flow(options.run, options.weights)
     pixels = torch.stack([load_image(Path(file), flow.image_size, flow.channels) for file in options.images])
-    return flow, from_levels(pixels)
+    return flow, flow.to_data(from_levels(pixels), torch.Generator().manual_seed(0))
 
 
 def flow_and_images(options: Namespace) -> tuple[TarFlow, Tensor, Tensor]:
-    """The flow, the images, and their labels `[B]`: given, or the likeliest, or -1 for an unconditional flow."""
+    """The flow, the images as it sees them, and their labels `[B]`: given, or the likeliest, or -1 for an unconditional flow."""
     flow, images = flow_and_clean_images(options)
     if options.labels:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(images))

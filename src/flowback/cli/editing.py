@@ -93,7 +93,8 @@ def _decode(options: Namespace) -> int:
         raise InputError(f"{options.file} holds no images; allowed is at least one")
     if options.labels:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(z))
-    save_images(flow.decode(z, y), output)
+    with torch.no_grad():
+        save_images(flow.to_images(flow.decode(z, y)), output)
     say(f"{len(z)} images in {output}")
     return 0
 
@@ -104,7 +105,7 @@ def _interpolate(options: Namespace) -> int:
     if len(images) < 2:
         raise InputError(f"{len(images)} image has no other to go to; allowed are at least 2")
     x = interpolate(flow, images[:-1], images[1:], options.steps, y[:-1], y[1:])
-    save_grid(x.flatten(0, 1), output, columns=options.steps)
+    save_grid(flow.to_images(x.flatten(0, 1)), output, columns=options.steps)
     say(f"{len(x)} walks of {options.steps} images in {output}")
     return 0
 
@@ -114,7 +115,7 @@ def _swap(options: Namespace) -> int:
     flow, images, y = flow_and_images(options)
     targets = chosen_labels(options.to, class_names(options.run, flow), flow)
     columns = [images, *(swap_class(flow, images, y, torch.full_like(y, k)) for k in targets)]
-    save_grid(torch.stack(columns, dim=1).flatten(0, 1), output, columns=len(columns))
+    save_grid(flow.to_images(torch.stack(columns, dim=1).flatten(0, 1)), output, columns=len(columns))
     say(f"{len(images)} images as {len(targets)} classes in {output}")
     return 0
 
@@ -130,15 +131,20 @@ def _inpaint(options: Namespace) -> int:
     result = inpaint(flow, many, mask, y.repeat_interleave(options.num), options.steps, options.tries, generator)
     drawn = result.x.view(len(images), options.num, *images.shape[1:])
     masked = torch.where(mask, torch.zeros_like(images), images)
-    save_grid(torch.cat([images[:, None], masked[:, None], drawn], dim=1).flatten(0, 1), output, columns=options.num + 2)
+    rows = torch.cat([images[:, None], masked[:, None], drawn], dim=1)
+    save_grid(flow.to_images(rows.flatten(0, 1)), output, columns=options.num + 2)
     accepted = "" if not options.steps else f"; {100 * float(result.acceptance.mean()):.0f} % of the steps were accepted"
     say(f"{len(many)} drawings in {output}{accepted}")
     return 0
 
 
 def _mask(options: Namespace, flow: TarFlow) -> Tensor:
-    """Where to draw, booleans `[1, 1, H, W]`."""
-    size = flow.image_size
+    """Where to draw, booleans `[1, 1, H, W]` of what the flow sees: a latent is drawn if one of its pixels is."""
+    mask = _pixel_mask(options, flow.image_size)
+    return torch.nn.functional.adaptive_max_pool2d(mask.float(), flow.data_shape[1:]) > 0
+
+
+def _pixel_mask(options: Namespace, size: int) -> Tensor:
     if (options.mask is None) == (options.box is None):
         raise InputError("where to draw is not clear; allowed is either --mask or --box")
     if options.mask is not None:

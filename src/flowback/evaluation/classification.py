@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flowback.classify import Standards, calibration_error, classify, fit_temperature, rule_named, standardise
 from flowback.data import ImageSet
+from flowback.evaluation.metrics import seen, spread
 from flowback.flows import TarFlow
-from flowback.units import from_levels
 
 CURVE = ("single_gradient", "z_score", "shortlist_2", "shortlist_3", "shortlist_5", "logit_steps", "exact")
 UNLABELLED = 512  # training images, without their labels, that z_score's standards are learned from
@@ -40,12 +39,13 @@ def cost_accuracy(
         A row a rule: "rule", "passes" (forward passes an image), "accuracy", "images", "seconds_per_image",
         "temperature", "ece_before" and "ece_after" (the temperature); and the standards, to be stored with the flow.
     """
-    unlabelled = torch.linspace(0, len(data.train) - 1, min(UNLABELLED, len(data.train))).round().long().tolist()
-    standards = standardise(flow, from_levels(data.train[unlabelled][0], data.levels))
+    standards = standardise(flow, seen(flow, data.train, spread(len(data.train), UNLABELLED), data.levels)[0])
     order = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(seed))
     count = min(CALIBRATION, len(order) // 4)
-    fit = _images(data, order[:count])
-    x, y = _images(data, order[count:][:images])
+    fit, (x, y) = (
+        seen(flow, data.held_out, chosen.sort().values.tolist(), data.levels)
+        for chosen in (order[:count], order[count:][:images])
+    )
     rows = []
     for rule in rules:
         _, passes, _ = rule_named(rule, flow.num_classes)
@@ -68,7 +68,3 @@ def cost_accuracy(
         )
     return rows, standards
 
-
-def _images(data: ImageSet, indices: Tensor) -> tuple[Tensor, Tensor]:
-    pixels, labels = data.held_out[indices.sort().values.tolist()]
-    return from_levels(pixels, data.levels), labels

@@ -157,7 +157,8 @@ def table(records: list[Record]) -> list[tuple[str, list[str]]]:
 def best_and_worst(record: Record, images: int = 300) -> tuple[Tensor, list[str]]:
     """Held-out images `[2 * SHOWN, C, H, W]`: those taken most surely for what they are, and those least; and captions."""
     x, y = held_out(record.data, images)
-    sure = classify(record.flow, x, "exact").log_softmax(dim=1)
+    data = record.flow.to_data(x, torch.Generator().manual_seed(0))
+    sure = classify(record.flow, data, "exact").log_softmax(dim=1)
     own = sure.gather(1, y[:, None])[:, 0]
     order = own.argsort(descending=True)
     chosen = torch.cat([order[:SHOWN], order.flip(0)[:SHOWN]])

@@ -19,7 +19,7 @@ from flowback.data import ImageSet, load_data
 from flowback.errors import InputError
 from flowback.evaluation import fidelity as fid
 from flowback.evaluation.classification import CURVE, cost_accuracy
-from flowback.evaluation.metrics import density, held_out, importance_weighted_bits
+from flowback.evaluation.metrics import density, importance_weighted_bits, seen, spread
 from flowback.evaluation.probe import probe_layers
 from flowback.flows import TarFlow
 from flowback.quickstart import machine
@@ -97,16 +97,22 @@ def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) ->
     data = load_data(RunConfig.from_yaml(file.read_text()).data)
     results: dict[str, Any] = {"run": Path(run).name, "data": data.name, "weights": weights, "machine": machine()}
     seconds: dict[str, float] = {}
-    x, y = held_out(data, config.images)
+    x, y = seen(flow, data.held_out, spread(len(data.held_out), config.images), data.levels)
     results["held_out_images"] = len(x)
     if "bpd" in config.metrics:
         started = time.perf_counter()
         results |= density(flow, x, y)
-        results["bits_per_dim_importance_weighted"] = importance_weighted_bits(flow, x, y)
-        results["density"] = (
-            f"nats of images with {flow.config.noise} noise on the [-1, 1] scale; bits of {flow.levels} levels, "
-            "dequantised uniformly, bounded from above by 1 draw, and by 16 draws importance-weighted"
-        )
+        if flow.config.autoencoder is None:
+            results["bits_per_dim_importance_weighted"] = importance_weighted_bits(flow, x, y)
+            results["density"] = (
+                f"nats of images with {flow.config.noise} noise on the [-1, 1] scale; bits of {flow.levels} levels, "
+                "dequantised uniformly, bounded from above by 1 draw, and by 16 draws importance-weighted"
+            )
+        else:
+            results["density"] = (
+                f"nats and bits of the latents of {flow.config.autoencoder} with noise {flow.config.noise_std}, "
+                "not of pixels; they compare in the same latents with the same noise only"
+            )
         seconds["bpd"] = time.perf_counter() - started
     if "accuracy" in config.metrics and flow.num_classes:
         started = time.perf_counter()

@@ -11,7 +11,8 @@ from torch import Tensor
 from flowback.classify import classify
 from flowback.data import ImageSet
 from flowback.flows import TarFlow
-from flowback.units import bits_per_dim, from_levels, nats_per_dim
+from flowback.data.datasets import Split
+from flowback.units import bits_per_dim, from_levels, nats_per_dim, nats_to_bits
 
 DRAWS = 4  # noise draws averaged in a reported accuracy
 
@@ -27,17 +28,31 @@ class Measured:
     figures: dict[str, Any]
 
 
+def spread(count: int, wanted: int | None = None) -> list[int]:
+    """An even spread of `wanted` of `count` indices, or all of them."""
+    return torch.linspace(0, count - 1, min(wanted or count, count)).round().long().tolist()
+
+
 def held_out(data: ImageSet, images: int | None = None) -> tuple[Tensor, Tensor]:
     """The held-out images in [-1, 1] and their labels; with `images`, an even spread of that many."""
-    count = len(data.held_out)
-    indices = torch.linspace(0, count - 1, min(images or count, count)).round().long().tolist()
-    pixels, labels = data.held_out[indices]
+    pixels, labels = data.held_out[spread(len(data.held_out), images)]
     return from_levels(pixels, data.levels), labels
+
+
+def seen(flow: TarFlow, split: Split, indices: Sequence[int], levels: int, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Images of a split as the flow sees them, clean, `[B, *data_shape]`, and their labels; no more pixels than a batch."""
+    generator = torch.Generator().manual_seed(0)
+    device = next(flow.parameters()).device
+    parts = []
+    for start in range(0, len(indices), batch_size):
+        pixels, _ = split[indices[start : start + batch_size]]
+        parts.append(flow.to_data(from_levels(pixels, levels).to(device), generator))
+    return torch.cat(parts), split.labels[torch.as_tensor(indices)]
 
 
 def measure(flow: TarFlow, data: ImageSet) -> dict[str, Any]:
     """The figures of a flow on all held-out images, in the form of report.json."""
-    x, y = held_out(data)
+    x, y = seen(flow, data.held_out, spread(len(data.held_out)), data.levels)
     figures: dict[str, Any] = {"held_out_images": len(x)} | density(flow, x, y)
     if flow.num_classes:
         figures |= {"accuracy": accuracies(flow, x, y, DRAWS), "noise_draws": DRAWS}
@@ -46,20 +61,27 @@ def measure(flow: TarFlow, data: ImageSet) -> dict[str, Any]:
 
 @torch.no_grad()
 def density(flow: TarFlow, x: Tensor, y: Tensor, seed: int = 0, batch_size: int = 256) -> dict[str, float]:
-    """How well the flow predicts images `x [B, C, H, W]` with labels `y [B]`; smaller is better.
+    """How well the flow predicts clean data `x [B, *data_shape]` with labels `y [B]`; smaller is better.
 
     Returns:
-        "nats_per_dim": of images with the noise of training, on the [-1, 1] scale, the density that was trained.
+        "nats_per_dim": of data with the noise of training, pixels on the [-1, 1] scale or scaled latents: the density
+        that was trained.
         "bits_per_dim": of the discrete pixels, an upper bound by uniform dequantisation, which holds whatever noise
-        was trained with; one draw an image.
+        was trained with; one draw an image. A flow in latents has "latent_bits_per_dim" instead: its nats in bits, which say
+        nothing of pixels and compare only in the same latents with the same noise.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = y.to(x.device) if flow.num_classes else torch.full_like(y, -1, device=x.device)
     nats, bits = [], []
     for part, label in zip(x.split(batch_size), labels.split(batch_size), strict=True):
         nats.append(nats_per_dim(flow.log_prob(flow.perturb(part, generator), label), flow.dims))
+        if flow.config.autoencoder is not None:
+            continue
         bits.append(bits_per_dim(flow.log_prob(flow.dequantise(part, generator), label), flow.dims, flow.levels))
-    return {"nats_per_dim": float(torch.cat(nats).mean()), "bits_per_dim": float(torch.cat(bits).mean())}
+    mean = float(torch.cat(nats).mean())
+    if not bits:
+        return {"nats_per_dim": mean, "latent_bits_per_dim": nats_to_bits(mean)}
+    return {"nats_per_dim": mean, "bits_per_dim": float(torch.cat(bits).mean())}
 
 
 @torch.no_grad()

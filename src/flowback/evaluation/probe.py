@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from flowback.data import ImageSet, Split
+from flowback.evaluation.metrics import seen, spread
 from flowback.flows import TarFlow
-from flowback.units import from_levels
 
 
 def probe_layers(
@@ -46,13 +46,13 @@ def probe_layers(
 def _pooled_states(
     flow: TarFlow, split: Split, levels: int, count: int, batch_size: int
 ) -> tuple[dict[tuple[int, int], np.ndarray], np.ndarray]:
-    pairs = [(t, layer) for t in range(1, flow.config.blocks + 1) for layer in range(1, flow.config.layers + 1)]
-    indices = torch.linspace(0, len(split) - 1, min(count, len(split))).round().long().tolist()
+    pairs = [(t, layer) for t, depth in enumerate(flow.config.depths, start=1) for layer in range(1, depth + 1)]
+    indices = spread(len(split), count)
     generator = torch.Generator().manual_seed(0)
     states: dict[tuple[int, int], list[np.ndarray]] = {pair: [] for pair in pairs}
     for start in range(0, len(indices), batch_size):
-        pixels, _ = split[indices[start : start + batch_size]]
-        _, _, trace = flow.encode(flow.perturb(from_levels(pixels, levels), generator), trace=pairs)
+        x, _ = seen(flow, split, indices[start : start + batch_size], levels)
+        _, _, trace = flow.encode(flow.perturb(x, generator), trace=pairs)
         for pair in pairs:
-            states[pair].append(trace.hidden[pair].mean(dim=1).float().numpy())
+            states[pair].append(trace.hidden[pair].mean(dim=1).float().cpu().numpy())
     return {pair: np.concatenate(parts) for pair, parts in states.items()}, split.labels[indices].numpy()

@@ -49,6 +49,7 @@ class FlowBlock(nn.Module):
         width, layers, head_dim, mlp, mlp_ratio: of the causal transformer.
         num_classes: K; 0 for an unconditional block.
         flip: whether the block reads the tokens from the last to the first.
+        positions: "learned", an embedding for every place in the image, or "rotary", by the order of reading.
         log_scale_bound: `|a|` stays below it (`a = bound * tanh(raw / bound)`); None for no bound.
     """
 
@@ -63,14 +64,16 @@ class FlowBlock(nn.Module):
         flip: bool,
         mlp: str = "gelu",
         mlp_ratio: float = 4.0,
+        positions: str = "learned",
         log_scale_bound: float | None = None,
     ) -> None:
         super().__init__()
         self.flip, self.log_scale_bound = flip, log_scale_bound
         self.proj_in = nn.Linear(dim, width)
-        self.position = nn.Parameter(torch.randn(tokens, width) * 1e-2)  # in raster order
+        rotary = tokens if positions == "rotary" else 0
+        self.position = None if rotary else nn.Parameter(torch.randn(tokens, width) * 1e-2)  # in raster order
         self.class_embed = nn.Parameter(torch.randn(num_classes, width) * 1e-2) if num_classes else None
-        self.transformer = CausalTransformer(width, layers, head_dim, mlp, mlp_ratio)
+        self.transformer = CausalTransformer(width, layers, head_dim, mlp, mlp_ratio, rotary)
         self.proj_out = nn.Linear(width, 2 * dim)
         nn.init.zeros_(self.proj_out.weight)  # the flow starts as the identity
         nn.init.zeros_(self.proj_out.bias)
@@ -98,12 +101,11 @@ class FlowBlock(nn.Module):
         Returns:
             `mu`, `a`, each `[B, n, D]`, and the hidden states, in the block's order.
         """
-        start = cache.filled if cache is not None else 0
-        end, N = start + x.shape[1], len(self.position)
-        position = self.position[N - end : N - start].flip(0) if self.flip else self.position[start:end]
         device = x.device.type
         with torch.autocast(device, enabled=False):  # tokens and parameters of the map keep full precision
-            h = self.proj_in(x) + position
+            h = self.proj_in(x)
+            if self.position is not None:
+                h = h + self._positions(self.position, 0 if cache is None else cache.filled, x.shape[1])
             if self.class_embed is not None and classes is not None:
                 h = h + (classes.to(h.dtype) @ self.class_embed)[:, None]
         h, states = self.transformer(h, hidden=hidden, cache=cache)
@@ -112,6 +114,11 @@ class FlowBlock(nn.Module):
             if self.log_scale_bound is not None:
                 a = self.log_scale_bound * torch.tanh(a / self.log_scale_bound)
         return mu, a, states
+
+    def _positions(self, raster: Tensor, start: int, count: int) -> Tensor:
+        """The embeddings of `count` tokens from `start` on, in the block's order."""
+        N, end = len(raster), start + count
+        return raster[N - end : N - start].flip(0) if self.flip else raster[start:end]
 
     def predict(
         self, x: Tensor, classes: Tensor | None = None, *, hidden: Collection[int] = ()

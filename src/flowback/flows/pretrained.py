@@ -1,6 +1,7 @@
 """Flows from disk or from the hub: strict, and never a pickle."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from flowback.errors import InputError
 from flowback.flows.calibration import FILE as CALIBRATION
 
 STANDARDS = "classification.json"
-FILES = ["config.json", "model.safetensors", CALIBRATION, STANDARDS]
+FILES = ("config.json", "model.safetensors", CALIBRATION, STANDARDS, "autoencoder/*")
 
 if TYPE_CHECKING:
     from flowback.flows.tarflow import TarFlow
@@ -81,8 +82,8 @@ def load_tensors(module: nn.Module, file: Path) -> None:
     module.to(next(iter(found.values())).dtype).load_state_dict(found)
 
 
-def pretrained_folder(path_or_hub_id: str) -> Path:
-    """The folder of a flow: a local one, or what the Hugging Face hub has under `owner/name`.
+def pretrained_folder(path_or_hub_id: str, files: Sequence[str] = FILES) -> Path:
+    """The folder of a flow, or of another model of these `files`: a local one, or the Hugging Face hub's `owner/name`.
 
     Raises:
         InputError: if there is neither.
@@ -95,7 +96,7 @@ def pretrained_folder(path_or_hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=FILES))
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path_or_hub_id} is no local folder and the hub did not give it ({reason})") from None

@@ -1,7 +1,10 @@
 """TarFlow: a stack of autoregressive blocks with alternating token order (TARFlow, arXiv 2412.06329).
 
 `x = x^0 -> x^1 -> ... -> x^T = z`, block t maps `x^(t-1)` to `x^t`, and the log-determinants add up. The public API speaks
-images `[B, C, H, W]` in [-1, 1], latents `z [B, N, D]` and nats summed per image; blocks and layers count from 1.
+images `[B, C, H, W]` in [-1, 1], noise `z [B, N, D]` and nats summed per image; blocks and layers count from 1.
+
+A flow with an autoencoder models its latents: there `sample` and `classify` still speak images, and everything else the
+latents, `x [B, *data_shape]`, to which `to_data` leads, and from which `to_images`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,47 +69,84 @@ class TarFlow(nn.Module):
         for name, default in (("channels", 3), ("num_classes", 0), ("levels", 256)):
             if options.get(name) is None:
                 options[name] = default
+        if options.get("autoencoder") is not None:
+            from flowback.latents import facts
+
+            options = facts(options) | {name: value for name, value in options.items() if value is not None}
         self.config = c = FlowConfig(**options)
         self.image_size: int = options["image_size"]
         self.channels: int = options["channels"]
         self.num_classes: int = options["num_classes"]
         self.levels: int = options["levels"]
-        side = self.image_size // c.patch_size
+        channels, size = self.channels, self.image_size
+        if c.autoencoder is not None:
+            channels, size = options["latent_channels"], size // options["latent_downsample"]
+        self.data_shape = (channels, size, size)  # of what the flow sees: images, or latents
+        side = size // c.patch_size
         self.grid = (side, side)
-        self.token_shape = (side * side, self.channels * c.patch_size**2)  # N, D
+        self.token_shape = (side * side, channels * c.patch_size**2)  # N, D
+        self.prior_std: Tensor | None
+        self.register_buffer("prior_std", torch.ones(self.token_shape) if c.prior == "scaled" else None)
         self.calibration: Calibration | None = None  # which decoder suits which block on this machine
         self.standards: Any = None  # of classification, `flowback.classify.Standards`
         self.blocks = nn.ModuleList(
             FlowBlock(
                 *self.token_shape,
                 width=c.width,
-                layers=c.layers,
+                layers=depth,
                 head_dim=c.head_dim,
                 num_classes=self.num_classes,
                 flip=t % 2 == 1,
                 mlp=c.mlp,
                 mlp_ratio=c.mlp_ratio,
+                positions=c.positions,
                 log_scale_bound=c.log_scale_bound,
             )
-            for t in range(c.blocks)
+            for t, depth in enumerate(c.depths)
         )
 
     @property
     def dims(self) -> int:
-        """Numbers in an image, `C H W = N D`."""
+        """Numbers in an image, or in its latents, `N D`."""
         return self.token_shape[0] * self.token_shape[1]
+
+    # ---- images and what the flow sees of them ------------------------------------------------------------------
+
+    def to_data(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images `[B, C, H, W]` in [-1, 1] as the flow sees them, `[B, *data_shape]`: unchanged, or their latents.
+
+        `generator` is the source of noise where latents are samples of the autoencoder's posterior.
+        """
+        if self.config.autoencoder is None:
+            return images
+        from flowback.latents import load_autoencoder
+
+        return load_autoencoder(self.config).encode(images, generator)
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """What the flow sees, `[B, *data_shape]`, as images `[B, C, H, W]`, nearly in [-1, 1]; in chunks."""
+        if self.config.autoencoder is None:
+            return x
+        from flowback.latents import load_autoencoder
+
+        return load_autoencoder(self.config).decode(x)
+
+    def to_prior(self, noise: Tensor) -> Tensor:
+        """Standard normal numbers `[..., N, D]` as z of the prior: unchanged, or scaled."""
+        return noise if self.prior_std is None else noise * self.prior_std
 
     # ---- pieces -------------------------------------------------------------------------------------------------
 
     def tokenize(self, x: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` to `x^0 [B, N, D]`.
+        """Images (or latents) `[B, *data_shape]` to `x^0 [B, N, D]`.
 
         Raises:
-            InputError: if the images are of another shape than the flow's.
+            InputError: if they are of another shape than the flow's.
         """
-        expected = (self.channels, self.image_size, self.image_size)
-        if x.dim() != 4 or x.shape[1:] != expected:
-            raise InputError(f"images of shape {list(x.shape)} do not fit; allowed is [B, {', '.join(map(str, expected))}]")
+        if x.dim() != 4 or x.shape[1:] != self.data_shape:
+            what = "images" if self.config.autoencoder is None else "latents"
+            allowed = ", ".join(map(str, self.data_shape))
+            raise InputError(f"{what} of shape {list(x.shape)} do not fit; allowed is [B, {allowed}]")
         return patchify(x, self.config.patch_size)
 
     def class_weights(self, y: Tensor | Sequence[int] | None, batch: int) -> Tensor | None:
@@ -144,16 +184,16 @@ class TarFlow(nn.Module):
         Raises:
             InputError: if a block or layer does not exist.
         """
-        T, L = self.config.blocks, self.config.layers
+        depths = self.config.depths
         checked = set()
         for pair in pairs:
             if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(n, int) for n in pair):
                 raise InputError(f"{pair!r} is not a pair of block and layer; allowed are whole numbers, like [4, 2]")
             t, layer = pair
-            if not 1 <= t <= T:
-                raise InputError(f"block {t} does not exist; allowed: 1 to {T}")
-            if not 1 <= layer <= L:
-                raise InputError(f"layer {layer} does not exist in block {t}; allowed: 1 to {L}")
+            if not 1 <= t <= len(depths):
+                raise InputError(f"block {t} does not exist; allowed: 1 to {len(depths)}")
+            if not 1 <= layer <= depths[t - 1]:
+                raise InputError(f"layer {layer} does not exist in block {t}; allowed: 1 to {depths[t - 1]}")
             checked.add((t, layer))
         return sorted(checked)
 
@@ -220,16 +260,24 @@ class TarFlow(nn.Module):
         That is the density of *noised* images (`perturb`); `flowback.units.bits_per_dim` says what bits need.
         """
         z, log_det = self.encode(x, y)
+        if self.prior_std is not None:
+            z, log_det = z / self.prior_std, log_det - self.prior_std.log().sum()
         return -0.5 * (z.square() + LOG_2PI).sum(dim=(1, 2)) + log_det
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Add the noise of training to clean images: Gaussian of `noise_std`, or uniform over a pixel's bin."""
+        """Add the noise of training to clean images or latents: Gaussian of `noise_std`, or uniform over a pixel's bin."""
         if self.config.noise == "uniform":
             return self.dequantise(x, generator)
         return x + self.config.noise_std * draw(torch.randn, x, generator)
 
     def dequantise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Spread clean images uniformly over the bins of their pixel values (`flowback.units`)."""
+        """Spread clean images uniformly over the bins of their pixel values (`flowback.units`).
+
+        Raises:
+            InputError: if the flow sees latents, which have no bins.
+        """
+        if self.config.autoencoder is not None:
+            raise InputError("latents have no bins to be spread over; allowed is a flow of pixels")
         return x + bin_width(self.levels) * (draw(torch.rand, x, generator) - 0.5)
 
     # ---- generation ---------------------------------------------------------------------------------------------
@@ -292,7 +340,7 @@ class TarFlow(nn.Module):
             F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None)
             tokens, solved = solve(F, solvers[t - 1], tolerance or default_tolerance(z))
             report.insert(0, solved)
-        return unpatchify(tokens, self.config.patch_size, self.image_size), report
+        return unpatchify(tokens, self.config.patch_size, self.data_shape[-1]), report
 
     def _known_tokens(self, x: Tensor, where: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         tokens = self.tokenize(x)
@@ -354,7 +402,7 @@ class TarFlow(nn.Module):
         Args:
             y: labels `[B]` (-1 for none), or a count: then labels are drawn uniformly, if the flow has any.
             guidance: scale, or a `Guidance`; 0 for none.
-            temperature: standard deviation of z.
+            temperature: standard deviation of z, as a multiple of the prior's.
             denoise: whether the score step removes the training noise (Gaussian noise only).
             generator: source of z and of drawn labels; the images do not depend on `batch_size` but to rounding.
             method: as in `decode`.
@@ -362,7 +410,7 @@ class TarFlow(nn.Module):
             return_log_prob: also return `log p(x | y) [B]`, nats, of the images before the score step.
 
         Returns:
-            Images `[B, C, H, W]`, nearly in [-1, 1]; with `return_log_prob` a pair.
+            Images `[B, C, H, W]`, nearly in [-1, 1], decoded from latents where the flow is of those; with `return_log_prob` a pair.
 
         Raises:
             InputError: if a label, the count, the temperature or the guidance is impossible.
@@ -383,13 +431,13 @@ class TarFlow(nn.Module):
         labels = torch.as_tensor(y, device=like.device)
         if not len(labels):
             raise InputError("no labels were given; allowed is at least one, or a count")
-        z = temperature * draw(torch.randn, like.new_empty(len(labels), *self.token_shape), generator)
+        z = temperature * self.to_prior(draw(torch.randn, like.new_empty(len(labels), *self.token_shape), generator))
         images, log_probs = [], []
         for z_part, y_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
             x = self.decode(z_part, y_part, guidance, method)
             if return_log_prob:
                 log_probs.append(self.log_prob(x, y_part))
-            images.append(self.denoise(x, y_part, batch_size) if denoise else x)
+            images.append(self.to_images(self.denoise(x, y_part, batch_size) if denoise else x))
         x = torch.cat(images)
         return (x, torch.cat(log_probs)) if return_log_prob else x
 
@@ -402,7 +450,7 @@ class TarFlow(nn.Module):
         """
         from flowback.classify import classify, default_rule
 
-        return classify(self, x, rule=rule or default_rule(self), draws=draws, batch_size=batch_size)
+        return classify(self, self.to_data(x), rule=rule or default_rule(self), draws=draws, batch_size=batch_size)
 
     # ---- on disk ------------------------------------------------------------------------------------------------
 
@@ -418,7 +466,10 @@ class TarFlow(nn.Module):
             InputError: if there is no such folder or hub entry, or what is there is not a whole flow.
         """
         folder = pretrained_folder(str(path_or_hub_id))
-        flow = cls(**read_config(folder))
+        config = read_config(folder)
+        if (folder / "autoencoder").is_dir():  # that travels with the flow
+            config["autoencoder"] = str(folder / "autoencoder")
+        flow = cls(**config)
         load_tensors(flow, folder / "model.safetensors")
         flow.calibration = Calibration.load(folder)
         flow.standards = load_standards(folder, flow.num_classes)

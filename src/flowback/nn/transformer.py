@@ -2,6 +2,12 @@
 
 The architecture is TARFlow's (arXiv 2412.06329, section 3.2): LayerNorm, attention with heads of `head_dim`, LayerNorm,
 MLP; no norm at the end, so that the residual stream is read directly.
+
+Rotary positions (RoPE, arXiv 2104.09864) count tokens in the order in which they are *read*, from 0, so that in a block that
+reads backwards, too, a larger position is always a later token: the causal mask then shows attention nothing but distances
+"so many tokens ago", the same in every block, and a cache that is appended to needs no shift. Rotated are the pairs
+(i, i + head_dim / 2), not neighbours: two contiguous halves, which compilers and kernels like, and the same model up to the order
+of the channels of q and k.
 """
 
 from collections.abc import Callable, Collection
@@ -20,7 +26,43 @@ class GeluMLP(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
-MLPS: dict[str, Callable[[int, float], nn.Module]] = {"gelu": GeluMLP}
+class SwiGLU(nn.Module):
+    """A gated MLP, `W_out (silu(W_gate x) * W_up x)` (arXiv 2002.05202), with about as many parameters as `GeluMLP`.
+
+    Its three matrices share what the two of an MLP of `ratio` have: the hidden size is 2/3 of `ratio * width`, to the nearest
+    multiple of 32.
+    """
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        hidden = max(32, 32 * round(2 / 3 * ratio * width / 32))
+        self.gate_up = nn.Linear(width, 2 * hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width] -> [..., width]`."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)
+
+
+MLPS: dict[str, Callable[[int, float], nn.Module]] = {"gelu": GeluMLP, "swiglu": SwiGLU}
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [n, head_dim / 2]
+
+
+def rotations(count: int, head_dim: int, base: float = 10_000.0) -> Rotation:
+    """The turns of positions 0 … `count - 1`: pair i turns by `position / base^(2 i / head_dim)` radians."""
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64)
+    angles = torch.arange(count, dtype=torch.float64)[:, None] * base ** (-pair / head_dim)
+    dtype = torch.get_default_dtype()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Queries or keys `[B, heads, n, head_dim]`, turned to their positions; the dtype stays."""
+    cos, sin = by
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class Cache(Protocol):
@@ -59,7 +101,8 @@ class KVCache:
 class Attention(nn.Module):
     """Causal self-attention over `[B, n, C]`; with a cache, the n tokens follow those that the cache holds.
 
-    `mask` is what `CausalTransformer` makes once for all layers: None where a token may see every key.
+    `mask` and `turn` are what `CausalTransformer` makes once for all layers: None where a token may see every key, and where
+    positions are not rotary.
     """
 
     def __init__(self, width: int, head_dim: int) -> None:
@@ -69,11 +112,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layer: int = 0,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        turn: Rotation | None = None,
+    ) -> Tensor:
         """`[B, n, C] -> [B, n, C]`, the update of the residual stream."""
         B, n, C = x.shape
         qkv = self.qkv(self.norm(x)).view(B, n, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, n, head_dim]
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=n > 1 and mask is None)
@@ -89,9 +141,16 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mlp = MLPS[mlp](width, mlp_ratio)
 
-    def forward(self, x: Tensor, layer: int = 0, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layer: int = 0,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        turn: Rotation | None = None,
+    ) -> Tensor:
         """`[B, n, C] -> [B, n, C]`."""
-        x = x + self.attention(x, layer, cache, mask)
+        x = x + self.attention(x, layer, cache, mask, turn)
         return x + self.mlp(self.norm(x))
 
 
@@ -104,10 +163,19 @@ class CausalTransformer(nn.Module):
         head_dim: size of an attention head; divides `width`.
         mlp: kind of MLP, a key of `MLPS`.
         mlp_ratio: hidden size of the MLP as a multiple of `width`.
+        rotary: for how many tokens queries and keys are turned to their positions; 0 for no rotary positions.
     """
 
-    def __init__(self, width: int, layers: int, head_dim: int, mlp: str = "gelu", mlp_ratio: float = 4.0) -> None:
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self, width: int, layers: int, head_dim: int, mlp: str = "gelu", mlp_ratio: float = 4.0, rotary: int = 0
+    ) -> None:
         super().__init__()
+        self.rotary = rotary > 0
+        for name, table in zip(("cos", "sin"), rotations(rotary, head_dim), strict=True):
+            self.register_buffer(name, table, persistent=False)
         self.layers = nn.ModuleList(Layer(width, head_dim, mlp, mlp_ratio) for _ in range(layers))
         self.heads, self.head_dim = width // head_dim, head_dim
 
@@ -121,11 +189,14 @@ class CausalTransformer(nn.Module):
         """
         states = {}
         mask = None
+        start = 0 if cache is None else cache.filled
+        end = start + x.shape[1]
+        turn = (self.cos[start:end], self.sin[start:end]) if self.rotary else None
         if cache is not None and cache.filled and x.shape[1] > 1:  # several tokens after a prefix
             n, before = x.shape[1], cache.filled
             mask = torch.ones(n, before + n, dtype=torch.bool, device=x.device).tril(before)
         for i, layer in enumerate(self.layers):
-            x = layer(x, i, cache, mask)
+            x = layer(x, i, cache, mask, turn)
             if i + 1 in hidden:
                 states[i + 1] = x
         if cache is not None:
