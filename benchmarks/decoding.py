@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowback.devices import pick_device
 from flowback.flows import TarFlow
 from flowback.flows.block import affine_decode
 from flowback.flows.calibration import calibrate, machine_name
 from flowback.flows.patches import unpatchify
 from flowback.quickstart import machine
-from flowback.sampling import pick_device
 from flowback.training.checkpoint import load_flow
 
 

@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from flowback.alignment import Alignment
+from flowback.devices import autocast
 from flowback.flows import TarFlow
 from flowback.quickstart import machine, recipe
-from flowback.training.loop import Likelihood, autocast
+from flowback.training.loop import Likelihood
 from flowback.training.optim import update_ema
 
 

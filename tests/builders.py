@@ -1,5 +1,6 @@
 """What several test files build: small flows that are nowhere the identity, a toy encoder, views of a module's state."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,19 @@ class PatchEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.adaptive_avg_pool2d(torch.tanh(self.conv(x)), self.grid)
         return x.flatten(2).transpose(1, 2)
+
+
+def tiny_autoencoder(folder: Path, channels: int = 1, seed: int = 0, **options: Any) -> Path:
+    """A diffusers AutoencoderKL of random weights that halves the sides, saved into `folder`."""
+    from diffusers import AutoencoderKL
+
+    settings = {"scaling_factor": 0.5, "shift_factor": 0.1, "latent_channels": 3, "block_out_channels": (8, 16)}
+    settings |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoencoderKL(channels, channels, layers_per_block=1, norm_num_groups=4, **(settings | options))
+    model.save_pretrained(folder)
+    return folder
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Comparisons of runs: what differs, who passes whom, what must not be put side by side; and probes, and the IW bound."""
 
 import json
+import shutil
 import math
 import re
 
@@ -60,6 +61,8 @@ def test_figures_that_do_not_compare_are_named():
     assert "extractor (inception, dinov2)" in not_comparable([measured(), measured(extractor="dinov2")])[0]
     assert "samples (4096, 100)" in not_comparable([measured(), measured(samples=100)])[0]
     assert "different data sets" in not_comparable([record("a", evaluation={"data": "x"}), record("b")])[0]
+    noisier = record("b", config={"flow.noise_std": 0.2})
+    assert "nats do not compare" in not_comparable([record("a", config={"flow.noise_std": 0.1}), noisier])[0]
 
 
 # ---- density --------------------------------------------------------------------------------------------------------
@@ -154,6 +157,18 @@ def test_evaluate_measures_what_was_asked_for(runs):
     assert set(found["seconds"]) == {"bpd", "accuracy", "probe", "fidelity", "guidance_sweep"}
     assert len(list(runs.glob("short/checkpoints/*/classification.json"))) == 1
     assert (runs / "short" / "report.html").is_file()
+
+
+def test_what_was_measured_before_stays_unless_it_was_of_other_images(runs, tmp_path):
+    shutil.copytree(runs / "long", tmp_path / "long")
+    file = tmp_path / "long" / "evaluation.json"
+    before = json.loads(file.read_text())
+    main(["evaluate", str(tmp_path / "long"), "--metrics=bpd", "--images=40"])
+    after = json.loads(file.read_text())
+    assert after["probe"] == before["probe"]
+    assert after["seconds"].keys() == before["seconds"].keys()
+    main(["evaluate", str(tmp_path / "long"), "--metrics=bpd", "--images=30"])
+    assert "probe" not in json.loads(file.read_text())
 
 
 def test_samples_on_disk_are_measured(runs, capsys):

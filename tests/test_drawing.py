@@ -12,9 +12,10 @@ from PIL import Image
 import flowback.sampling
 from builders import random_flow
 from flowback import Guidance, InputError, TarFlow
+from flowback.devices import pick_device
 from flowback.evaluation.pictures import to_uint8
 from flowback.refinement import rank, refine
-from flowback.sampling import Request, draw, noise, pick_device, sample_to_disk
+from flowback.sampling import Request, draw, noise, sample_to_disk
 
 OPTIONS = {"image_size": 4, "patch_size": 2, "blocks": 2, "layers": 1, "noise_std": 0.1}
 

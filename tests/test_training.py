@@ -10,14 +10,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from flowback.data import DataConfig, load_data
+from flowback.data import DataConfig, ImageSet, load_data
+from flowback.data.datasets import MemorySplit
+from flowback.devices import autocast
 from flowback.errors import InputError
 from flowback.flows import FlowConfig, TarFlow
-from flowback.training import AlignmentConfig, RunConfig, TrainConfig, checkpoint, loop, train
+from flowback.training import AlignmentConfig, RunConfig, TrainConfig, checkpoint, train
+from flowback.training.build import build_flow
 from flowback.training.checkpoint import load_flow
+from flowback.training.inputs import Inputs
 from flowback.training.log import MetricsLog, read_metrics
-from flowback.training.loop import autocast, build_flow, draw
 from flowback.training.optim import learning_rate, update_ema
+from flowback.units import from_levels
 
 
 @pytest.fixture(autouse=True)
@@ -108,14 +112,14 @@ def test_rows_of_a_run_that_was_killed_are_dropped_on_resume(whole, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_saves_and_ends_after_the_step(tmp_path, monkeypatch, number):
-    real = loop.draw
+    real = Inputs.prepare
 
-    def interrupt(flow, images, labels, config, step):
+    def interrupt(inputs, raw, step):
         if step == 3:
             os.kill(os.getpid(), number)
-        return real(flow, images, labels, config, step)
+        return real(inputs, raw, step)
 
-    monkeypatch.setattr(loop, "draw", interrupt)
+    monkeypatch.setattr(Inputs, "prepare", interrupt)
     before = signal.getsignal(number)
     result = train(config(tmp_path))
     assert result.interrupted
@@ -145,13 +149,13 @@ def test_weights_are_chosen_by_name_and_stamped(whole):
 
 
 def test_gradient_that_is_not_finite_is_skipped_counted_and_ends(tmp_path, monkeypatch):
-    real = loop.draw
+    real = Inputs.prepare
 
-    def poison(flow, images, labels, config, step):
-        flipped, x_clean, x_noisy, y = real(flow, images, labels, config, step)
-        return flipped, x_clean, x_noisy * (float("nan") if step >= poison.start and step < poison.stop else 1), y
+    def poison(inputs, raw, step):
+        batch = real(inputs, raw, step)
+        return replace(batch, x=batch.x * (float("nan") if step >= poison.start and step < poison.stop else 1))
 
-    monkeypatch.setattr(loop, "draw", poison)
+    monkeypatch.setattr(Inputs, "prepare", poison)
     poison.start, poison.stop = 4, 6
     result = train(config(tmp_path / "some"))
     assert result.state.skipped == 2
@@ -226,15 +230,20 @@ def test_labels_are_dropped_by_a_coin_for_each_image():
     images = torch.zeros(4000, 1, 8, 8, dtype=torch.uint8)
     images[..., 0] = 16
     labels = torch.arange(4000) % 10
-    settings = TrainConfig(label_drop=0.1, flip=True)
-    flipped, x_clean, x_noisy, y = draw(flow, images, labels, settings, step=7)
-    assert 0.08 < float((y == -1).float().mean()) < 0.12
-    assert torch.equal(y[y >= 0], labels[y >= 0])
+    split = MemorySplit(images, labels)
+    data = ImageSet("stripes", split, split, [str(k) for k in range(10)], image_size=8, channels=1, levels=17)
+    inputs = Inputs(RunConfig(train=TrainConfig(label_drop=0.1, flip=True)), data, flow, None, torch.device("cpu"))
+    raw = torch.arange(4000), images, labels
+    batch = inputs.prepare(raw, step=7)
+    assert 0.08 < float((batch.y == -1).float().mean()) < 0.12
+    assert torch.equal(batch.y[batch.y >= 0], labels[batch.y >= 0])
+    flipped = batch.x[..., -1].mean((1, 2)) > 0
     assert 0.45 < float(flipped.float().mean()) < 0.55
-    assert torch.equal(x_clean[..., -1].amax((1, 2)) > 0, flipped)
-    assert 0.045 < float((x_noisy - x_clean).std()) < 0.055
-    assert torch.equal(x_noisy, draw(flow, images, labels, settings, step=7)[2])
-    assert not torch.equal(x_noisy, draw(flow, images, labels, settings, step=8)[2])
+    x_clean = from_levels(images, 17)
+    x_clean = torch.where(flipped[:, None, None, None], x_clean.flip(-1), x_clean)
+    assert 0.045 < float((batch.x - x_clean).std()) < 0.055
+    assert torch.equal(batch.x, inputs.prepare(raw, step=7).x)
+    assert not torch.equal(batch.x, inputs.prepare(raw, step=8).x)
 
 
 def test_autocast_keeps_the_images_and_the_parameters_of_the_map_precise():

@@ -21,7 +21,8 @@ def transformer(request):
 def exact_turns(transformer):
     """Turns in float64 instead of those of float32, converted."""
     if transformer.rotary:
-        angles = torch.outer(torch.arange(N, dtype=torch.float64), 10_000.0 ** (-torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM))
+        speed = 10_000.0 ** (-torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM)
+        angles = torch.arange(N).double()[:, None] * speed
         transformer.cos, transformer.sin = angles.cos(), angles.sin()
     return transformer
 

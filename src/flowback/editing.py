@@ -1,6 +1,7 @@
 """What exact invertibility makes possible with one's own images: interpolation, another class, inpainting.
 
-Images here are clean, `[B, C, H, W]` in [-1, 1], or of a flow in latents those (`TarFlow.to_data`); encode and decode themselves are methods of the flow.
+Images here are clean, `[B, C, H, W]` in [-1, 1]; for a flow in latents read their latents (`TarFlow.to_data`). Encode and
+decode themselves are methods of the flow.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Latents of a frozen autoencoder (diffusers' AutoencoderKL), in which a flow works instead of in pixels.
 
-What the flow sees is `(latent - shift) * scale`, with both numbers from the autoencoder's own configuration, so that it has about
-unit variance (Rombach et al., arXiv 2112.10752). They, the hash of the weights and the kind of latent are options of the flow and
-travel in its checkpoint: an autoencoder that is not the one it was trained with is refused.
+What the flow sees is `(latent - shift) * scale`, with both numbers from the autoencoder's own configuration, so that it has
+about unit variance (Rombach et al., arXiv 2112.10752). They, the hash of the weights and the kind of latent are options of
+the flow and travel in its checkpoint: an autoencoder that is not the one it was trained with is refused.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowback.errors import InputError
+from flowback.errors import InputError, only_errors
 from flowback.flows.config import FlowConfig
 from flowback.flows.pretrained import pretrained_folder
 from flowback.seeds import draw
@@ -43,7 +43,7 @@ class Autoencoder:
         return self.from_moments(self.moments(images), generator)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and, where latents are samples, standard deviation of the posterior, one after the other `[B, channels, …]`."""
+        """The posterior's mean `[B, channels, …]`, and where latents are samples as many channels of its deviation."""
         model: Any = self.model.to(images.device)
         parts = []
         with torch.no_grad():
@@ -84,7 +84,9 @@ def facts(options: dict[str, Any]) -> dict[str, Any]:
     folder = _folder(str(options["autoencoder"]))
     config = _config(folder)
     if config["in_channels"] != options["channels"]:
-        raise InputError(f"images of {options['channels']} channels do not fit {folder}; allowed is {config['in_channels']}")
+        raise InputError(
+            f"images of {options['channels']} channels do not fit {folder}; allowed is {config['in_channels']}"
+        )
     return {
         "latent_channels": config["latent_channels"],
         "latent_downsample": 2 ** (len(config["block_out_channels"]) - 1),
@@ -120,10 +122,15 @@ def _load(name: str) -> tuple[Any, str]:
         from diffusers import AutoencoderKL
     except ImportError:
         raise InputError("latents need the package diffusers; allowed is an installation with flowback[latent]") from None
+    options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        model = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        with only_errors("diffusers"):
+            model, loaded = AutoencoderKL.from_pretrained(folder, **options)
     except Exception as error:  # its loader raises many kinds
         raise InputError(f"the autoencoder in {folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"]]  # of which it only warns
+    if wrong:
+        raise InputError(f"the weights in {folder} are not those of its config.json: {wrong[0]} is missing or superfluous")
     return model, _weights_hash(folder)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.evaluation.pictures import save_grid, save_png, to_uint8
 from flowback.flows import Guidance, TarFlow
@@ -336,26 +337,6 @@ def _prepare(request: Request, method: str, device: str, turn: int) -> TarFlow:
     flow.class_weights(list(request.labels), len(request.labels))
     flow.solvers(method, 1)
     return flow.to(pick_device(device, turn))
-
-
-def pick_device(name: str, turn: int = 0) -> torch.device:
-    """A device by name; auto is the accelerator that is there, of several the one whose turn it is, or else the CPU.
-
-    Raises:
-        InputError: if there is no such device.
-    """
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        if found is None:
-            return torch.device("cpu")
-        return torch.device(found.type, turn % torch.accelerator.device_count())
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).tolist()
-    except Exception as error:  # each backend raises its own
-        known = "cpu" if found is None else f"cpu, {found.type}"
-        raise InputError(f"device {name!r} is not here ({str(error).splitlines()[0]}); allowed: auto, {known}") from None
-    return device
 
 
 def _images(parts: list[int], num: int) -> int:

@@ -66,7 +66,7 @@ def flow_and_clean_images(options: Namespace) -> tuple[TarFlow, Tensor]:
 
 
 def flow_and_images(options: Namespace) -> tuple[TarFlow, Tensor, Tensor]:
-    """The flow, the images as it sees them, and their labels `[B]`: given, or the likeliest, or -1 for an unconditional flow."""
+    """The flow, the images as it sees them, and their labels `[B]`: given, the likeliest, or -1 where there are none."""
     flow, images = flow_and_clean_images(options)
     if options.labels:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(images))

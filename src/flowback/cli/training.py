@@ -1,4 +1,4 @@
-"""`flowback quickstart` and `flowback train`."""
+"""`flowback quickstart`, `flowback train` and `flowback cache`."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from flowback.cli.common import Parser, Verb
+from flowback.errors import InputError
 from flowback.quickstart import quickstart, recipe
 from flowback.training import RunConfig, train
+from flowback.training.caches import make_caches
 from flowback.training.log import console
 
 
@@ -27,6 +29,20 @@ def add(verb: Verb) -> None:
         _train,
         "Train a flow. Options come from a YAML file (--config, see configs/) and from the command line, which wins.",
     )
+    _add_recipe(command)
+
+    command = verb(
+        "cache",
+        _cache,
+        "Compute a recipe's latents and encoder features once, for training to read. Interrupted, the same command goes "
+        "on; several at once share the work with --part.",
+    )
+    command.add_argument(
+        "-o", "--output", type=str, default=None, help="folder for train.caches (default: the user's cache)"
+    )
+    command.add_argument("--part", type=str, default="1/1", help="which share of the work: i/k does the i-th of k")
+    command.add_argument("--verify", type=bool, default=False, help="true compares what is there with checksums instead")
+    command.add_argument("--plan", type=bool, default=False, help="true only says how large the caches will be")
     _add_recipe(command)
 
 
@@ -70,6 +86,17 @@ def _train(options: Namespace) -> int:
         )
         return 0 if config.train.until is not None and result.state.step == config.train.until else 130
     console.print(f"finished {result.run} at step {result.state.step}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _cache(options: Namespace) -> int:
+    try:
+        number, parts = (int(word) for word in options.part.split("/"))
+    except ValueError:
+        raise InputError(f"--part {options.part} is not a share; allowed is something like 1/4") from None
+    root = None if options.output is None else Path(options.output)
+    task = "plan" if options.plan else "verify" if options.verify else "fill"
+    make_caches(_run_config(options), root, (number, parts), task)
     return 0
 
 

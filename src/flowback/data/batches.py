@@ -12,6 +12,10 @@ from flowback.data.datasets import Split
 from flowback.errors import InputError
 from flowback.seeds import keyed_generator
 
+Raw = tuple[
+    Tensor, Tensor | None, Tensor
+]  # indices [B], images uint8 [B, C, H, W] or None where nobody needs them, labels [B]
+
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The generator of everything random in one step: flips, noise, dropped labels."""
@@ -40,18 +44,21 @@ class StepOrder:
         return int(self._order[offset])
 
 
-class _Fetch(Dataset[tuple[list[int], Tensor, Tensor]]):
+class _Fetch(Dataset[Raw]):
     """Lets a DataLoader fetch a whole batch at once from a `Split`."""
 
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    def __init__(self, split: Split, images: bool) -> None:
+        self.split, self.images = split, images
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> Raw:
+        numbers = torch.as_tensor(indices)
+        if not self.images:
+            return numbers, None, self.split.labels[numbers]
         images, labels = self.split[indices]
-        return torch.as_tensor(indices), images, labels
+        return numbers, images, labels
 
 
 def _as_is(batch: Any) -> Any:
@@ -64,16 +71,16 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def batches(
-    split: Split, batch_size: int, seed: int, start: int, stop: int, workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (indices `[B]`, images uint8 `[B, C, H, W]`, labels `[B]`) for the steps `start` … `stop - 1`.
+    split: Split, batch_size: int, seed: int, start: int, stop: int, workers: int = 0, images: bool = True
+) -> Iterator[Raw]:
+    """Yield indices, images (None unless `images`) and labels for the steps `start` … `stop - 1`.
 
     Raises:
         InputError: if an image cannot be read.
     """
     order = StepOrder(len(split), batch_size, seed, start, stop)
     loader = DataLoader(
-        _Fetch(split),
+        _Fetch(split, images),
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_as_is,

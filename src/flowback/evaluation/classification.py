@@ -67,4 +67,3 @@ def cost_accuracy(
             }
         )
     return rows, standards
-

@@ -36,6 +36,13 @@ CURVES = {
 SHOWN = 8  # images a row
 
 
+BITS = {
+    "bits_per_dim": "bits per dimension, at most",
+    "bits_per_dim_importance_weighted": "… importance-weighted",
+    "latent_bits_per_dim": "bits per latent dimension, of noised latents",
+}
+
+
 @dataclass
 class Record:
     """A run and all that is known of it."""
@@ -114,6 +121,9 @@ def not_comparable(records: list[Record]) -> list[str]:
         if any(value != values[0] for value in values):
             listed = ", ".join(map(str, values))
             sentences.append(f"Fidelity was measured with another {name} ({listed}): those figures do not compare.")
+    options = ("flow.autoencoder", "flow.noise", "flow.noise_std")
+    if len({tuple(record.config.get(name) for name in options) for record in records}) > 1:
+        sentences.append("The flows see other latents or other noise: their nats do not compare; bits of pixels do.")
     if len({record.evaluation.get("noise_draws") for record in records}) > 1:
         sentences.append("Accuracies average different numbers of noise draws.")
     if len({record.evaluation.get("held_out_images") for record in records}) > 1:
@@ -134,8 +144,9 @@ def table(records: list[Record]) -> list[tuple[str, list[str]]]:
             put(f"accuracy, {row['rule'].replace('_', ' ')} ({row['passes']} passes)", i, f"{100 * row['accuracy']:.1f} %")
         if "nats_per_dim" in e:
             put("nats per dimension", i, f"{e['nats_per_dim']:.4f}")
-            put("bits per dimension, at most", i, f"{e['bits_per_dim']:.3f}")
-            put("… importance-weighted", i, f"{e['bits_per_dim_importance_weighted']:.3f}")
+        for name, title in BITS.items():
+            if name in e:
+                put(title, i, f"{e[name]:.3f}")
         f = e.get("fidelity", {})
         for name in ("fid", "sfid", "is", "kid", "precision", "recall"):
             if name in f:

@@ -2,7 +2,8 @@
 
 Top level: "run", "data", "weights", "machine", "seconds" (of each metric), and for the metrics that were asked for
 
-    bpd         "nats_per_dim", "bits_per_dim" (an upper bound), "bits_per_dim_importance_weighted" (a tighter one)
+    bpd         "nats_per_dim", "bits_per_dim" (an upper bound), "bits_per_dim_importance_weighted" (a tighter one); of a flow
+                in latents "latent_bits_per_dim" instead of both; "density" says in words of what
     accuracy    "accuracy": rule -> share; "classification": a row a rule, see `classification.cost_accuracy`
     probe       "probe": a row a (block, layer), see `probe.probe_layers`
     fid …       "fidelity": the figures with extractor, samples, reference and guidance, see `fidelity.fidelity`
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowback.data import ImageSet, load_data
+from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.evaluation import fidelity as fid
 from flowback.evaluation.classification import CURVE, cost_accuracy
@@ -23,7 +25,7 @@ from flowback.evaluation.metrics import density, importance_weighted_bits, seen,
 from flowback.evaluation.probe import probe_layers
 from flowback.flows import TarFlow
 from flowback.quickstart import machine
-from flowback.sampling import Request, pick_device, sample_to_disk
+from flowback.sampling import Request, sample_to_disk
 from flowback.training import RunConfig
 from flowback.training.checkpoint import flow_folder, load_flow
 
@@ -79,6 +81,8 @@ class EvaluationConfig:
 
 def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) -> dict[str, Any]:
     """Measure a run on the data it names; standards and temperatures are stored with the flow.
+
+    What an earlier evaluation of the same weights on the same images measured stays in evaluation.json.
 
     Args:
         run: the run's folder.
@@ -138,8 +142,21 @@ def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) ->
         results["guidance_sweep"] = [_fidelity(run, flow, data, scaled, wanted or ["fid"]) for scaled in scales]
         seconds["guidance_sweep"] = time.perf_counter() - started
     results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    (Path(run) / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    file = Path(run) / "evaluation.json"
+    file.write_text(json.dumps(_with_earlier(file, results), indent=2) + "\n")
     return results
+
+
+def _with_earlier(file: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier evaluation of the same weights on the same images measured, and the new results in its place."""
+    try:
+        earlier = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return results
+    same = ("run", "data", "weights", "machine", "held_out_images")
+    if not isinstance(earlier, dict) or any(earlier.get(name) != results[name] for name in same):
+        return results
+    return earlier | results | {"seconds": earlier.get("seconds", {}) | results["seconds"]}
 
 
 def _fidelity(run: str, flow: TarFlow, data: ImageSet, config: EvaluationConfig, wanted: list[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 
 from flowback.alignment import load_encoder
 from flowback.data import ImageSet, Split
-from flowback.data.features import cache_folder
+from flowback.data.cache import cache_folder
 from flowback.errors import InputError
 from flowback.evaluation.pictures import to_uint8
 from flowback.units import from_levels

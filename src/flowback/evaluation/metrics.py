@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowback.classify import classify
 from flowback.data import ImageSet
-from flowback.flows import TarFlow
 from flowback.data.datasets import Split
+from flowback.flows import TarFlow
 from flowback.units import bits_per_dim, from_levels, nats_per_dim, nats_to_bits
 
 DRAWS = 4  # noise draws averaged in a reported accuracy
@@ -67,8 +67,8 @@ def density(flow: TarFlow, x: Tensor, y: Tensor, seed: int = 0, batch_size: int 
         "nats_per_dim": of data with the noise of training, pixels on the [-1, 1] scale or scaled latents: the density
         that was trained.
         "bits_per_dim": of the discrete pixels, an upper bound by uniform dequantisation, which holds whatever noise
-        was trained with; one draw an image. A flow in latents has "latent_bits_per_dim" instead: its nats in bits, which say
-        nothing of pixels and compare only in the same latents with the same noise.
+        was trained with; one draw an image. A flow in latents has "latent_bits_per_dim" instead: its nats in bits, which
+        say nothing of pixels and compare only in the same latents with the same noise.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = y.to(x.device) if flow.num_classes else torch.full_like(y, -1, device=x.device)

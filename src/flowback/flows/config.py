@@ -80,9 +80,12 @@ class FlowConfig:
             if not _is_whole(value, minimum) and not (value is None and name in open_until_known):
                 raise InputError(f"flow.{name} is {value!r}; allowed is a whole number of at least {minimum}")
         depths = self.layers if isinstance(self.layers, list) else [self.layers]
-        if not all(_is_whole(depth, 1) for depth in depths) or (isinstance(self.layers, list) and len(depths) != self.blocks):
+        if not all(_is_whole(depth, 1) for depth in depths) or (
+            isinstance(self.layers, list) and len(depths) != self.blocks
+        ):
             raise InputError(
-                f"flow.layers is {self.layers!r}; allowed is a whole number of at least 1, or a list of {self.blocks} of them"
+                f"flow.layers is {self.layers!r}; allowed is a whole number of at least 1, "
+                f"or a list of {self.blocks} of them"
             )
         self._check_sides()
         if self.width % self.head_dim:
@@ -103,7 +106,9 @@ class FlowConfig:
         if not (_is_finite(self.noise_std) and self.noise_std >= 0):
             raise InputError(f"flow.noise_std is {self.noise_std!r}; allowed is a number of at least 0")
         if self.autoencoder is not None and self.noise != "gaussian":
-            raise InputError(f"flow.noise is {self.noise!r}; allowed in an autoencoder's latents, which have no bins: gaussian")
+            raise InputError(
+                f"flow.noise is {self.noise!r}; allowed in an autoencoder's latents, which have no bins: gaussian"
+            )
 
     def _check_sides(self) -> None:
         """Whether latents fit the image and patches fit what the flow sees, as far as the sizes are known."""
@@ -111,7 +116,8 @@ class FlowConfig:
         if side is not None and self.autoencoder is not None and self.latent_downsample is not None:
             if side % self.latent_downsample:
                 raise InputError(
-                    f"flow.image_size {side} does not fit the autoencoder; allowed are multiples of {self.latent_downsample}"
+                    f"flow.image_size {side} does not fit the autoencoder; "
+                    f"allowed are multiples of {self.latent_downsample}"
                 )
             side, of = side // self.latent_downsample, "side of the latents,"
         elif self.autoencoder is not None:

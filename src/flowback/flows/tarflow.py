@@ -410,7 +410,7 @@ class TarFlow(nn.Module):
             return_log_prob: also return `log p(x | y) [B]`, nats, of the images before the score step.
 
         Returns:
-            Images `[B, C, H, W]`, nearly in [-1, 1], decoded from latents where the flow is of those; with `return_log_prob` a pair.
+            Images `[B, C, H, W]`, nearly in [-1, 1], whatever the flow sees; with `return_log_prob` a pair.
 
         Raises:
             InputError: if a label, the count, the temperature or the guidance is impossible.

@@ -3,11 +3,11 @@
 The architecture is TARFlow's (arXiv 2412.06329, section 3.2): LayerNorm, attention with heads of `head_dim`, LayerNorm,
 MLP; no norm at the end, so that the residual stream is read directly.
 
-Rotary positions (RoPE, arXiv 2104.09864) count tokens in the order in which they are *read*, from 0, so that in a block that
-reads backwards, too, a larger position is always a later token: the causal mask then shows attention nothing but distances
-"so many tokens ago", the same in every block, and a cache that is appended to needs no shift. Rotated are the pairs
-(i, i + head_dim / 2), not neighbours: two contiguous halves, which compilers and kernels like, and the same model up to the order
-of the channels of q and k.
+Rotary positions (RoPE, arXiv 2104.09864) count tokens in the order in which they are *read*, from 0, so that in a block
+that reads backwards, too, a larger position is always a later token: the causal mask then shows attention nothing but
+distances "so many tokens ago", the same in every block, and a cache that is appended to needs no shift. Rotated are pairs
+(i, i + head_dim / 2), not neighbours: two contiguous halves, which compilers and kernels like, and the same model up to the
+order of the channels of q and k.
 """
 
 from collections.abc import Callable, Collection
@@ -29,8 +29,8 @@ class GeluMLP(nn.Sequential):
 class SwiGLU(nn.Module):
     """A gated MLP, `W_out (silu(W_gate x) * W_up x)` (arXiv 2002.05202), with about as many parameters as `GeluMLP`.
 
-    Its three matrices share what the two of an MLP of `ratio` have: the hidden size is 2/3 of `ratio * width`, to the nearest
-    multiple of 32.
+    Its three matrices share what the two of an MLP of `ratio` have: the hidden size is 2/3 of `ratio * width`, rounded to
+    a multiple of 32.
     """
 
     def __init__(self, width: int, ratio: float) -> None:
@@ -101,8 +101,8 @@ class KVCache:
 class Attention(nn.Module):
     """Causal self-attention over `[B, n, C]`; with a cache, the n tokens follow those that the cache holds.
 
-    `mask` and `turn` are what `CausalTransformer` makes once for all layers: None where a token may see every key, and where
-    positions are not rotary.
+    `mask` and `turn` are what `CausalTransformer` makes once for all layers: None where a token may see every key, and
+    where positions are not rotary.
     """
 
     def __init__(self, width: int, head_dim: int) -> None:

@@ -83,6 +83,9 @@ class TrainConfig:
         sample_every: steps between sample grids.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints that are kept.
+        cache_latents: compute the latents of a flow with an autoencoder once and keep them on disk.
+        caches: a folder of caches that `flowback cache` made for this configuration; others are refused. null for the
+            user's cache folder, where what is missing is made.
         resume: go on from the newest checkpoint of the run.
         until: stop at this step as if interrupted; the schedule still spans all steps.
 
@@ -110,6 +113,8 @@ class TrainConfig:
     sample_every: int = 500
     checkpoint_every: int = 500
     keep: int = 2
+    cache_latents: bool = True
+    caches: str | None = None
     resume: bool = False
     until: int | None = None
 

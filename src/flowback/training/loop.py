@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,21 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from flowback.alignment import Alignment, load_encoder
-from flowback.data import ImageSet, batches, load_data, step_generator
-from flowback.data.features import FeatureCache
+from flowback.data import ImageSet, load_data
+from flowback.devices import autocast
 from flowback.errors import InputError
-from flowback.evaluation.metrics import accuracies, density
+from flowback.evaluation.metrics import accuracies, density, seen
 from flowback.evaluation.pictures import class_grid, save_grid
-from flowback.flows import FlowConfig, TarFlow
+from flowback.flows import TarFlow
 from flowback.training import checkpoint
+from flowback.training.build import build_flow, make_alignment
 from flowback.training.checkpoint import State
 from flowback.training.compile import compile_blocks
-from flowback.training.config import AlignmentConfig, RunConfig, TrainConfig, flat
+from flowback.training.config import RunConfig, flat
+from flowback.training.inputs import Inputs
 from flowback.training.log import Bar, MetricsLog, console
 from flowback.training.optim import learning_rate, update_ema
-from flowback.units import LOG_2PI, from_levels, nll_per_dim
+from flowback.units import LOG_2PI, nll_per_dim
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -58,22 +59,6 @@ class Likelihood(nn.Module):
         return nll, {"nll": nll.detach()}
 
 
-def build_flow(config: FlowConfig, data: ImageSet) -> TarFlow:
-    """The flow for a data set: what the recipe leaves open comes from the data; what it sets must agree.
-
-    Raises:
-        InputError: if the recipe's image size, channels or levels are not the data's.
-    """
-    facts = {"image_size": data.image_size, "channels": data.channels, "levels": data.levels}
-    for name, value in facts.items():
-        if getattr(config, name) not in (None, value):
-            raise InputError(f"flow.{name} is {getattr(config, name)}; allowed for the data set {data.name}: {value}")
-    classes = len(data.classes) if config.num_classes is None else config.num_classes
-    if classes not in (0, len(data.classes)):
-        raise InputError(f"flow.num_classes is {classes}; allowed here: {len(data.classes)}, or 0 for no classes")
-    return TarFlow(**vars(replace(config, num_classes=classes, **facts)))
-
-
 def train(config: RunConfig) -> RunResult:
     """Train a flow as `config` says; the run's folder gets configuration, checkpoints, metrics and sample grids.
 
@@ -89,20 +74,12 @@ def train(config: RunConfig) -> RunResult:
 
     fabric = Fabric(accelerator=c.accelerator, devices=1)
     fabric.launch()
-    features: FeatureCache | None = None
-    if config.alignment.strategy == "none":
-        objective: nn.Module = Likelihood(flow)
-        trained: dict[str, nn.Module] = {"flow": flow}
-    else:
-        a = config.alignment
-        encoder = load_encoder(a.encoder, a.encoder_weights, grid=flow.grid)
-        objective = Alignment(flow, encoder, a.at, a.strategy, a.gradient, a.weight, a.projector_width)
-        trained = {"flow": flow, "projector": objective.projector}
+    alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow)
+    objective: nn.Module = alignment or Likelihood(flow)
+    trained: dict[str, nn.Module] = {"flow": flow} | ({} if alignment is None else {"projector": alignment.projector})
     resume_from = _open_run(config)  # nothing is written before everything that was asked for exists
     (run / "classes.json").write_text(json.dumps(data.classes) + "\n")
-    if isinstance(objective, Alignment) and config.alignment.cache:
-        objective.to(fabric.device)
-        features = _cache_features(config.alignment, data, objective, c.flip)
+    inputs = Inputs(config, data, flow, alignment, fabric.device)
     console.print(describe(config, flow, data), highlight=False, soft_wrap=True)
 
     parameters = [p for module in trained.values() for p in module.parameters()]
@@ -117,25 +94,17 @@ def train(config: RunConfig) -> RunResult:
         console.print(f"resumed from step {state.step}", highlight=False)
     log = MetricsLog(run, state.step)
     stop = min(c.steps, c.until or c.steps)
-    stream = batches(data.train, c.batch_size, c.seed, state.step, stop, config.data.workers)
     sums: dict[str, Tensor] = {}
     last_log, last_seconds = state.step, state.seconds
 
     with _interruptible() as interrupted, Bar(str(run), c.steps, state.step) as bar:
-        for indices, images, labels in stream:
+        for raw in inputs.stream(state.step, stop):
             started = time.perf_counter()
-            flipped, x_clean, x_noisy, y = draw(flow, images, labels, c, state.step)
-            targets = None
-            if features is not None:
-                targets = features(indices, flipped).to(fabric.device)
-            elif isinstance(objective, Alignment):
-                with autocast(fabric.device, config.alignment.encoder_precision):
-                    targets = objective.targets(x_clean.to(fabric.device))
-
+            batch = inputs.prepare(raw, state.step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, c.lr, c.warmup, c.steps)
             with autocast(fabric.device, c.precision):
-                loss, parts = model(x_noisy.to(fabric.device), y, targets=targets)
+                loss, parts = model(batch.x, batch.y, targets=batch.targets)
             fabric.backward(loss)
             norm = nn.utils.clip_grad_norm_(parameters, c.clip or float("inf"))
             state.step += 1
@@ -179,33 +148,11 @@ def train(config: RunConfig) -> RunResult:
     return RunResult(run, average, data, state, interrupted=state.step < c.steps)
 
 
-def draw(
-    flow: TarFlow, images: Tensor, labels: Tensor, config: TrainConfig, step: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Everything random in one step, a function of (seed, step): mirrored images, noise, dropped labels.
-
-    Args:
-        flow: says which noise, and whether there are labels.
-        images: uint8 `[B, C, H, W]`.
-        labels: int64 `[B]`.
-        config: says how often images are mirrored and labels dropped, each image by a coin of its own.
-        step: the step, from 0.
-
-    Returns:
-        Which images are mirrored `[B]`; clean and noised images in [-1, 1]; labels with -1 where dropped, or None.
-    """
-    generator = step_generator(config.seed, step)
-    flipped = torch.rand(len(images), generator=generator) < (0.5 if config.flip else 0.0)
-    dropped = torch.rand(len(images), generator=generator) < config.label_drop
-    x_clean = from_levels(images, flow.levels)
-    x_clean = torch.where(flipped[:, None, None, None], x_clean.flip(-1), x_clean)
-    y = torch.where(dropped, -1, labels) if flow.num_classes else None
-    return flipped, x_clean, flow.perturb(x_clean, generator), y
-
-
 def describe(config: RunConfig, flow: TarFlow, data: ImageSet) -> str:
     """What is about to be trained, in a few lines."""
     a, f = config.alignment, flow.config
+    depth = f.layers if isinstance(f.layers, int) else "+".join(map(str, f.layers))
+    sees = "" if f.autoencoder is None else f", latents {flow.data_shape} of {f.autoencoder}"
     millions = sum(p.numel() for p in flow.parameters()) / 1e6
     where = ", ".join(f"block {t} layer {layer}" for t, layer in a.at)
     aligned = f"{a.strategy} ({a.gradient}) at {where}, weight {a.weight}, with {a.encoder}"
@@ -213,8 +160,8 @@ def describe(config: RunConfig, flow: TarFlow, data: ImageSet) -> str:
     return (
         f"data      {data.name}: {len(data.train)} images for training, {len(data.held_out)} held out, "
         f"{data.image_size}x{data.image_size}x{data.channels}, {len(data.classes)} classes\n"
-        f"flow      {f.blocks} blocks x {f.layers} layers x width {f.width}, {flow.token_shape[0]} tokens, "
-        f"{millions:.2f}M parameters, noise {noise}\n"
+        f"flow      {f.blocks} blocks x {depth} layers x width {f.width}, {flow.token_shape[0]} tokens, "
+        f"{millions:.2f}M parameters, noise {noise}{sees}\n"
         f"alignment {'none' if a.strategy == 'none' else aligned}"
     )
 
@@ -233,7 +180,7 @@ def _open_run(config: RunConfig) -> Path | None:
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
     before, now = (flat(yaml.safe_load(text)) for text in (file.read_text(), config.to_yaml()))
     free = {"run", "data.workers", "data.path", "train.resume", "train.until", "train.keep", "train.accelerator"}
-    free |= {"train.compile"}
+    free |= {"train.compile", "train.caches", "train.cache_latents"}
     free |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")} | {"train.eval_images"}
     for name in now:
         if name not in free and before.get(name) != now[name]:
@@ -241,31 +188,10 @@ def _open_run(config: RunConfig) -> Path | None:
     return found
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of a precision.
-
-    Not Fabric's own bf16-mixed, which would round the noised images to bfloat16 before the flow sees them.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-
-
-def _cache_features(config: AlignmentConfig, data: ImageSet, objective: Alignment, flips: bool) -> FeatureCache:
-    key = f"{config.encoder} {config.encoder_weights} {config.encoder_precision} {objective.flow.grid}"
-    shape = (objective.flow.token_shape[0], objective.encoder.dim)
-    with Bar("features", len(data.train)) as bar:
-
-        def compute(x: Tensor) -> Tensor:
-            with autocast(objective.device, config.encoder_precision):
-                return objective.targets(x.to(objective.device))
-
-        return FeatureCache(data.train, data.levels, flips, compute, shape, key, bar.update)
-
-
 def _evaluate(flow: TarFlow, data: ImageSet, images: int) -> dict[str, float]:
     """The held-out figures that a run logs."""
     indices = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(0))[:images].sort().values
-    pixels, labels = data.held_out[indices.tolist()]
-    x = from_levels(pixels, data.levels).to(next(flow.parameters()).device)
+    x, labels = seen(flow, data.held_out, indices.tolist(), data.levels)
     row = {"held_out_nats_per_dim": density(flow, x, labels)["nats_per_dim"]}
     if flow.num_classes:
         row |= {f"held_out_{rule}": value for rule, value in accuracies(flow, x, labels).items()}

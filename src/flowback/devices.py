@@ -1,0 +1,36 @@
+"""Where tensors live. No other module knows a device by name."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from flowback.errors import InputError
+
+
+def pick_device(name: str, turn: int = 0) -> torch.device:
+    """A device by name; auto is the accelerator that is there, of several the one whose turn it is, or else the CPU.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        if found is None:
+            return torch.device("cpu")
+        return torch.device(found.type, turn % torch.accelerator.device_count())
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).tolist()
+    except Exception as error:  # each backend raises its own
+        known = "cpu" if found is None else f"cpu, {found.type}"
+        raise InputError(f"device {name!r} is not here ({str(error).splitlines()[0]}); allowed: auto, {known}") from None
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The autocast context of a precision, 32-true or bf16-mixed.
+
+    Not Lightning Fabric's own bf16-mixed, which would round the noised images to bfloat16 before the flow sees them.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")

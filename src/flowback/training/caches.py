@@ -1,0 +1,150 @@
+"""The caches that a run can use: its latents and its encoder's features (`flowback.data.cache`), by what they depend on."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowback.alignment import Alignment
+from flowback.data import ImageSet, load_data
+from flowback.data.cache import ArrayCache, cache_folder, cache_key, find, nearest_mismatch
+from flowback.devices import autocast, pick_device
+from flowback.errors import InputError
+from flowback.flows import TarFlow
+from flowback.latents import load_autoencoder
+from flowback.training.build import build_flow, make_alignment
+from flowback.training.config import AlignmentConfig, RunConfig
+from flowback.training.log import Bar, console
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """A cache that a run can use: what it holds, and how that is computed."""
+
+    facts: dict[str, Any]
+    shape: tuple[int, ...]
+    compute: Callable[[Tensor], Tensor]  # images [B, C, H, W] in [-1, 1] to arrays [B, *shape]
+
+    @property
+    def kind(self) -> str:
+        """Latents or features."""
+        return self.facts["kind"]
+
+    def planned(self, root: Path, count: int, flips: bool) -> ArrayCache:
+        """The cache in `root`, begun or not."""
+        folder = root / f"{self.facts['kind']}-{cache_key(self.facts)}"
+        return ArrayCache.plan(folder, self.facts, count, 2 if flips else 1, self.shape)
+
+
+def cache_plans(
+    config: RunConfig, data: ImageSet, flow: TarFlow, alignment: Alignment | None, device: torch.device
+) -> list[CachePlan]:
+    """The caches that a run can use, latents first; the alignment's encoder and the autoencoder compute on `device`."""
+    train, plans = config.train, []
+    images = {
+        "images": data.train.fingerprint(),
+        "count": len(data.train),
+        "image_size": data.image_size,
+        "channels": data.channels,
+        "levels": data.levels,
+        "flips": train.flip,
+    }
+    if flow.config.autoencoder is not None and train.cache_latents:
+        moments = 2 if flow.config.latent_posterior == "sample" else 1
+        facts = {"kind": "latents", **images, "autoencoder": flow.config.latent_weights, "moments": moments}
+        shape = (moments * flow.data_shape[0], *flow.data_shape[1:])
+        plans.append(CachePlan(facts, shape, lambda x: load_autoencoder(flow.config).moments(x.to(device))))
+    if alignment is not None and config.alignment.cache:
+        a = config.alignment
+        facts = {
+            "kind": "features",
+            **images,
+            "encoder": a.encoder,
+            "weights": _weights(a),
+            "precision": a.encoder_precision,
+        }
+        facts["grid"] = list(flow.grid)
+
+        def targets(x: Tensor) -> Tensor:
+            with autocast(device, a.encoder_precision):
+                return alignment.targets(x.to(device))
+
+        plans.append(CachePlan(facts, (flow.token_shape[0], alignment.encoder.dim), targets))
+    return plans
+
+
+def _weights(config: AlignmentConfig) -> str:
+    """Which weights an encoder has: a word, or the hash of their file."""
+    file = Path(config.encoder_weights or "")
+    if not file.is_file():
+        return config.encoder_weights or "published"
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def open_cache(plan: CachePlan, config: RunConfig, data: ImageSet) -> ArrayCache:
+    """The cache of a plan: the one in the folder that the run names, or else made where it is missing.
+
+    Raises:
+        InputError: if that folder has none that fits, or it cannot be made.
+    """
+    if config.train.caches is not None:
+        root = Path(config.train.caches)
+        cache = find(root, plan.facts)
+        if cache is None:
+            why = nearest_mismatch(root, plan.facts) or f"{root} holds no cache of {plan.kind}"
+            raise InputError(f"{why}; allowed: what `flowback cache` makes of this configuration")
+        return cache
+    cache = plan.planned(cache_folder(), len(data.train), config.train.flip)
+    if cache.missing():
+        with Bar(plan.kind, cache.count) as bar:
+            cache.fill(data.train, plan.compute, data.levels, bar.update, workers=config.data.workers)
+    return cache
+
+
+def make_caches(
+    config: RunConfig, root: Path | None, part: tuple[int, int] = (1, 1), task: str = "fill"
+) -> list[ArrayCache]:
+    """Make all caches that a run can use, before it.
+
+    Args:
+        config: of the run.
+        root: where; None for the user's cache folder.
+        part: (i, k) does the i-th of k shares of the work.
+        task: "fill"; "plan" only says how large they will be; "verify" compares what is there with its checksums.
+
+    Raises:
+        InputError: if the run can use none, one cannot be made, or one is not what was written.
+    """
+    data = load_data(config.data)
+    device = pick_device(config.train.accelerator)
+    flow = build_flow(config.flow, data)
+    alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow).to(device)
+    plans = cache_plans(config, data, flow, alignment, device)
+    if not plans:
+        raise InputError("this configuration has nothing to cache; allowed is one with an autoencoder or an alignment")
+    caches = [plan.planned(root or cache_folder(), len(data.train), config.train.flip) for plan in plans]
+    for cache in caches:
+        console.print(
+            f"{cache.facts['kind']:9} {cache.bytes / 1e9:.3f} GB in {cache.shards} shards, "
+            f"{len(cache.missing())} of them to be made: {cache.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for plan, cache in zip(plans, caches, strict=True):
+        if task == "plan":
+            continue
+        count = cache.count if task == "verify" else cache.part_images(part)
+        with Bar(plan.kind, count) as bar:
+            if task == "verify":
+                cache.verify(bar.update)
+            else:
+                cache.fill(data.train, plan.compute, data.levels, bar.update, part, workers=config.data.workers)
+    return caches
