@@ -255,9 +255,9 @@ class TarFlow(nn.Module):
         return self.encode(x, y)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Log-density `[B]`, nats, of images `x` on the [-1, 1] scale, under the density that the flow was trained on.
+        """Log-density `[B]`, nats, of images `x` on the [-1, 1] scale, under the density that samples are drawn from.
 
-        That is the density of *noised* images (`perturb`); `flowback.units.bits_per_dim` says what bits need.
+        That is a density of *noised* images (`perturb`); `flowback.units.bits_per_dim` says what bits need.
         """
         z, log_det = self.encode(x, y)
         if self.prior_std is not None:
@@ -368,6 +368,8 @@ class TarFlow(nn.Module):
     def denoise(self, x: Tensor, y: Tensor | None = None, batch_size: int = 64) -> Tensor:
         """Remove the training noise by one score step, `x + sigma^2 grad_x log p(x)` (Tweedie; TARFlow, eq. 8).
 
+        The score is of the density that was trained, whose prior is N(0, I); a scaled one came after.
+
         Args:
             x: noisy images `[B, C, H, W]`.
             y: labels, as in `encode`.
@@ -381,7 +383,8 @@ class TarFlow(nn.Module):
             with torch.inference_mode(False), torch.enable_grad():
                 weights = None if classes is None else classes[start : start + batch_size].clone()
                 part = x[start : start + batch_size].detach().clone().requires_grad_()
-                (score,) = torch.autograd.grad(self.log_prob(part, weights).sum(), part)
+                z, log_det = self.encode(part, weights)
+                (score,) = torch.autograd.grad((log_det - 0.5 * z.square().sum(dim=(1, 2))).sum(), part)
             parts.append(part.detach() + self.config.noise_std**2 * score)
         return torch.cat(parts) if parts else x.detach().clone()
 
