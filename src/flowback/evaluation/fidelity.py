@@ -156,7 +156,7 @@ class TimmExtractor(FeatureExtractorBase):
 class DinoExtractor(TimmExtractor):
     """DINOv2 ViT-B/14; the class token."""
 
-    encoder_name = "vit_base_patch14_dinov2.lvd142m"
+    encoder_name = "dinov2_b"
     grid = (16, 16)  # of patches: 224 pixels
 
 

@@ -24,7 +24,8 @@ class AlignmentConfig:
         gradient: of reverse: cached, one_step, a whole number k (terms of the adjoint), exact or sequential.
         at: aligned pairs [block, layer], counted from 1.
         weight: of the alignment loss.
-        encoder: efficientnet_lite0 (ships with its weights), or any timm model name.
+        encoder: efficientnet_lite0 (ships with its weights), dinov2_b, dinov2_l, dinov3_b, clip_b, mae_b, siglip_b, or any
+            timm model name.
         encoder_weights: a local file of weights, or random; null for the shipped ones or the hub.
         encoder_precision: 32-true, or bf16-mixed (autocast).
         projector_width: hidden size of the projector.

@@ -178,7 +178,8 @@ def _open_run(config: RunConfig) -> Path | None:
         return None
     if found is None:
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
-    before, now = (flat(yaml.safe_load(text)) for text in (file.read_text(), config.to_yaml()))
+    begun = RunConfig.from_yaml(file.read_text())  # with today's defaults for options that came later
+    before, now = (flat(yaml.safe_load(c.to_yaml())) for c in (begun, config))
     free = {"run", "data.workers", "data.path", "train.resume", "train.until", "train.keep", "train.accelerator"}
     free |= {"train.compile", "train.caches", "train.cache_latents"}
     free |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")} | {"train.eval_images"}
