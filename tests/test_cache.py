@@ -68,43 +68,43 @@ def everything(cache: ArrayCache) -> np.ndarray:
 class Counting:
     """A compute that notes how many images it was given, and raises instead of its call number `stop`."""
 
-    def __init__(self, stop: int | None = None, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.images, self.calls, self.stop, self.error = 0, 0, stop, error
+    def __init__(self, stop: int | None = None) -> None:
+        self.images, self.calls, self.stop = 0, 0, stop
 
     def __call__(self, x):
         if self.calls == self.stop:
-            raise self.error("stopped")
+            raise KeyboardInterrupt
         self.calls += 1
         self.images += len(x)
         return quadrants(x)
 
 
-layouts = {
-    "count": st.integers(1, 30),
-    "rows": st.integers(1, 12),
-    "variants": st.sampled_from([1, 2]),
-    "batch_size": st.integers(1, 7),
-}
-
-
-@given(**layouts, data=st.data())
-def test_interrupted_and_shared_work_gives_the_bytes_of_one_undisturbed_pass(count, rows, variants, batch_size, data):
-    parts = data.draw(st.integers(1, 4), "parts")
-    split = split_of(count)
+@given(
+    count=st.integers(1, 30),
+    rows=st.integers(1, 12),
+    variants=st.sampled_from([1, 2]),
+    batch_size=st.integers(1, 7),
+    parts=st.integers(1, 4),
+    stops=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 12)), max_size=6),
+)
+def test_interrupted_and_shared_work_gives_the_bytes_of_one_undisturbed_pass(
+    count, rows, variants, batch_size, parts, stops
+):
+    """Some parts are begun and stopped at some call, in any order; then all are run."""
     with TemporaryDirectory() as root:
-        whole, folder = Path(root, "whole"), Path(root, "folder")
+        whole, folder, split = Path(root, "whole"), Path(root, "folder"), split_of(count)
         cache = filled(whole, count, rows, variants, batch_size=batch_size)
         assert np.array_equal(everything(cache), oracle(count, cache.rows, variants, batch_size))
-        computed, stops = 0, 0
-        while plan(folder, count, rows, variants).missing():
-            part = (data.draw(st.integers(1, parts), "part"), parts)
-            compute = Counting(data.draw(st.none() | st.integers(0, 12), "stop"))
+        computed, stopped = 0, 0
+        runs = [((part - 1) % parts + 1, stop) for part, stop in stops] + [(part, None) for part in range(parts, 0, -1)]
+        for part, stop in runs:
+            compute = Counting(stop)
             try:
-                plan(folder, count, rows, variants).fill(split, compute, 17, part=part, batch_size=batch_size)
+                plan(folder, count, rows, variants).fill(split, compute, 17, part=(part, parts), batch_size=batch_size)
             except KeyboardInterrupt:
-                stops += 1
+                stopped += 1
             computed += compute.images
-        assert computed <= variants * count + stops * batch_size  # a stop loses at most the batch it falls into
+        assert computed <= variants * count + stopped * batch_size  # a stop loses at most the batch it falls into
         assert contents(folder) == contents(whole)
         ArrayCache.open(folder, FACTS).verify()
 
@@ -253,18 +253,30 @@ def test_a_process_that_tidies_up_does_not_stop_one_that_writes(tmp_path, monkey
     assert np.array_equal(everything(ArrayCache.open(folder)), oracle(23, 5, 2, 64))
 
 
+def test_what_a_killed_process_left_half_written_goes_once_all_shards_are_there(tmp_path):
+    left = tmp_path / "c" / ".shard_00001.npy.0123"
+    plan(tmp_path / "c").fill(split_of(23), quadrants, 17, part=(1, 2))
+    left.write_bytes(b"half")
+    plan(tmp_path / "c").fill(split_of(23), quadrants, 17, part=(1, 2))
+    assert left.exists()  # another process may be writing it
+    plan(tmp_path / "c").fill(split_of(23), quadrants, 17, part=(2, 2))
+    assert not left.exists()
+
+
 def test_workers_read_the_same_images_and_their_error_is_one_sentence(tmp_path):
     with_workers = filled(tmp_path / "a", workers=1, batch_size=3)
     assert contents(with_workers.folder) == contents(filled(tmp_path / "b", batch_size=3).folder)
 
     with pytest.raises(InputError) as refused:
         plan(tmp_path / "c").fill(Unreadable(split_of(23).images, torch.zeros(23)), quadrants, 17, workers=1)
-    assert str(refused.value) == "image 3 cannot be read"
+    sentence, process = str(refused.value).split(" in process ")
+    assert sentence == "image 3 cannot be read"
+    assert int(process) != os.getpid()
 
 
 class Unreadable(MemorySplit):
     def __getitem__(self, indices):
-        raise InputError("image 3 cannot be read")
+        raise InputError(f"image 3 cannot be read in process {os.getpid()}")
 
 
 def test_filling_leaves_the_global_random_state_alone(tmp_path):

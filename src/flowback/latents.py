@@ -5,7 +5,6 @@ about unit variance (Rombach et al., arXiv 2112.10752). They, the hash of the we
 the flow and travel in its checkpoint: an autoencoder that is not the one it was trained with is refused.
 """
 
-import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from flowback.errors import InputError, only_errors
+from flowback.files import file_hash
 from flowback.flows.config import FlowConfig
 from flowback.flows.pretrained import pretrained_folder
-from flowback.seeds import draw
+from flowback.seeds import Generators, draw
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = ("config.json", WEIGHTS, "vae/config.json", f"vae/{WEIGHTS}")
@@ -38,7 +38,7 @@ class Autoencoder:
         self.scale, self.shift, self.posterior = scale, shift, posterior
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, generator: Generators = None) -> Tensor:
         """Images `[B, C, H, W]` in [-1, 1] to latents `[B, channels, H/downsample, W/downsample]`, as a flow sees them."""
         return self.from_moments(self.moments(images), generator)
 
@@ -53,7 +53,7 @@ class Autoencoder:
                 parts.append(torch.cat(both, dim=1).to(images.dtype))
         return torch.cat(parts)
 
-    def from_moments(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def from_moments(self, moments: Tensor, generator: Generators = None) -> Tensor:
         """What `moments` gives, as latents that a flow sees; a sample is drawn from `generator`."""
         latent = moments
         if self.posterior == "sample":
@@ -153,11 +153,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _weights_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with (folder / WEIGHTS).open("rb") as stream:
-            while piece := stream.read(2**20):
-                digest.update(piece)
-        return digest.hexdigest()[:16]
+        return file_hash(folder / WEIGHTS)[:16]
     except OSError:
         raise InputError(f"{folder} has no {WEIGHTS}; allowed is an autoencoder saved as safetensors") from None

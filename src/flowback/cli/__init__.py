@@ -11,6 +11,7 @@ from flowback.cli import editing, importing, measuring, sampling, training
 from flowback.cli.common import Parser, fail
 from flowback.errors import InputError
 from flowback.training import AlignmentConfig, TrainConfig
+from flowback.training.parallel import PeerLost
 
 SWITCHES = tuple(
     f"--{section}.{field.name}"
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         fail(f"{error.filename} cannot be used ({error.strerror})")
+    except PeerLost as error:
+        print(f"flowback: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("flowback: interrupted", file=sys.stderr)
         return 130

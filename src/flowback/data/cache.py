@@ -22,15 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from flowback.data.batches import _ignore_interrupts
+from flowback.data.batches import Reader, Tolerance, read_ahead
 from flowback.data.datasets import Split
 from flowback.errors import InputError
 from flowback.units import from_levels
@@ -155,6 +154,7 @@ class ArrayCache:
         part: tuple[int, int] = (1, 1),
         batch_size: int = 64,
         workers: int = 0,
+        tolerance: Tolerance | None = None,
     ) -> None:
         """Compute what is missing and put it on disk; what is there, even of an interrupted shard, is not computed again.
 
@@ -168,6 +168,7 @@ class ArrayCache:
             part: (i, k) does the shards i, i + k, ...: k processes or machines share the work.
             batch_size: images computed at once.
             workers: processes that read images ahead; 0 reads in this one.
+            tolerance: for images that cannot be read, whose arrays are those of the next one; None for none.
 
         Raises:
             InputError: if the disk has no room, an image cannot be read, or a value is not finite in the cache's dtype.
@@ -184,9 +185,10 @@ class ArrayCache:
         elif self._read(self.folder)._as_json() != self._as_json():
             raise InputError(f"{self.folder} was begun otherwise since this cache was planned; allowed: to plan again")
         report, done = report or _say_nothing, 0
+        tolerance = tolerance or Tolerance(0, len(split))
         for shard in own:
             if not self._is_whole(shard):
-                self._fill_shard(shard, split, compute, levels, report, done, batch_size, workers)
+                self._fill_shard(shard, split, compute, levels, report, done, batch_size, workers, tolerance)
             done += self._length(shard)
             report(done)
         if not self.missing():
@@ -340,6 +342,7 @@ class ArrayCache:
         before: int,
         batch_size: int,
         workers: int,
+        tolerance: Tolerance,
     ) -> None:
         first, array = shard * self.rows, np.empty(self._array_shape(shard), self.dtype)
         done = saved = self._restore(shard, array, batch_size)
@@ -347,7 +350,9 @@ class ArrayCache:
         starts = range(first + done, first + len(array), batch_size)
         ranges = [range(start, min(start + batch_size, first + len(array))) for start in starts]
         try:
-            for images in _read_ahead(split, ranges, workers):
+            for raw in read_ahead(Reader(split), ranges, workers):
+                tolerance.note(raw.unreadable)
+                images = cast(Tensor, raw.images)
                 array[done : done + len(images)] = self._compute(compute, from_levels(images, levels), first + done)
                 done += len(images)
                 report(before + done)
@@ -513,29 +518,6 @@ def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
 def _raw(array: np.ndarray) -> np.ndarray:
     """The bytes of a contiguous array, without a copy."""
     return array.reshape(-1).view(np.uint8)
-
-
-class _Images(Dataset[Tensor | InputError]):
-    """Lets a DataLoader fetch the images of a whole range of numbers, uint8 `[B, C, H, W]`; an error is a value, too."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __getitem__(self, numbers: range) -> Tensor | InputError:
-        try:
-            return self.split[numbers][0]
-        except InputError as error:  # raised in a worker it would arrive as a traceback, and stop the others late
-            return error
-
-
-def _read_ahead(split: Split, ranges: list[range], workers: int) -> Iterator[Tensor]:
-    """Images, uint8 `[B, C, H, W]`, of each range of numbers."""
-    own = torch.Generator()  # for the loader, so that it does not draw from the global one, which a training is seeded with
-    options = {"num_workers": workers, "worker_init_fn": _ignore_interrupts, "generator": own}
-    for images in DataLoader(_Images(split), batch_size=None, sampler=ranges, **options):
-        if isinstance(images, InputError):
-            raise images
-        yield images
 
 
 def _say_nothing(done: int) -> None:

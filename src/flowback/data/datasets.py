@@ -1,18 +1,19 @@
-"""Data sets by name: `digits` and `fashion_mnist` in memory, `folder` read from disk as it is needed."""
+"""Data sets by name: `digits` and `fashion_mnist` in memory; `folder`, `imagenet` and `shards` read as they are needed."""
 
 import gzip
-import hashlib
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from flowback.data.folders import FolderSource
+from flowback.data.images import load_image as load_image
+from flowback.data.shards import ShardSource
+from flowback.data.sources import DiskSplit, Report, Source
+from flowback.data.splits import MemorySplit, Split, split_indices
 from flowback.errors import InputError
 
 FASHION_CLASSES = [
@@ -28,7 +29,6 @@ FASHION_CLASSES = [
     "ankle boot",
 ]
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +36,19 @@ class DataConfig:
     """Which images, and how they are split.
 
     Args:
-        name: digits (8x8, ships with scikit-learn), fashion_mnist (28x28), or folder (a tree class/image.png).
-        path: where the data lies; required for folder, optional for fashion_mnist (a folder of its IDX files).
-        image_size: side of the images, pixels. A folder's images are resized and centre-cropped to it; those of
+        name: digits (8x8, ships with scikit-learn), fashion_mnist (28x28), folder (a tree class/image.png, or train/class/
+            and val/class/, with val held out), imagenet (the same), or shards (WebDataset's tar files).
+        path: where the data lies: a tree; a folder of .tar files or a pattern such as train-{000..146}.tar; optional for
+            fashion_mnist (a folder of its IDX files).
+        image_size: side of the images, pixels. Those on disk are resized and centre-cropped to it; those of
             fashion_mnist are padded with background (32 makes 16x16 tokens in patches of 2); null for the data's own.
-        channels: folder only: 3 for colour, 1 for grey.
-        holdout: share of each class that is held out; fashion_mnist has its own test images instead.
+        channels: of images on disk: 3 for colour, 1 for grey.
+        holdout: share of each class that is held out, where the data has no held-out part of its own (fashion_mnist's
+            test images, val of a tree or of shards).
         split_seed: seed of the held-out split.
         limit: number of training images to use, drawn by split_seed; null for all.
         workers: processes that read images ahead; 0 reads in the main process, best for sets in memory.
+        unreadable: share of the training images that may be unreadable; each is named, and the next one taken instead.
 
     Raises:
         InputError: if a value is impossible.
@@ -58,69 +62,22 @@ class DataConfig:
     split_seed: int = 0
     limit: int | None = None
     workers: int = 0
+    unreadable: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in LOADERS:
-            raise InputError(f"data.name is {self.name!r}; allowed: {', '.join(LOADERS)}")
+        names = [*LOADERS, *SOURCES]
+        if self.name not in names:
+            raise InputError(f"data.name is {self.name!r}; allowed: {', '.join(names)}")
         if not 0 < self.holdout < 1:
             raise InputError(f"data.holdout is {self.holdout}; allowed is a share between 0 and 1, both excluded")
+        if not 0 <= self.unreadable < 1:
+            raise InputError(f"data.unreadable is {self.unreadable}; allowed is a share from 0 to 1, 1 excluded")
         if self.channels not in (1, 3):
             raise InputError(f"data.channels is {self.channels}; allowed: 1 (grey) or 3 (colour)")
         for name, least in (("image_size", 1), ("limit", 1), ("workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"data.{name} is {value}; allowed is a whole number of at least {least}")
-
-
-class Split(ABC):
-    """Labelled images: `split[[3, 5]]` is `(uint8 [2, C, H, W], int64 [2])`; `labels` holds all labels."""
-
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @abstractmethod
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]: ...
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A hash that changes when the images do."""
-
-
-class MemorySplit(Split):
-    """Images held in memory, uint8 `[n, C, H, W]`."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        index = torch.as_tensor(indices)
-        return self.images[index], self.labels[index]
-
-    def fingerprint(self) -> str:
-        """Hash of all pixels."""
-        return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()[:16]
-
-
-class FolderSplit(Split):
-    """Images read from files when they are asked for."""
-
-    def __init__(self, files: list[Path], labels: Tensor, image_size: int, channels: int) -> None:
-        self.files, self.labels = files, labels
-        self.image_size, self.channels = image_size, channels
-
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        images = [load_image(self.files[i], self.image_size, self.channels) for i in indices]
-        return torch.stack(images), self.labels[torch.as_tensor(indices)]
-
-    def fingerprint(self) -> str:
-        """Hash of paths, sizes and times of the files, and of the transform."""
-        digest = hashlib.sha256(f"{self.image_size} {self.channels}".encode())
-        for file in self.files:
-            stat = file.stat()
-            digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -136,45 +93,17 @@ class ImageSet:
     levels: int  # values that a pixel can take
 
 
-def load_data(config: DataConfig) -> ImageSet:
-    """Load the data set that `config` names.
+def load_data(config: DataConfig, report: Report | None = None) -> ImageSet:
+    """Load the data set that `config` names; of images on disk, find out where each lies.
+
+    Args:
+        config: the data set.
+        report: called, while a tree is scanned or shards are indexed, with the number of folders or shards done, and of all.
 
     Raises:
         InputError: if the data is not there or not usable.
     """
-    return LOADERS[config.name](config)
-
-
-def load_image(file: Path, image_size: int, channels: int) -> Tensor:
-    """Read one image: upright by its EXIF tag, short side resized to `image_size`, centre crop; uint8 `[C, S, S]`.
-
-    Raises:
-        InputError: if the file is not an image that can be read whole.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"image {file} cannot be read ({str(error).splitlines()[0] if str(error) else error!r})") from None
-    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
-    array = np.asarray(image, dtype=np.uint8).reshape(image_size, image_size, channels)
-    return torch.from_numpy(array.copy()).permute(2, 0, 1)
-
-
-def split_indices(labels: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out indices, ascending; of every class the share `holdout`, at least one, is held out."""
-    generator = torch.Generator().manual_seed(seed)
-    held = []
-    for k in labels.unique():
-        members = (labels == k).nonzero()[:, 0]
-        count = max(1, round(holdout * len(members)))
-        held.append(members[torch.randperm(len(members), generator=generator)[:count]])
-    held_out = torch.cat(held).sort().values
-    rest = torch.ones(len(labels), dtype=torch.bool)
-    rest[held_out] = False
-    return rest.nonzero()[:, 0], held_out
+    return LOADERS[config.name](config) if config.name in LOADERS else _on_disk(config, report)
 
 
 def limit_indices(count: int, config: DataConfig) -> Tensor:
@@ -266,38 +195,33 @@ def _read_idx(folder: Path, name: str) -> Tensor:
     raise InputError(f"{folder} has no {name} or {name}.gz; data.path must be a folder of Fashion-MNIST's IDX files")
 
 
-def _folder(config: DataConfig) -> ImageSet:
+def _on_disk(config: DataConfig, report: Report | None) -> ImageSet:
+    """A data set whose images are read as they are needed."""
+    kind, layout = SOURCES[config.name]
     if config.path is None:
-        raise InputError("data.path is missing; a folder data set needs the tree of class/image files that it names")
+        raise InputError(f"data.path is missing; {config.name} needs {layout}")
     if config.image_size is None:
-        raise InputError("data.image_size is missing; a folder data set needs the side of its images, pixels")
-    root = Path(config.path)
-    if not root.is_dir():
-        raise InputError(f"data.path {root} is not a folder; allowed is a tree of class/image files")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files: list[Path] = []
-    labels: list[int] = []
-    for k, name in enumerate(classes):
-        members = sorted(file for file in (root / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if len(members) < 2:
-            raise InputError(f"class folder {root / name} has {len(members)} images; allowed is at least 2")
-        files += members
-        labels += [k] * len(members)
-    if len(classes) < 2:
-        raise InputError(f"data.path {root} has {len(classes)} class folders; allowed is at least 2")
-    all_labels = torch.tensor(labels)
-    train, held_out = split_indices(all_labels, config.holdout, config.split_seed)
+        raise InputError(f"data.image_size is missing; {config.name} needs the side of its images, pixels")
+    source, size, channels = kind(config.path, report), config.image_size, config.channels
+    if source.held_out.any():
+        train, held_out = (~source.held_out).nonzero()[:, 0], source.held_out.nonzero()[:, 0]
+    else:
+        train, held_out = split_indices(source.labels, config.holdout, config.split_seed)
     train = train[limit_indices(len(train), config)]
-    size, channels = config.image_size, config.channels
     return ImageSet(
-        name="folder",
-        train=FolderSplit([files[i] for i in train], all_labels[train], size, channels),
-        held_out=FolderSplit([files[i] for i in held_out], all_labels[held_out], size, channels),
-        classes=classes,
+        name=config.name,
+        train=DiskSplit(source, train, size, channels),
+        held_out=DiskSplit(source, held_out, size, channels),
+        classes=source.classes,
         image_size=size,
         channels=channels,
         levels=256,
     )
 
 
-LOADERS = {"digits": _digits, "fashion_mnist": _fashion_mnist, "folder": _folder}
+LOADERS = {"digits": _digits, "fashion_mnist": _fashion_mnist}
+SOURCES: dict[str, tuple[Callable[[str, Report | None], Source], str]] = {
+    "folder": (FolderSource, "the tree of class/image files, or of train/class/image and val/class/image files"),
+    "imagenet": (FolderSource, "the folder that holds train/class/image and val/class/image files"),
+    "shards": (ShardSource, "a folder of .tar files, or a pattern of their paths"),
+}

@@ -25,7 +25,7 @@ from flowback.flows.decoders import DECODERS, CausalMap, Solved, Solver, default
 from flowback.flows.guidance import Guidance
 from flowback.flows.patches import patchify, unpatchify
 from flowback.flows.pretrained import load_standards, load_tensors, pretrained_folder, read_config, save_folder
-from flowback.seeds import draw
+from flowback.seeds import Generators, draw
 from flowback.units import LOG_2PI, bin_width
 
 
@@ -112,10 +112,10 @@ class TarFlow(nn.Module):
 
     # ---- images and what the flow sees of them ------------------------------------------------------------------
 
-    def to_data(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def to_data(self, images: Tensor, generator: Generators = None) -> Tensor:
         """Images `[B, C, H, W]` in [-1, 1] as the flow sees them, `[B, *data_shape]`: unchanged, or their latents.
 
-        `generator` is the source of noise where latents are samples of the autoencoder's posterior.
+        `generator`, one for all images or one for each, is the source of noise where latents are samples.
         """
         if self.config.autoencoder is None:
             return images
@@ -264,13 +264,13 @@ class TarFlow(nn.Module):
             z, log_det = z / self.prior_std, log_det - self.prior_std.log().sum()
         return -0.5 * (z.square() + LOG_2PI).sum(dim=(1, 2)) + log_det
 
-    def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def perturb(self, x: Tensor, generator: Generators = None) -> Tensor:
         """Add the noise of training to clean images or latents: Gaussian of `noise_std`, or uniform over a pixel's bin."""
         if self.config.noise == "uniform":
             return self.dequantise(x, generator)
         return x + self.config.noise_std * draw(torch.randn, x, generator)
 
-    def dequantise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def dequantise(self, x: Tensor, generator: Generators = None) -> Tensor:
         """Spread clean images uniformly over the bins of their pixel values (`flowback.units`).
 
         Raises:
@@ -460,6 +460,26 @@ class TarFlow(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write `config.json`, `model.safetensors` and, where calibrated, `decoding.json` into the folder `path`."""
         save_folder(self, Path(path))
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Upload the flow to the Hugging Face hub as `owner/name`, with a model card of what the flow itself says.
+
+        `flowback export` writes a fuller card, of what the flow's run knows.
+
+        Args:
+            repo_id: made if it is not there.
+            private: make it private.
+            token: None for the one of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            InputError: if the name is not usable, or the hub did not take it.
+        """
+        from flowback.evaluation.card import push_to_hub
+
+        return push_to_hub(self, repo_id, private, token)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "TarFlow":

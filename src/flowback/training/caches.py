@@ -1,6 +1,5 @@
 """The caches that a run can use: its latents and its encoder's features (`flowback.data.cache`), by what they depend on."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ from torch import Tensor
 
 from flowback.alignment import Alignment
 from flowback.data import ImageSet, load_data
+from flowback.data.batches import Tolerance
 from flowback.data.cache import ArrayCache, cache_folder, cache_key, find, nearest_mismatch
 from flowback.devices import autocast, pick_device
 from flowback.errors import InputError
+from flowback.files import file_hash
 from flowback.flows import TarFlow
 from flowback.latents import load_autoencoder
 from flowback.training.build import build_flow, make_alignment
@@ -82,11 +83,7 @@ def _weights(config: AlignmentConfig) -> str:
     file = Path(config.encoder_weights or "")
     if not file.is_file():
         return config.encoder_weights or "published"
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()[:16]
+    return file_hash(file)[:16]
 
 
 def open_cache(plan: CachePlan, config: RunConfig, data: ImageSet) -> ArrayCache:
@@ -103,9 +100,10 @@ def open_cache(plan: CachePlan, config: RunConfig, data: ImageSet) -> ArrayCache
             raise InputError(f"{why}; allowed: what `flowback cache` makes of this configuration")
         return cache
     cache = plan.planned(cache_folder(), len(data.train), config.train.flip)
+    tolerance = Tolerance(config.data.unreadable, cache.count)
     if cache.missing():
         with Bar(plan.kind, cache.count) as bar:
-            cache.fill(data.train, plan.compute, data.levels, bar.update, workers=config.data.workers)
+            cache.fill(data.train, plan.compute, data.levels, bar.update, workers=config.data.workers, tolerance=tolerance)
     return cache
 
 
@@ -146,5 +144,7 @@ def make_caches(
             if task == "verify":
                 cache.verify(bar.update)
             else:
-                cache.fill(data.train, plan.compute, data.levels, bar.update, part, workers=config.data.workers)
+                tolerance = Tolerance(config.data.unreadable, cache.count)
+                workers = config.data.workers
+                cache.fill(data.train, plan.compute, data.levels, bar.update, part, workers=workers, tolerance=tolerance)
     return caches

@@ -2,7 +2,8 @@
 
 config.json, model.safetensors    the flow with its averaged (EMA) weights, as `TarFlow.save_pretrained` writes it
 training.safetensors              the raw weights, the projector, and AdamW's state, tensor by tensor
-state.json                        step, seconds of training, steps that were skipped
+state.json                        step, seconds of training, steps that were skipped, the last held-out likelihood
+checksums.json                    SHA-256 of all the others, by which a damaged checkpoint is known
 """
 
 import json
@@ -17,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowback.errors import InputError
+from flowback.files import file_hash
 from flowback.flows import TarFlow
+
+CHECKSUMS = "checksums.json"
 
 
 @dataclass
@@ -28,12 +32,31 @@ class State:
     seconds: float = 0.0  # of training, evaluation excluded
     skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
+    held_out_nats_per_dim: float | None = None  # as last measured
+    measured_at: int = 0  # the step of that
+
+
+def all_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((run / "checkpoints").glob("step_*[0-9]"), reverse=True)
 
 
 def newest(run: Path) -> Path | None:
     """The newest checkpoint of a run, if it has any."""
-    found = sorted((run / "checkpoints").glob("step_*[0-9]"))
-    return found[-1] if found else None
+    return next(iter(all_of(run)), None)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint on disk, a sentence; None if it is what was written."""
+    try:
+        known = json.loads((checkpoint / CHECKSUMS).read_text())
+        for name, checksum in known.items():
+            if file_hash(checkpoint / name) != checksum:
+                return f"{checkpoint / name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{checkpoint} is not whole ({error})"
+    missing = {"config.json", "model.safetensors", "training.safetensors", "state.json"} - known.keys()
+    return f"{checkpoint / CHECKSUMS} lacks {min(missing)}" if missing else None
 
 
 def save(
@@ -46,33 +69,81 @@ def save(
 ) -> Path:
     """Write a checkpoint beside the others, then rename it to its name, so that a name always means a whole one.
 
+    Of the others the newest are kept, and the one with the best held-out likelihood that was measured at its step.
+
     Args:
         run: the run's folder.
         state: where the run stands.
         average: the flow with averaged weights.
         trained: the modules whose raw parameters are trained, by name.
         optimizer: of exactly those parameters, in their order.
-        keep: how many checkpoints to keep.
+        keep: how many of the newest checkpoints to keep.
+
+    Raises:
+        InputError: if it cannot be written, to a full disk perhaps; the others are untouched.
     """
     final = run / "checkpoints" / f"step_{state.step:08d}"
     partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    average.save_pretrained(partial)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        _write(partial, state, average, trained, optimizer)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        whole = newest(run)
+        raise InputError(
+            f"checkpoint {final} cannot be written ({error}); allowed is a disk with room; "
+            + (f"{whole.name} is untouched, go on from it with --train.resume" if whole else "there is none before it")
+        ) from None
+    for old in set(all_of(run)[keep:]) - {_best(run)}:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(
+    folder: Path,
+    state: State,
+    average: TarFlow,
+    trained: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Everything that belongs to a checkpoint, on disk when this returns."""
+    average.save_pretrained(folder)
     tensors: dict[str, Tensor] = {}
     for name, parameter in _named(trained):
         tensors[f"weights.{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).contiguous()
-    save_file(tensors, partial / "training.safetensors")
-    (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n")
-    for file in partial.iterdir():  # on disk before the name says so
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for old in sorted((run / "checkpoints").glob("step_*[0-9]"))[:-keep]:
-        shutil.rmtree(old)
-    return final
+    save_file(tensors, folder / "training.safetensors")
+    (folder / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+    checksums = {file.name: file_hash(file) for file in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
+    for place in (*folder.iterdir(), folder):
+        _sync(place)
+
+
+def _best(run: Path) -> Path | None:
+    """The checkpoint with the best held-out likelihood of those that were measured at their step."""
+    measured = []
+    for folder in all_of(run):
+        try:
+            state = State(**json.loads((folder / "state.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            continue
+        if state.held_out_nats_per_dim is not None and state.measured_at == state.step:
+            measured.append((state.held_out_nats_per_dim, folder))
+    return min(measured)[1] if measured else None
+
+
+def _sync(place: Path) -> None:
+    """Have a file or folder on disk, not only in the system's memory."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load(checkpoint: Path, average: TarFlow, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> State:

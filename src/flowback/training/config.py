@@ -78,12 +78,16 @@ class TrainConfig:
         precision: 32-true, or bf16-mixed (autocast; pays from a width of about 256 on CPUs with bfloat16 units).
         compile: compile the blocks with torch.compile; needs a C++ compiler on CPUs.
         accelerator: where to run, as in Lightning Fabric; auto takes what is there.
+        devices: processes on each node, one a device, that share every batch; torchrun's number where it starts them.
+        nodes: machines, each of which runs this command with its NODE_RANK, MASTER_ADDR and MASTER_PORT, or torchrun.
+        accumulate: pieces in which each process takes its share of a batch, to save memory.
+        checkpoint_activations: keep only the layers' inputs and compute the rest again, to save more.
         log_every: steps between rows of metrics.csv.
         eval_every: steps between evaluations on held-out images.
         eval_images: held-out images in such an evaluation.
         sample_every: steps between sample grids.
         checkpoint_every: steps between checkpoints.
-        keep: newest checkpoints that are kept.
+        keep: newest checkpoints that are kept; besides, the one with the best held-out likelihood.
         cache_latents: compute the latents of a flow with an autoencoder once and keep them on disk.
         caches: a folder of caches that `flowback cache` made for this configuration; others are refused. null for the
             user's cache folder, where what is missing is made.
@@ -108,6 +112,10 @@ class TrainConfig:
     precision: str = "32-true"
     compile: bool = False
     accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    accumulate: int = 1
+    checkpoint_activations: bool = False
     log_every: int = 10
     eval_every: int = 250
     eval_images: int = 500
@@ -120,7 +128,7 @@ class TrainConfig:
     until: int | None = None
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("steps", "batch_size", "keep", "eval_images"), 1)
+        least = dict.fromkeys(("steps", "batch_size", "keep", "eval_images", "devices", "nodes", "accumulate"), 1)
         least |= dict.fromkeys(("log_every", "eval_every", "sample_every", "checkpoint_every"), 1)
         for name, minimum in (least | {"warmup": 0, "seed": 0, "until": 1}).items():
             value = getattr(self, name)

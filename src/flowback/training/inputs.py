@@ -1,7 +1,9 @@
-"""What a training step sees: images or latents with noise, labels, the encoder's targets. A function of (seed, step).
+"""What a training step sees: images or latents with noise, labels, the encoder's targets.
 
-Latents and targets do not change while a flow learns, so they are computed once and kept on disk (`flowback.data.cache`);
-where both are, images are not even read.
+All of it is a function of (seed, step, number of the sample in the step's batch), whichever process has that sample.
+
+Latents and targets do not change while a flow learns, so they are computed once and kept on disk
+(`flowback.data.cache`); where both are, images are not even read.
 """
 
 from collections.abc import Iterator
@@ -12,12 +14,13 @@ from torch import Tensor
 
 from flowback.alignment import Alignment
 from flowback.data import ImageSet, batches, step_generator
-from flowback.data.batches import Raw
+from flowback.data.batches import Raw, Tolerance, sample_generators
 from flowback.devices import autocast
 from flowback.flows import TarFlow
 from flowback.latents import Autoencoder, load_autoencoder
 from flowback.training.caches import cache_plans, open_cache
 from flowback.training.config import RunConfig
+from flowback.training.log import console
 from flowback.units import from_levels
 
 
@@ -29,6 +32,12 @@ class Batch:
     y: Tensor | None  # labels [B], -1 where dropped; None for an unconditional flow
     targets: Tensor | None  # features [B, N, F]; None without alignment
 
+    def split(self, pieces: int) -> "list[Batch]":
+        """The batch in equal pieces, which follow each other."""
+        size = len(self.x) // pieces
+        cuts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
+        return [Batch(self.x[cut], *(None if t is None else t[cut] for t in (self.y, self.targets))) for cut in cuts]
+
 
 class Inputs:
     """The batches of a run.
@@ -39,15 +48,24 @@ class Inputs:
         flow: says what it sees, which noise, and whether there are labels.
         alignment: None for a plain flow.
         device: where batches go, and where caches are computed.
+        share: (i, k): this process is the i-th, from 0, of k that share every batch.
 
     Raises:
         InputError: if the configuration names a folder of caches that has none that fits, or a cache cannot be made.
     """
 
     def __init__(
-        self, config: RunConfig, data: ImageSet, flow: TarFlow, alignment: Alignment | None, device: torch.device
+        self,
+        config: RunConfig,
+        data: ImageSet,
+        flow: TarFlow,
+        alignment: Alignment | None,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.config, self.data, self.flow, self.alignment, self.device = config, data, flow, alignment, device
+        self.share = share
+        self.tolerance = Tolerance(config.data.unreadable, len(data.train))
         if alignment is not None:
             alignment.to(device)
         plans = cache_plans(config, data, flow, alignment, device)
@@ -62,26 +80,30 @@ class Inputs:
         flow_needs = self.autoencoder is None or self.latents is None
         needs_images = flow_needs or (self.alignment is not None and self.features is None)
         c = self.config
-        return batches(self.data.train, c.train.batch_size, c.train.seed, start, stop, c.data.workers, needs_images)
+        size, seed = c.train.batch_size, c.train.seed
+        return batches(self.data.train, size, seed, start, stop, c.data.workers, needs_images, self.share)
 
     def prepare(self, raw: Raw, step: int) -> Batch:
         """Everything random in step `step`, from 0: mirrored images, samples of latents, noise, dropped labels."""
-        indices, images, labels = raw
-        c, generator = self.config.train, step_generator(self.config.train.seed, step)
-        flipped = torch.rand(len(labels), generator=generator) < (0.5 if c.flip else 0.0)
-        dropped = torch.rand(len(labels), generator=generator) < c.label_drop
+        indices, images, labels, unreadable = raw
+        for sentence in self.tolerance.note(unreadable):
+            console.print(f"the next one is taken instead: {sentence}", highlight=False, soft_wrap=True, markup=False)
+        c, first, count = self.config.train, self.share[0] * len(labels), len(labels)
+        coins = torch.rand(2, c.batch_size, generator=step_generator(c.seed, step))[:, first : first + count]
+        flipped, dropped = coins[0] < (0.5 if c.flip else 0.0), coins[1] < c.label_drop
+        generators = sample_generators(c.seed, step, first, count)
         x_clean = None
         if images is not None:
             x_clean = from_levels(images.to(self.device), self.data.levels)
             x_clean = torch.where(flipped.to(self.device)[:, None, None, None], x_clean.flip(-1), x_clean)
         if self.autoencoder is not None and self.latents is not None:
             moments = self.latents(indices, flipped).to(self.device, torch.get_default_dtype())
-            x = self.autoencoder.from_moments(moments, generator)
+            x = self.autoencoder.from_moments(moments, generators)
         else:
             assert x_clean is not None
-            x = self.flow.to_data(x_clean, generator)
+            x = self.flow.to_data(x_clean, generators)
         y = torch.where(dropped, -1, labels).to(self.device) if self.flow.num_classes else None
-        return Batch(self.flow.perturb(x, generator), y, self._targets(indices, flipped, x_clean))
+        return Batch(self.flow.perturb(x, generators), y, self._targets(indices, flipped, x_clean))
 
     def _targets(self, indices: Tensor, flipped: Tensor, x_clean: Tensor | None) -> Tensor | None:
         if self.alignment is None:

@@ -76,7 +76,9 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 class Bar:
     """A progress bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, title: str, total: int, done: int = 0, seconds_between_lines: float = 20) -> None:
+    def __init__(
+        self, title: str, total: int, done: int = 0, seconds_between_lines: float = 20, shown: bool = True
+    ) -> None:
         self.title, self.total, self.first, self.between = title, total, done, seconds_between_lines
         self.started = self.printed = time.monotonic()
         columns = [
@@ -86,7 +88,8 @@ class Bar:
             TextColumn("{task.fields[text]}"),
         ]
         columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.shown = shown
+        self.progress = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
         self.task = self.progress.add_task(title, total=total, completed=done, text="")
 
     def __enter__(self) -> "Bar":
@@ -100,7 +103,7 @@ class Bar:
         """Show that `done` of the total is done, and `text` beside it."""
         self.progress.update(self.task, completed=done, text=text)
         now = time.monotonic()
-        if not console.is_terminal and (now - self.printed > self.between or done == self.total):
+        if self.shown and not console.is_terminal and (now - self.printed > self.between or done == self.total):
             self.printed = now
             left = (now - self.started) / max(1, done - self.first) * (self.total - done)
             console.print(f"{self.title} {done}/{self.total}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True)

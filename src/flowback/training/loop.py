@@ -1,6 +1,5 @@
 """The training loop, from top to bottom."""
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from flowback.data import ImageSet, load_data
@@ -21,13 +19,15 @@ from flowback.evaluation.metrics import accuracies, density, seen
 from flowback.evaluation.pictures import class_grid, save_grid
 from flowback.flows import TarFlow
 from flowback.training import checkpoint
+from flowback.training.apply import checkpoint_layers, compile_blocks
 from flowback.training.build import build_flow, make_alignment
 from flowback.training.checkpoint import State
-from flowback.training.compile import compile_blocks
-from flowback.training.config import RunConfig, flat
+from flowback.training.config import RunConfig
 from flowback.training.inputs import Inputs
 from flowback.training.log import Bar, MetricsLog, console
 from flowback.training.optim import learning_rate, update_ema
+from flowback.training.parallel import any_says, check_batch, is_first, launch, peers
+from flowback.training.run import open_run
 from flowback.units import LOG_2PI, nll_per_dim
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -64,56 +64,80 @@ def train(config: RunConfig) -> RunResult:
 
     Raises:
         InputError: if the configuration, the data or the run's folder is not usable, or the loss stays not finite.
+        PeerLost: if another process of the run is gone.
     """
-    from lightning_fabric import Fabric
-
     c, run = config.train, config.folder
+    check_batch(c)
     data = load_data(config.data)
     torch.manual_seed(c.seed)
     flow = build_flow(config.flow, data)
-
-    fabric = Fabric(accelerator=c.accelerator, devices=1)
-    fabric.launch()
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow)
     objective: nn.Module = alignment or Likelihood(flow)
     trained: dict[str, nn.Module] = {"flow": flow} | ({} if alignment is None else {"projector": alignment.projector})
-    resume_from = _open_run(config)  # nothing is written before everything that was asked for exists
-    (run / "classes.json").write_text(json.dumps(data.classes) + "\n")
-    inputs = Inputs(config, data, flow, alignment, fabric.device)
-    console.print(describe(config, flow, data), highlight=False, soft_wrap=True)
+    # nothing is written before everything that was asked for exists
+    with open_run(config, data.classes, first=is_first()) as found:
+        fabric = launch(c)
+        with peers(fabric):
+            resume_from = fabric.broadcast(found)
+            with fabric.rank_zero_first():  # which makes the caches that are missing
+                share = (fabric.global_rank, fabric.world_size)
+                inputs = Inputs(config, data, flow, alignment, fabric.device, share)
+            if fabric.is_global_zero:
+                console.print(describe(config, flow, data, fabric.world_size), highlight=False, soft_wrap=True)
+            average = deepcopy(flow).to(fabric.device).requires_grad_(False).eval()
+            state = _take_steps(config, inputs, objective, trained, average, fabric, resume_from)
+    return RunResult(run, average, data, state, interrupted=state.step < c.steps)
 
+
+def _take_steps(
+    config: RunConfig,
+    inputs: Inputs,
+    objective: nn.Module,
+    trained: dict[str, nn.Module],
+    average: TarFlow,
+    fabric: Any,
+    resume_from: Path | None,
+) -> State:
+    """Train from the first step, or from a checkpoint, to the last."""
+    c, run, flow, data = config.train, config.folder, inputs.flow, inputs.data
     parameters = [p for module in trained.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
-    average = deepcopy(flow).to(fabric.device).requires_grad_(False).eval()
+    if c.checkpoint_activations:
+        checkpoint_layers(flow)
     if c.compile:
         compile_blocks(flow)
-    state = State()
     model, optimizer = fabric.setup(objective, optimizer)
+    state, writes = State(), fabric.is_global_zero
     if resume_from is not None:
         state = checkpoint.load(resume_from, average, trained, optimizer.optimizer)
+    if resume_from is not None and writes:
         console.print(f"resumed from step {state.step}", highlight=False)
-    log = MetricsLog(run, state.step)
+    log = MetricsLog(run, state.step) if writes else None
     stop = min(c.steps, c.until or c.steps)
     sums: dict[str, Tensor] = {}
     last_log, last_seconds = state.step, state.seconds
 
-    with _interruptible() as interrupted, Bar(str(run), c.steps, state.step) as bar:
+    with _interruptible() as interrupted, Bar(str(run), c.steps, state.step, shown=writes) as bar:
         for raw in inputs.stream(state.step, stop):
             started = time.perf_counter()
             batch = inputs.prepare(raw, state.step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, c.lr, c.warmup, c.steps)
-            with autocast(fabric.device, c.precision):
-                loss, parts = model(batch.x, batch.y, targets=batch.targets)
-            fabric.backward(loss)
-            norm = nn.utils.clip_grad_norm_(parameters, c.clip or float("inf"))
+            values = dict.fromkeys(("loss", "nll", "align"), torch.zeros((), device=fabric.device))
+            for i, piece in enumerate(batch.split(c.accumulate), start=1):
+                with fabric.no_backward_sync(model, enabled=i < c.accumulate):
+                    with autocast(fabric.device, c.precision):
+                        loss, parts = model(piece.x, piece.y, targets=piece.targets)
+                    fabric.backward(loss / c.accumulate)
+                found = {"loss": loss.detach(), **parts}
+                values = {name: value + found.get(name, 0) / c.accumulate for name, value in values.items()}
+            norm = nn.utils.clip_grad_norm_(parameters, c.clip or float("inf"))  # the same in all processes
             state.step += 1
             if torch.isfinite(norm):
                 optimizer.step()
                 update_ema(average.parameters(), flow.parameters(), c.ema, state.step)
                 state.skipped_in_a_row = 0
-                values = {"loss": loss.detach(), "grad_norm": norm, "nll": parts["nll"], "count": torch.ones(())}
-                values |= {"align": parts["align"]} if "align" in parts else {}
+                values |= {"grad_norm": norm, "count": torch.ones_like(norm)}
                 sums = {name: sums.get(name, 0) + value for name, value in values.items()}
             else:
                 state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
@@ -125,68 +149,54 @@ def train(config: RunConfig) -> RunResult:
                     f"the gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {state.step}; "
                     "the last checkpoint is untouched; a smaller train.lr or a flow.log_scale_bound may help"
                 )
-            if state.step % c.log_every == 0 and "count" in sums:
-                row = {name: float(value / sums["count"]) for name, value in sums.items() if name != "count"}
-                row["nats_per_dim"] = row["nll"] + LOG_2PI / 2
-                seconds = state.seconds - last_seconds
-                row["images_per_second"] = (state.step - last_log) * c.batch_size / max(seconds, 1e-9)
-                lr = optimizer.param_groups[0]["lr"]
-                log.write(state.step, seconds=state.seconds, lr=lr, skipped=state.skipped, **row)
+            if state.step % c.log_every == 0 and sums:
+                means = fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="mean")
+                row = {name: float(mean / sums["count"]) for name, mean in zip(sums, means, strict=True) if name != "count"}
+                row |= {"nats_per_dim": row["nll"] + LOG_2PI / 2, "lr": optimizer.param_groups[0]["lr"]}
+                seconds = max(state.seconds - last_seconds, 1e-9)
+                row["images_per_second"] = (state.step - last_log) * c.batch_size / seconds
+                if config.alignment.strategy == "none":
+                    del row["align"]
+                if log is not None:
+                    log.write(state.step, seconds=state.seconds, skipped=state.skipped, **row)
                 bar.update(state.step, _status(row))
                 sums, last_log, last_seconds = {}, state.step, state.seconds
-            if state.step % c.eval_every == 0 or state.step == c.steps:
-                log.write(state.step, seconds=state.seconds, **_evaluate(average, data, c.eval_images))
-            if state.step % c.sample_every == 0 or state.step == c.steps:
+            if log is not None and (state.step % c.eval_every == 0 or state.step == c.steps):
+                measured = _evaluate(average, data, c.eval_images)
+                state.held_out_nats_per_dim, state.measured_at = measured["held_out_nats_per_dim"], state.step
+                log.write(state.step, seconds=state.seconds, **measured)
+            if writes and (state.step % c.sample_every == 0 or state.step == c.steps):
                 grid = class_grid(average, per_class=8, seed=c.seed)
                 save_grid(grid, run / "samples" / f"step_{state.step:08d}.png", columns=8)
-            ending = interrupted() or state.step == stop
-            if state.step % c.checkpoint_every == 0 or ending:
+            ending = any_says(fabric, interrupted()) or state.step == stop
+            if writes and (state.step % c.checkpoint_every == 0 or ending):
                 checkpoint.save(run, state, average, trained, optimizer.optimizer, c.keep)
             if ending:
                 break
-    log.close()
-    return RunResult(run, average, data, state, interrupted=state.step < c.steps)
+    if log is not None:
+        log.close()
+    fabric.barrier()
+    return state
 
 
-def describe(config: RunConfig, flow: TarFlow, data: ImageSet) -> str:
+def describe(config: RunConfig, flow: TarFlow, data: ImageSet, processes: int = 1) -> str:
     """What is about to be trained, in a few lines."""
-    a, f = config.alignment, flow.config
+    a, f, c = config.alignment, flow.config, config.train
     depth = f.layers if isinstance(f.layers, int) else "+".join(map(str, f.layers))
     sees = "" if f.autoencoder is None else f", latents {flow.data_shape} of {f.autoencoder}"
     millions = sum(p.numel() for p in flow.parameters()) / 1e6
     where = ", ".join(f"block {t} layer {layer}" for t, layer in a.at)
     aligned = f"{a.strategy} ({a.gradient}) at {where}, weight {a.weight}, with {a.encoder}"
     noise = f"gaussian {f.noise_std}" if f.noise == "gaussian" else "uniform"
+    pieces = [f"{processes} processes"] * (processes > 1) + [f"{c.accumulate} pieces"] * (c.accumulate > 1)
     return (
         f"data      {data.name}: {len(data.train)} images for training, {len(data.held_out)} held out, "
         f"{data.image_size}x{data.image_size}x{data.channels}, {len(data.classes)} classes\n"
         f"flow      {f.blocks} blocks x {depth} layers x width {f.width}, {flow.token_shape[0]} tokens, "
         f"{millions:.2f}M parameters, noise {noise}{sees}\n"
         f"alignment {'none' if a.strategy == 'none' else aligned}"
+        + (f"\nbatch     {c.batch_size} images, shared by {' of '.join(pieces)}" if pieces else "")
     )
-
-
-def _open_run(config: RunConfig) -> Path | None:
-    """Make the run's folder and write its configuration, or find the checkpoint to resume from."""
-    run, file = config.folder, config.folder / "config.yaml"
-    found = checkpoint.newest(run)
-    if not config.train.resume:
-        if found is not None:
-            raise InputError(f"{run} holds a run already; allowed: --train.resume to go on, or another --run")
-        run.mkdir(parents=True, exist_ok=True)
-        file.write_text(config.to_yaml())
-        return None
-    if found is None:
-        raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
-    begun = RunConfig.from_yaml(file.read_text())  # with today's defaults for options that came later
-    before, now = (flat(yaml.safe_load(c.to_yaml())) for c in (begun, config))
-    free = {"run", "data.workers", "data.path", "train.resume", "train.until", "train.keep", "train.accelerator"}
-    free |= {"train.compile", "train.caches", "train.cache_latents"}
-    free |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")} | {"train.eval_images"}
-    for name in now:
-        if name not in free and before.get(name) != now[name]:
-            raise InputError(f"{name} was {before.get(name)} when {run} began and is {now[name]}; allowed: the same")
-    return found
 
 
 def _evaluate(flow: TarFlow, data: ImageSet, images: int) -> dict[str, float]:

@@ -1,0 +1,296 @@
+"""Tar files in WebDataset's layout, read at random: an index says where in which tar each image begins."""
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from functools import lru_cache
+from glob import escape, glob
+from itertools import product
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowback.data.images import IMAGE_SUFFIXES
+from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index
+from flowback.errors import InputError
+
+TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
+HELD_OUT = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])")
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+MAX_CLASSES = 1_000_000
+OPEN_SHARDS = 128  # each holds a file descriptor, of which a process often has 1024
+END = bytes(512)  # an empty block, which ends a tar
+
+
+class ShardSource(Source):
+    """The samples of tar files, in the order of the tars' paths.
+
+    Shards are usually streamed, but then what a step sees depends on the number of readers and on where a run was resumed;
+    here it is a function of (seed, step), so every image is read by its place, which an index gives that is built once
+    for each shard and kept in the cache folder.
+
+    Files with the same key (the path up to the first dot of its last part) are one sample: an image by its extension, and
+    a class number in `.cls` (text) or `.json` ("label", or else "cls"). Where no sample has a number, the folder part of
+    the key is the class. `classes.json` (a list) or `classes.txt` (one a line) beside the tars names and orders the classes.
+
+    Tars with the word `train` in their names are for training, those with `val` or `validation` held out, and others left
+    aside; if none has `train`, all count and none is held out.
+
+    Args:
+        path: a folder of .tar files, or a pattern of them with `*`, `?`, `[…]`, `{a,b}` or `{000..146}`.
+        report: called with the number of shards whose index is known, and of all.
+
+    Raises:
+        InputError: if there are no such files, or one is not a whole tar of labelled images.
+    """
+
+    def __init__(self, path: str, report: Report | None = None) -> None:
+        train, held_out = find_shards(path)
+        self.shards = [*train, *held_out]
+        indices = in_threads(_index, self.shards, report)
+        counts = np.array([len(index["sizes"]) for index in indices])
+        if not counts[: len(train)].any():
+            raise InputError(f"data.path {path} has no sample for training; allowed are shards of labelled images")
+        self.stamps = [tuple(index["stamp"].tolist()) for index in indices]
+        self.members = Texts.joined([index["names"] for index in indices])
+        self.offsets, self.sizes = (np.concatenate([index[name] for index in indices]) for name in ("offsets", "sizes"))
+        self.shard_of = np.arange(len(counts)).repeat(counts)
+        self.held_out = torch.from_numpy(self.shard_of >= len(train))
+        given = _class_names(self.shards[0].parent)
+        by_number = any((index["numbers"] >= 0).any() for index in indices)
+        self.labels, self.classes = (self._numbered if by_number else self._in_folders)(indices, given)
+        if len(self.classes) < 2:
+            raise InputError(f"data.path {path} has {len(self.classes)} class; allowed is at least 2")
+        alone = (self.labels.bincount() == 1).nonzero()
+        if len(alone) and not self.held_out.any():
+            raise InputError(f"class {self.classes[int(alone[0])]} of {path} has 1 image; allowed is at least 2")
+
+    def _numbered(self, indices: list[dict[str, Any]], given: list[str] | None) -> tuple[Tensor, list[str]]:
+        """Labels and classes where samples carry numbers."""
+        labels = torch.from_numpy(np.concatenate([index["numbers"] for index in indices]))
+        classes = given or [str(k) for k in range(int(labels[~self.held_out].max()) + 1)]
+        for i in ((labels < 0) | (labels >= len(classes))).nonzero()[:1, 0].tolist():
+            if labels[i] < 0:
+                raise InputError(f"image {self.where(i)} has no class number; allowed is .cls or .json, as others have it")
+            raise InputError(f"image {self.where(i)} has class number {labels[i]}; allowed is at most {len(classes) - 1}")
+        return labels, classes
+
+    def _in_folders(self, indices: list[dict[str, Any]], given: list[str] | None) -> tuple[Tensor, list[str]]:
+        """Labels and classes where the folders in the tars are the classes."""
+        folders = [os.fsdecode(name) for index in indices for name in index["folders"]]
+        starts = np.cumsum([0, *(len(index["folders"]) for index in indices)])
+        folder_of = np.concatenate([index["folder_of"] + start for index, start in zip(indices, starts[:-1], strict=True)])
+        seen = np.unique(folder_of[~self.held_out.numpy()]).tolist()
+        classes = given or sorted({folders[k] for k in seen} - {""})
+        number = {name: k for k, name in enumerate(classes)}
+        labels = np.array([number.get(name, -1) for name in folders], np.int64)[folder_of]
+        for i in np.flatnonzero(labels < 0)[:1].tolist():
+            folder = folders[folder_of[i]]
+            if not folder:
+                raise InputError(f"image {self.where(i)} has no label; allowed: .cls, .json, or a folder in its name")
+            raise InputError(f"image {self.where(i)} is of class {folder}; allowed are the classes of the training images")
+        return torch.from_numpy(labels), classes
+
+    def read(self, index: int) -> bytes:
+        """The image's bytes, out of the middle of its tar."""
+        shard, size = self.shard_of[index], int(self.sizes[index])
+        try:
+            handle = _opened(self.shards[shard], self.stamps[shard])
+            data = os.pread(handle.descriptor, size, int(self.offsets[index]))
+        except OSError as error:
+            raise InputError(f"image {self.where(index)} cannot be read ({error.strerror})") from None
+        if len(data) < size:
+            raise InputError(f"image {self.where(index)} cannot be read (the tar ends within it)")
+        return data
+
+    def where(self, index: int) -> str:
+        """The image's name in its tar, and the tar's path."""
+        return f"{os.fsdecode(self.members[index])} of {self.shards[self.shard_of[index]]}"
+
+    def names(self, indices: Sequence[int]) -> list[bytes]:
+        """Names of tar and image, as in `train-000.tar/0001.jpg`."""
+        tars = [os.fsencode(shard.name) for shard in self.shards]
+        members = self.members.select(indices)
+        return [tars[k] + b"/" + member for k, member in zip(self.shard_of[indices], members, strict=True)]
+
+
+def find_shards(path: str) -> tuple[list[Path], list[Path]]:
+    """The tars for training, and those held out, by path.
+
+    Raises:
+        InputError: if there are none.
+    """
+    if os.path.isdir(path):
+        files = glob(os.path.join(escape(path), "*.tar"))
+        if not files:
+            raise InputError(
+                f"data.path {path} has no .tar files; allowed is a folder of shards, or a pattern of their paths"
+            )
+    else:
+        files = []
+        for pattern in expand_braces(path):
+            found = glob(pattern)
+            if not found:
+                raise InputError(f"data.path {path} names {pattern}, which does not exist; allowed are .tar files on disk")
+            files += found
+    shards = sorted({Path(file) for file in files})
+    train = [shard for shard in shards if TRAIN.search(shard.name.lower())]
+    if not train:
+        return shards, []
+    return train, [shard for shard in shards if shard not in train and HELD_OUT.search(shard.name.lower())]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """What a shell makes of `{a,b}` and `{000..146}`.
+
+    >>> expand_braces("{a,b}-{08..10}.tar")
+    ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
+    """
+    literal_or_inner = BRACES.split(pattern)
+    choices = [[text] if k % 2 == 0 else _choices(text) for k, text in enumerate(literal_or_inner)]
+    return ["".join(parts) for parts in product(*choices)]
+
+
+def _choices(inner: str) -> list[str]:
+    bounds = RANGE.fullmatch(inner)
+    if bounds is None:
+        return inner.split(",") if "," in inner else [f"{{{inner}}}"]
+    first, last = bounds.groups()
+    width = len(first) if first.startswith("0") else 0
+    return [f"{k:0{width}}" for k in range(int(first), int(last) + 1)]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The key of a file in a tar and its extension, in small letters; both empty for hidden files and those without a dot.
+
+    >>> split_name("./n01440764/n01440764_10026.seg.PNG")
+    ('n01440764/n01440764_10026', 'seg.png')
+    """
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")
+
+
+def _index(shard: Path) -> dict[str, Any]:
+    """Where things are in a tar, as an earlier start kept it or as it is found now; arrays by name:
+
+    stamp: size, bytes, and time, ns, of the tar. names, offsets, sizes: of the images in the tar, offsets and sizes in bytes.
+    numbers: the class numbers given, or -1. folders: the different folder parts of the keys; folder_of: which one each has.
+    """
+    try:
+        stamp = _stamp(os.stat(shard))
+        known = load_index("shards", str(shard))
+        if known is not None and tuple(known["stamp"].tolist()) == stamp:
+            return known
+        with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            members = [member for member in tar if member.isreg()]
+            stream.seek(tar.offset)
+            if stream.read(len(END)) != END:
+                raise tarfile.ReadError("it has no end mark where its last file ends")
+            index = _samples(shard, stream, members)
+    except (OSError, tarfile.TarError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"shard {shard} cannot be read ({reason}); allowed is a whole tar without compression") from None
+    index["stamp"] = np.array(stamp)
+    save_index("shards", str(shard), index)
+    return index
+
+
+def _samples(shard: Path, stream: BinaryIO, members: list[tarfile.TarInfo]) -> dict[str, Any]:
+    """The samples that a tar's files make up."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in members:
+        key, extension = split_name(member.name)
+        if key and samples.setdefault(key, {}).setdefault(extension, member) is not member:
+            raise InputError(f"shard {shard} has {member.name} twice; allowed is one file of a name")
+    images, numbers, folders = [], [], []
+    for key, files in samples.items():
+        found = [extension for extension in files if f".{extension}" in IMAGE_SUFFIXES]
+        if len(found) != 1:
+            has = f"images {' and '.join(found)}" if found else "no image"
+            raise InputError(f"sample {key} of {shard} has {has}; allowed is one, of {' '.join(sorted(IMAGE_SUFFIXES))}")
+        images.append(files[found[0]])
+        numbers.append(_class_number(stream, files, f"sample {key} of {shard}"))
+        folders.append(os.fsencode(key.rpartition("/")[0]))
+    different = sorted(set(folders))
+    place = {folder: k for k, folder in enumerate(different)}
+    return {
+        "names": Texts.of([os.fsencode(image.name) for image in images]),
+        "offsets": np.array([image.offset_data for image in images], np.int64),
+        "sizes": np.array([image.size for image in images], np.int64),
+        "numbers": np.array(numbers, np.int64),
+        "folders": Texts.of(different),
+        "folder_of": np.array([place[folder] for folder in folders], np.int64),
+    }
+
+
+def _class_number(stream: BinaryIO, files: dict[str, tarfile.TarInfo], sample: str) -> int:
+    """The class number in .cls or .json, -1 where there is none."""
+    extension = "cls" if "cls" in files else "json"
+    if extension not in files:
+        return -1
+    content = os.pread(stream.fileno(), files[extension].size, files[extension].offset_data)
+    try:
+        value = int(content) if extension == "cls" else json.loads(content)
+    except ValueError:
+        kind = "a whole number" if extension == "cls" else "JSON"
+        raise InputError(f"{sample} has {content[:20]!r} in .{extension}; allowed is {kind}") from None
+    if extension == "json":
+        value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
+        if value is None:
+            return -1
+    if type(value) is not int or not 0 <= value < MAX_CLASSES:
+        raise InputError(
+            f"{sample} has class {value!r} in .{extension}; allowed is a whole number from 0 to {MAX_CLASSES - 1}"
+        )
+    return value
+
+
+def _class_names(folder: Path) -> list[str] | None:
+    """The names in classes.json or classes.txt, if there is one."""
+    for file in (folder / "classes.json", folder / "classes.txt"):
+        if file.is_file():
+            try:
+                text = file.read_text("utf-8")
+                names = json.loads(text) if file.suffix == ".json" else text.split("\n")
+            except (OSError, ValueError) as error:
+                raise InputError(f"{file} cannot be read ({error})") from None
+            if file.suffix == ".txt":
+                names = [name.strip() for name in names if name.strip()]
+            if (
+                not isinstance(names, list)
+                or not all(isinstance(name, str) for name in names)
+                or len(set(names)) < len(names)
+            ):
+                raise InputError(f"{file} is no list of classes; allowed are their names in order, each once")
+            return names
+    return None
+
+
+class _Handle:
+    """A tar open for reading. `pread` moves no position, so processes may share it after a fork; a spawned one opens its own."""
+
+    def __init__(self, shard: Path) -> None:
+        self.descriptor = os.open(shard, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _opened(shard: Path, stamp: tuple[int, int]) -> _Handle:
+    handle = _Handle(shard)
+    if _stamp(os.fstat(handle.descriptor)) != stamp:
+        raise InputError(f"shard {shard} has changed since this run began; allowed is to leave it, and to start again")
+    return handle
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns

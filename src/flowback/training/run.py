@@ -1,0 +1,76 @@
+"""The folder of a run: opened by one process at a time, begun once, resumed as what it was."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from flowback.errors import InputError
+from flowback.training import checkpoint
+from flowback.training.config import RunConfig, flat
+from flowback.training.log import console
+
+# what may change when a run goes on
+FREE = {"run", "data.workers", "data.path", "data.unreadable"}
+FREE |= {f"train.{name}" for name in ("resume", "until", "keep", "accelerator", "devices", "nodes", "accumulate")}
+FREE |= {f"train.{name}" for name in ("compile", "checkpoint_activations", "caches", "cache_latents", "eval_images")}
+FREE |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")}
+
+
+@contextmanager
+def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Iterator[Path | None]:
+    """Begin a run's folder, or find the newest whole checkpoint to resume from; nobody else can train in it meanwhile.
+
+    Args:
+        config: of the run.
+        classes: names of the classes, for those who sample later.
+        first: whether this is the process that writes; the others are told what it found.
+
+    Raises:
+        InputError: if the folder holds another run or none, or another process trains in it.
+    """
+    if not first:
+        yield None
+        return
+    run = config.folder
+    found = checkpoint.newest(run)
+    if found is not None and not config.train.resume:
+        raise InputError(f"{run} holds a run already; allowed: --train.resume to go on, or another --run")
+    if found is None and config.train.resume:
+        raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except OSError:
+            raise InputError(f"another process trains in {run}; allowed is one at a time, or another --run") from None
+        if config.train.resume:
+            _refuse_other(config)
+            yield _newest_whole(run)
+            return
+        (run / "config.yaml").write_text(config.to_yaml())
+        (run / "classes.json").write_text(json.dumps(classes) + "\n")
+        yield None
+
+
+def _refuse_other(config: RunConfig) -> None:
+    begun = RunConfig.from_yaml((config.folder / "config.yaml").read_text())  # options that came later have their defaults
+    before, now = (flat(yaml.safe_load(c.to_yaml())) for c in (begun, config))
+    for name in now:
+        if name not in FREE and before.get(name) != now[name]:
+            raise InputError(
+                f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; allowed: the same"
+            )
+
+
+def _newest_whole(run: Path) -> Path:
+    """The newest checkpoint that is what was written; damaged ones are named and passed over."""
+    for folder in checkpoint.all_of(run):
+        problem = checkpoint.damage(folder)
+        if problem is None:
+            return folder
+        console.print(f"passed over: {problem}", highlight=False, soft_wrap=True, markup=False)
+    raise InputError(f"{run} has no whole checkpoint to resume from; allowed is another --run")
