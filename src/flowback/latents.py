@@ -8,7 +8,7 @@ the flow and travel in its checkpoint: an autoencoder that is not the one it was
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,13 +119,13 @@ def _load(name: str) -> tuple[Any, str]:
     folder = _folder(name)
     _config(folder)
     try:
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError:
         raise InputError("latents need the package diffusers; allowed is an installation with flowback[latent]") from None
     options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
         with only_errors("diffusers"):
-            model, loaded = AutoencoderKL.from_pretrained(folder, **options)
+            model, loaded = cast(Any, AutoencoderKL.from_pretrained(folder, **options))
     except Exception as error:  # its loader raises many kinds
         raise InputError(f"the autoencoder in {folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from None
     wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"]]  # of which it only warns

@@ -73,7 +73,9 @@ def train(config: RunConfig) -> RunResult:
     flow = build_flow(config.flow, data)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow)
     objective: nn.Module = alignment or Likelihood(flow)
-    trained: dict[str, nn.Module] = {"flow": flow} | ({} if alignment is None else {"projector": alignment.projector})
+    trained: dict[str, nn.Module] = {"flow": flow}
+    if alignment is not None:
+        trained["projector"] = alignment.projector
     # nothing is written before everything that was asked for exists
     with open_run(config, data.classes, first=is_first()) as found:
         fabric = launch(c)

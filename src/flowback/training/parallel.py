@@ -61,7 +61,7 @@ def launch(config: TrainConfig) -> Any:
         InputError: if the accelerator or so many devices are not there.
     """
     from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     devices, nodes = world(config)
     if "LOCAL_RANK" in os.environ:  # another process started this one
