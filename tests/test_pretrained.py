@@ -125,7 +125,8 @@ def test_hub_id_is_downloaded(folder, flow, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     loaded = TarFlow.from_pretrained("someone/some-flow")
-    files = ["autoencoder/*", "classification.json", "config.json", "decoding.json", "model.safetensors"]
+    files = ["autoencoder/*", "classes.json", "classification.json", "config.json", "decoding.json"]
+    files.append("model.safetensors")
     assert asked == [("someone/some-flow", files)]
     assert torch.equal(loaded.encode(images(flow))[0], flow.encode(images(flow))[0])
 

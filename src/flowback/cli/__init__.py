@@ -7,7 +7,7 @@ from dataclasses import fields
 from jsonargparse import Namespace
 
 from flowback import __version__
-from flowback.cli import editing, importing, measuring, sampling, training
+from flowback.cli import editing, importing, measuring, publishing, sampling, training
 from flowback.cli.common import Parser, fail
 from flowback.errors import InputError
 from flowback.training import AlignmentConfig, TrainConfig
@@ -59,7 +59,7 @@ def build_parser() -> tuple[Parser, dict[str, tuple[Parser, Callable[[Namespace]
         commands[name] = (command, run)
         return command
 
-    for module in (training, sampling, editing, measuring, importing):
+    for module in (training, sampling, editing, measuring, importing, publishing):
         module.add(verb)
     return parser, commands
 

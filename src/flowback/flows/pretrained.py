@@ -12,7 +12,7 @@ from flowback.errors import InputError
 from flowback.flows.calibration import FILE as CALIBRATION
 
 STANDARDS = "classification.json"
-FILES = ("config.json", "model.safetensors", CALIBRATION, STANDARDS, "autoencoder/*")
+FILES = ("config.json", "model.safetensors", CALIBRATION, STANDARDS, "classes.json", "autoencoder/*")
 
 if TYPE_CHECKING:
     from flowback.flows.tarflow import TarFlow
