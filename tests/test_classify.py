@@ -13,6 +13,7 @@ from flowback.classify import (
     Standards,
     calibration_error,
     classify,
+    classify_by_all,
     default_rule,
     exact,
     fit_temperature,
@@ -85,6 +86,16 @@ def test_a_shortlist_of_all_classes_is_exact():
     assert torch.allclose(
         classify(flow, x, "shortlist_99", standards=standards(flow)), classify(flow, x, "exact"), atol=1e-9
     )
+
+
+def test_several_rules_at_once_have_the_scores_of_each():
+    flow = random_flow()
+    x, known = images(flow, 7), standards(flow)
+    for rules in (["shortlist_2", "exact", "z_score", "logit_steps", "single_gradient", "shortlist_9"], ["shortlist_2"]):
+        found = classify_by_all(flow, x, rules, known, draws=2, seed=3)
+        assert list(found) == rules
+        for rule, scores in found.items():
+            assert torch.allclose(scores, classify(flow, x, rule, draws=2, seed=3, standards=known), atol=1e-9), rule
 
 
 @pytest.mark.parametrize("rule", RULES)

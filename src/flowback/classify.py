@@ -49,6 +49,11 @@ class Standards:
     images: int
     temperatures: dict[str, float] = field(default_factory=dict)
 
+    def standardised(self, gradient: Tensor) -> Tensor:
+        """Gradients `[B, K]` with every class' own mean and deviation taken out."""
+        mean, std = (torch.as_tensor(values).to(gradient) for values in (self.mean, self.std))
+        return (gradient - mean) / std
+
     def save(self, folder: Path) -> None:
         """Write `classification.json`."""
         (folder / STANDARDS).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
@@ -88,8 +93,7 @@ def z_score(flow: TarFlow, noisy: Sequence[Tensor], standards: Standards | None)
     """`single_gradient`, standardised class by class."""
     if standards is None:
         raise InputError("z_score needs standards of unlabelled images (flowback.classify.standardise); there are none")
-    mean, std = (torch.as_tensor(values).to(noisy[0]) for values in (standards.mean, standards.std))
-    return (single_gradient(flow, noisy) - mean) / std
+    return standards.standardised(single_gradient(flow, noisy))
 
 
 def logit_steps(flow: TarFlow, noisy: Sequence[Tensor], standards: Standards | None = None) -> Tensor:
@@ -107,9 +111,14 @@ def shortlist(m: int) -> Score:
         chosen = z_score(flow, noisy, standards).topk(m, dim=1).indices
         with torch.no_grad():
             log_probs = torch.stack([class_log_probs(flow, x, chosen) for x in noisy]).mean(0)
-        return log_probs.new_full((len(chosen), flow.num_classes), -torch.inf).scatter(1, chosen, log_probs)
+        return _only(chosen, log_probs, flow.num_classes)
 
     return score
+
+
+def _only(chosen: Tensor, scores: Tensor, classes: int) -> Tensor:
+    """Scores of the `chosen` classes `[B, m]`, and minus infinity for all others, `[B, classes]`."""
+    return scores.new_full((len(chosen), classes), -torch.inf).scatter(1, chosen, scores)
 
 
 @torch.no_grad()
@@ -196,6 +205,24 @@ def classify(
     generator = torch.Generator().manual_seed(seed)
     noisy = [flow.perturb(x, generator).split(max(1, batch_size // rows)) for _ in range(draws)]
     return torch.cat([score(flow, parts, standards) for parts in zip(*noisy, strict=True)])
+
+
+def classify_by_all(
+    flow: TarFlow, x: Tensor, rules: Sequence[str], standards: Standards, draws: int = 1, seed: int = 0
+) -> dict[str, Tensor]:
+    """`classify` by several rules: rule -> scores `[B, K]`. The gradient and the K likelihoods are computed once for all."""
+    options = {"draws": draws, "seed": seed, "standards": standards}
+    gradient = classify(flow, x, "single_gradient", **options)
+    scores = {"single_gradient": gradient, "z_score": standards.standardised(gradient)}
+    if "exact" in rules:
+        scores["exact"] = classify(flow, x, "exact", **options)
+    for rule in rules:
+        if rule.startswith("shortlist_") and "exact" in scores:
+            chosen = scores["z_score"].topk(rule_named(rule, flow.num_classes)[2], dim=1).indices
+            scores[rule] = _only(chosen, scores["exact"].gather(1, chosen), flow.num_classes)
+        elif rule not in scores:
+            scores[rule] = classify(flow, x, rule, **options)
+    return {rule: scores[rule] for rule in rules}
 
 
 def standardise(flow: TarFlow, x: Tensor, batch_size: int = 256, seed: int = 1) -> Standards:

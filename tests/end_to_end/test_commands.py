@@ -145,7 +145,7 @@ def test_evaluate_prints_and_writes_the_figures(run, capsys):
 
 
 VERBS = ["quickstart", "train", "sample", "calibrate", "classify", "evaluate", "compare"]
-VERBS += ["encode", "decode", "interpolate", "swap", "inpaint"]
+VERBS += ["encode", "decode", "interpolate", "swap", "inpaint", "cache", "import-tarflow", "export"]
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

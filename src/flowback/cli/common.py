@@ -14,6 +14,7 @@ from flowback.classify import classify
 from flowback.data import load_image
 from flowback.errors import InputError
 from flowback.flows import TarFlow
+from flowback.flows.pretrained import pretrained_folder
 from flowback.training.checkpoint import load_flow
 from flowback.training.log import console
 from flowback.units import from_levels
@@ -94,8 +95,8 @@ def checked_output(options: Namespace, *suffixes: str) -> Path:
 
 
 def class_names(run: str, flow: TarFlow) -> list[str]:
-    """The class names that training left in the run's folder, or else the numbers."""
-    file = Path(run) / "classes.json"
+    """The class names that training left in the run's folder, or that lie with a flow of the hub; or else the numbers."""
+    file = pretrained_folder(run) / "classes.json"
     names = json.loads(file.read_text()) if file.is_file() else None
     return names if names and len(names) == flow.num_classes else [str(k) for k in range(flow.num_classes)]
 
