@@ -1,9 +1,9 @@
 """Comparisons of runs: what differs, who passes whom, what must not be put side by side; and probes, and the IW bound."""
 
 import json
-import shutil
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest

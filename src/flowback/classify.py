@@ -210,7 +210,7 @@ def classify(
 def classify_by_all(
     flow: TarFlow, x: Tensor, rules: Sequence[str], standards: Standards, draws: int = 1, seed: int = 0
 ) -> dict[str, Tensor]:
-    """`classify` by several rules: rule -> scores `[B, K]`. The gradient and the K likelihoods are computed once for all."""
+    """`classify` by several rules: rule -> scores `[B, K]`. The gradient and the likelihoods are computed once for all."""
     options = {"draws": draws, "seed": seed, "standards": standards}
     gradient = classify(flow, x, "single_gradient", **options)
     scores = {"single_gradient": gradient, "z_score": standards.standardised(gradient)}

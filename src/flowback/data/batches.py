@@ -12,7 +12,6 @@ from flowback.data.datasets import Split
 from flowback.errors import InputError
 from flowback.seeds import keyed_generator
 
-
 TRIES = 100  # images that are tried in the place of one
 
 
@@ -108,7 +107,7 @@ class Reader(Dataset[Raw | InputError]):
         for number in range(index, index + min(TRIES, len(self.split))):
             try:
                 return number % len(self.split), self.split[[number % len(self.split)]][0][0], sentences
-            except InputError as error:
+            except InputError as error:  # noqa: PERF203
                 sentences.append(str(error))
         raise InputError(sentences[0])
 

@@ -98,7 +98,7 @@ def load_data(config: DataConfig, report: Report | None = None) -> ImageSet:
 
     Args:
         config: the data set.
-        report: called, while a tree is scanned or shards are indexed, with the number of folders or shards done, and of all.
+        report: called with the number of folders scanned or shards indexed, and of all, while that goes on.
 
     Raises:
         InputError: if the data is not there or not usable.

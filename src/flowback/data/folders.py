@@ -135,9 +135,7 @@ def _units(base: bytes) -> tuple[list[tuple[bytes, int]], list[bytes]]:
         return [(b"", modified), *zip(PAIR, times, strict=True)], pairs
     if any(inner) or set(units) <= {*PAIR, b"test"}:
         bare = os.path.join(base, PAIR[bool(inner[0])])
-        raise InputError(
-            f"data.path {os.fsdecode(bare)} has no class folders; allowed are train and val with the same ones"
-        )
+        raise InputError(f"data.path {os.fsdecode(bare)} has no class folders; allowed are the same in train and val")
     return [(b"", modified)], units
 
 

@@ -37,7 +37,7 @@ class ShardSource(Source):
 
     Files with the same key (the path up to the first dot of its last part) are one sample: an image by its extension, and
     a class number in `.cls` (text) or `.json` ("label", or else "cls"). Where no sample has a number, the folder part of
-    the key is the class. `classes.json` (a list) or `classes.txt` (one a line) beside the tars names and orders the classes.
+    the key is the class. `classes.json` (a list) or `classes.txt` (one a line) beside the tars names the classes in order.
 
     Tars with the word `train` in their names are for training, those with `val` or `validation` held out, and others left
     aside; if none has `train`, all count and none is held out.
@@ -178,10 +178,11 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def _index(shard: Path) -> dict[str, Any]:
-    """Where things are in a tar, as an earlier start kept it or as it is found now; arrays by name:
+    """The index of a tar, as an earlier start kept it or as it is found now.
 
-    stamp: size, bytes, and time, ns, of the tar. names, offsets, sizes: of the images in the tar, offsets and sizes in bytes.
-    numbers: the class numbers given, or -1. folders: the different folder parts of the keys; folder_of: which one each has.
+    Returns:
+        stamp: size of the tar, bytes, and its time, ns. names, offsets, sizes: of the images in it, bytes. numbers:
+        of their classes, -1 for none. folders: the different folder parts of their keys; folder_of: which of them each has.
     """
     try:
         stamp = _stamp(os.stat(shard))
@@ -246,9 +247,7 @@ def _class_number(stream: BinaryIO, files: dict[str, tarfile.TarInfo], sample: s
         if value is None:
             return -1
     if type(value) is not int or not 0 <= value < MAX_CLASSES:
-        raise InputError(
-            f"{sample} has class {value!r} in .{extension}; allowed is a whole number from 0 to {MAX_CLASSES - 1}"
-        )
+        raise InputError(f"{sample} has class {value!r} in .{extension}; allowed is 0 to {MAX_CLASSES - 1}")
     return value
 
 
@@ -263,18 +262,15 @@ def _class_names(folder: Path) -> list[str] | None:
                 raise InputError(f"{file} cannot be read ({error})") from None
             if file.suffix == ".txt":
                 names = [name.strip() for name in names if name.strip()]
-            if (
-                not isinstance(names, list)
-                or not all(isinstance(name, str) for name in names)
-                or len(set(names)) < len(names)
-            ):
+            strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            if not strings or len(set(names)) < len(names):
                 raise InputError(f"{file} is no list of classes; allowed are their names in order, each once")
             return names
     return None
 
 
 class _Handle:
-    """A tar open for reading. `pread` moves no position, so processes may share it after a fork; a spawned one opens its own."""
+    """A tar open for reading. `pread` moves no position, so a forked process may share it; a spawned one opens its own."""
 
     def __init__(self, shard: Path) -> None:
         self.descriptor = os.open(shard, os.O_RDONLY)

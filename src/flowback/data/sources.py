@@ -4,7 +4,7 @@ import hashlib
 import os
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +24,8 @@ OFFSETS = "_offsets"  # of a text, in an index file
 CONTENT_BYTES = 32 * 2**20  # a split of at most this size is known by its contents, a larger one by names and sizes
 
 Report = Callable[[int, int], None]  # how many folders or shards of how many are known by now
-In, Out = TypeVar("In"), TypeVar("Out")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 class Texts:
@@ -51,6 +52,9 @@ class Texts:
 
     def __getitem__(self, index: int) -> bytes:
         return self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.select(range(len(self))))
 
     def select(self, indices: Iterable[int]) -> list[bytes]:
         """Many items at once."""
