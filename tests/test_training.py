@@ -313,15 +313,37 @@ def test_text_that_is_no_config_is_refused(text):
         RunConfig.from_yaml(text)
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
-def test_recipes_are_valid(name):
-    text = (Path(__file__).parents[1] / "configs" / f"{name}.yaml").read_text()
-    values = yaml.safe_load(text)
-    flow, at = FlowConfig(**values["flow"]), AlignmentConfig(**values["alignment"]).at
-    TarFlow(image_size=28 if name == "fashion_mnist" else 8, **{k: v for k, v in vars(flow).items() if v is not None})
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SIDES = {"digits": 8, "fashion_mnist": 28}
+PUBLISHED = {"channels": 4, "downsample": 8, "scale": 0.18215, "shift": 0.0, "weights": "unknown"}  # of sd-vae-ft-ema
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_are_valid(file):
+    values = yaml.safe_load(file.read_text())
+    data, flow = DataConfig(**values["data"]), FlowConfig(**values["flow"])
+    options = {name: value for name, value in vars(flow).items() if value is not None}
+    options |= {} if flow.autoencoder is None else {f"latent_{name}": value for name, value in PUBLISHED.items()}
+    options |= {
+        "image_size": data.image_size or SIDES[data.name],
+        "num_classes": 10,
+        "log_scale_bound": flow.log_scale_bound,
+    }
+    with torch.device("meta"):
+        built = TarFlow(**options)
     TrainConfig(**values["train"])
-    assert max(t for t, _ in at) <= flow.blocks
-    assert max(layer for _, layer in at) <= flow.layers
+    alignment = AlignmentConfig(**values.get("alignment", {}))
+    assert built.check_pairs(alignment.at) == [tuple(pair) for pair in alignment.at]
+
+
+def test_the_imagenet_recipes_have_the_papers_shapes():
+    shapes = {}
+    for file in (file for file in RECIPES if file.stem.startswith("imagenet")):
+        values = yaml.safe_load(file.read_text())
+        f, side = values["flow"], values["data"]["image_size"] // (8 if "autoencoder" in values["flow"] else 1)
+        assert (f["width"], f["blocks"], f["layers"], f["head_dim"]) == (1024, 8, 8, 64)
+        shapes[file.stem] = ((side // f["patch_size"]) ** 2, f["noise_std"])
+    assert shapes == {"imagenet64": (256, 0.05), "imagenet256": (256, 0.2), "imagenet256_patch1": (1024, 0.2)}
 
 
 def test_metrics_columns_are_those_that_are_written(whole):
