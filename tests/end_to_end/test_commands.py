@@ -214,7 +214,7 @@ def test_encoder_that_cannot_be_reached_is_one_sentence(tmp_path, capsys, monkey
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
     arguments = ["train", f"--run={tmp_path / 'new'}", "--alignment.strategy=reverse", "--alignment.at=[[1,1]]"]
     line = refuse([*arguments, "--alignment.encoder=vit_tiny_patch16_224"], capsys)
-    assert "with weights from the hub (the network is unreachable)" in line
+    assert "with weights from the hub (the network is unreachable" in line
     assert not (tmp_path / "new").exists()
 
 
