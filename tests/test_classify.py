@@ -16,7 +16,7 @@ from flowback.classify import (
     classify_by_all,
     default_rule,
     exact,
-    fit_temperature,
+    fit_calibration,
     logit_steps,
     rule_named,
     shortlist,
@@ -86,6 +86,23 @@ def test_a_shortlist_of_all_classes_is_exact():
     assert torch.allclose(
         classify(flow, x, "shortlist_99", standards=standards(flow)), classify(flow, x, "exact"), atol=1e-9
     )
+
+
+def test_classes_left_out_share_the_chance_that_the_right_one_is_among_them():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (4000,), generator=generator)
+    scores = torch.randn(4000, 10, generator=generator) + 1.5 * torch.nn.functional.one_hot(y, 10)
+    listed = torch.full_like(scores, -torch.inf).scatter(1, scores.topk(3).indices, scores.topk(3).values)
+    known = Standards([0.0] * 10, [1.0] * 10, 9)
+    known.calibrate("shortlist_3", listed[:2000], y[:2000])
+    found = known.probabilities("shortlist_3", listed[2000:])
+    assert torch.allclose(found.sum(dim=1), torch.ones(2000), atol=1e-6)
+    assert found.min() > 0
+    inside = listed[2000:].gather(1, y[2000:, None]).isfinite().float().mean()
+    assert torch.allclose(torch.where(listed[2000:].isfinite(), found, 0).sum(dim=1).mean(), inside, atol=0.03)
+    bare = (listed[2000:] / known.temperatures["shortlist_3"]).softmax(dim=1)
+    assert calibration_error(found, y[2000:]) < 0.04
+    assert calibration_error(bare, y[2000:]) > 0.1
 
 
 def test_several_rules_at_once_have_the_scores_of_each():
@@ -217,14 +234,14 @@ def test_the_temperature_of_scaled_scores_is_the_scale(scale, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(4000, 5, generator=generator, dtype=torch.float64)
     y = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
-    assert fit_temperature(scale * logits, y) == pytest.approx(scale, rel=0.15)
+    assert fit_calibration(scale * logits, y)[0] == pytest.approx(scale, rel=0.15)
 
 
-def test_the_temperature_passes_over_labels_without_a_score():
+def test_labels_without_a_score_are_calibrated_too():
     scores = torch.tensor([[1.0, 0.0, -torch.inf], [0.0, 1.5, -torch.inf], [0.3, -torch.inf, 0.1], [0.0, 2.0, -torch.inf]])
     y = torch.tensor([0, 1, 1, 0])
-    assert math.isfinite(fit_temperature(scores, y))
-    assert fit_temperature(scores[2:3], y[2:3]) == 1.0
+    assert all(math.isfinite(number) for number in fit_calibration(scores, y))
+    assert fit_calibration(torch.full((2, 3), -torch.inf), y[:2]) == (1.0, 0.0)
 
 
 def test_calibration_error_by_hand():

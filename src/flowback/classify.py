@@ -42,12 +42,22 @@ class Standards:
         std: its deviation.
         images: how many were used.
         temperatures: rule -> temperature by which its scores are divided before the softmax, fitted on labelled images.
+        gaps: rule -> how far the classes that it leaves out lie below the last that it scores (`filled`).
     """
 
     mean: list[float]
     std: list[float]
     images: int
     temperatures: dict[str, float] = field(default_factory=dict)
+    gaps: dict[str, float] = field(default_factory=dict)
+
+    def calibrate(self, rule: str, scores: Tensor, y: Tensor) -> None:
+        """Learn from a rule's scores `[B, K]` of images with labels `y [B]` what `probabilities` needs."""
+        self.temperatures[rule], self.gaps[rule] = fit_calibration(scores, y)
+
+    def probabilities(self, rule: str, scores: Tensor) -> Tensor:
+        """A rule's scores `[B, K]` as calibrated probabilities `[B, K]`, of the classes that it leaves out too."""
+        return filled(scores, self.temperatures[rule], self.gaps.get(rule, torch.inf)).softmax(dim=1)
 
     def standardised(self, gradient: Tensor) -> Tensor:
         """Gradients `[B, K]` with every class' own mean and deviation taken out."""
@@ -74,7 +84,8 @@ class Standards:
             standards = cls(**content)
             if len(standards.mean) != classes or len(standards.std) != classes:
                 raise ValueError(f"{len(standards.mean)} classes, not {classes}")
-            torch.tensor([*standards.mean, *standards.std, *standards.temperatures.values()], dtype=torch.float64)
+            numbers = [*standards.mean, *standards.std, *standards.temperatures.values(), *standards.gaps.values()]
+            torch.tensor(numbers, dtype=torch.float64)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{file} cannot be used ({error}); it can be deleted and made anew by evaluate") from None
         return standards
@@ -238,27 +249,38 @@ def standardise(flow: TarFlow, x: Tensor, batch_size: int = 256, seed: int = 1) 
     return Standards(scores.mean(dim=0).tolist(), std.tolist(), len(x))
 
 
-def fit_temperature(scores: Tensor, y: Tensor) -> float:
-    """The temperature T that makes `softmax(scores / T)` likeliest for labels `y [B]` (Guo et al., arXiv 1706.04599).
+def filled(scores: Tensor, temperature: Tensor | float, gap: Tensor | float) -> Tensor:
+    """Logits `[B, K]`: scores over the temperature; classes without a score (-inf) lie `gap` below the last that has one."""
+    known = scores.isfinite()
+    logits = torch.where(known, scores, 0) / temperature
+    last = torch.where(known, logits, torch.inf).amin(dim=1, keepdim=True)
+    return torch.where(known, logits, torch.where(last.isfinite(), last - gap, 0))
 
-    Classes without a score (-inf) have no probability; images whose label is among them cannot speak and are left out.
+
+def fit_calibration(scores: Tensor, y: Tensor) -> tuple[float, float]:
+    """The temperature and the gap of `filled` that make labels `y [B]` likeliest.
+
+    After Guo et al. (arXiv 1706.04599), who have a temperature alone: without a gap a rule that scores only some classes
+    would be as sure as if the right one were always among them.
     """
-    known = scores.gather(1, y[:, None])[:, 0].isfinite()
+    scores = scores.double()
+    known = scores.isfinite()
     if not known.any():
-        return 1.0
-    scores, y = scores[known].double().clamp(min=-1e30), y[known]  # -inf has no gradient in T
-    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    start = (scores[scores > -1e30].std(correction=0) + 1e-12).log().detach()
-    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+        return 1.0, 0.0
+    start = (scores[known].std(correction=0) + 1e-12).log()
+    log_t, gap = torch.zeros(2, dtype=torch.float64).unbind()
+    log_t, gap = log_t.clone().requires_grad_(), gap.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([log_t, gap], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(scores / (start + log_t).exp(), y)
+        # a weak pull to zero: where every label has a score, the gap would go to infinity
+        loss = torch.nn.functional.cross_entropy(filled(scores, (start + log_t).exp(), gap), y) + 1e-4 * gap.square()
         loss.backward()
         return loss
 
     optimizer.step(closure)  # pyright: ignore[reportArgumentType]
-    return float((start + log_t.detach()).exp())
+    return float((start + log_t.detach()).exp()), float(gap.detach())
 
 
 def calibration_error(probabilities: Tensor, y: Tensor, bins: int = 15) -> float:

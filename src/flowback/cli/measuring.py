@@ -51,14 +51,16 @@ def _classify(options: Namespace) -> int:
     names = class_names(options.run, flow)
     rule = options.rule or default_rule(flow)
     scores = classify(flow, images, rule=rule, draws=options.draws)
-    temperature = flow.standards.temperatures.get(rule) if flow.standards else None
-    likely = temperature or (rule == "exact" or rule.startswith("shortlist"))
-    shown = (scores / (temperature or 1.0)).softmax(dim=1) if likely else scores
+    calibrated = flow.standards is not None and rule in flow.standards.temperatures
+    likely = calibrated or rule == "exact" or rule.startswith("shortlist")
+    shown = scores.softmax(dim=1) if likely else scores
+    if calibrated:
+        shown = flow.standards.probabilities(rule, scores)
     top = shown.topk(min(max(options.top, 1), flow.num_classes), dim=1)
     for file, values, classes in zip(options.images, top.values.tolist(), top.indices.tolist(), strict=True):
         form = "{} {:.3f}" if likely else "{} {:+.2f}"
         say(f"{file}: {', '.join(form.format(names[k], value) for k, value in zip(classes, values, strict=True))}")
-    what = "calibrated probabilities" if temperature else "probabilities, not calibrated" if likely else "scores"
+    what = "calibrated probabilities" if calibrated else "probabilities, not calibrated" if likely else "scores"
     say(f"{what}, by {rule}" + ("" if flow.standards else "; `flowback evaluate` makes a better rule and calibrates it"))
     return 0
 

@@ -11,7 +11,6 @@ from flowback.classify import (
     calibration_error,
     classify,
     classify_by_all,
-    fit_temperature,
     rule_named,
     standardise,
 )
@@ -60,7 +59,7 @@ def cost_accuracy(
     rows = []
     for rule, scores in found.items():
         _, passes, _ = rule_named(rule, flow.num_classes)
-        temperature = standards.temperatures[rule] = fit_temperature(fitted[rule], fit[1])
+        standards.calibrate(rule, fitted[rule], fit[1])
         started = time.perf_counter()
         classify(flow, x[:TIMED], rule, draws, standards=standards)
         seconds = (time.perf_counter() - started) / len(x[:TIMED])
@@ -71,9 +70,9 @@ def cost_accuracy(
                 "accuracy": float((scores.argmax(dim=1) == y).double().mean()),
                 "images": len(x),
                 "seconds_per_image": seconds,
-                "temperature": temperature,
+                "temperature": standards.temperatures[rule],
                 "ece_before": calibration_error(scores.softmax(dim=1), y),
-                "ece_after": calibration_error((scores / temperature).softmax(dim=1), y),
+                "ece_after": calibration_error(standards.probabilities(rule, scores), y),
             }
         )
     return rows, standards
