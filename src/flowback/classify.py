@@ -250,7 +250,7 @@ def standardise(flow: TarFlow, x: Tensor, batch_size: int = 256, seed: int = 1) 
 
 
 def filled(scores: Tensor, temperature: Tensor | float, gap: Tensor | float) -> Tensor:
-    """Logits `[B, K]`: scores over the temperature; classes without a score (-inf) lie `gap` below the last that has one."""
+    """Logits `[B, K]`: scores over the temperature; classes without a score (-inf) lie `gap` below the last with one."""
     known = scores.isfinite()
     logits = torch.where(known, scores, 0) / temperature
     last = torch.where(known, logits, torch.inf).amin(dim=1, keepdim=True)
