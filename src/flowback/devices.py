@@ -1,6 +1,8 @@
 """Where tensors live. No other module knows a device by name."""
 
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -34,3 +36,16 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     Not Lightning Fabric's own bf16-mixed, which would round the noised images to bfloat16 before the flow sees them.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Meanwhile, if wanted, only algorithms that repeat bit for bit; an operation that has none raises RuntimeError."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -4,6 +4,8 @@ config.json, model.safetensors    the flow with its averaged (EMA) weights, as `
 training.safetensors              the raw weights, the projector, and AdamW's state, tensor by tensor
 state.json                        step, seconds of training, steps that were skipped, the last held-out likelihood
 checksums.json                    SHA-256 of all the others, by which a damaged checkpoint is known
+
+Processes that hold slices each write theirs, `training-00001-of-00002.safetensors`; any number of processes reads them.
 """
 
 import json
@@ -11,16 +13,19 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowback.errors import InputError
 from flowback.files import file_hash
 from flowback.flows import TarFlow
+from flowback.training import slices
+from flowback.training.parallel import in_all, is_shard, unsharded
 
+STEM = "training"
 CHECKSUMS = "checksums.json"
 
 
@@ -55,8 +60,10 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{checkpoint / name} is not what was written"
     except (OSError, ValueError, AttributeError) as error:
         return f"{checkpoint} is not whole ({error})"
-    missing = {"config.json", "model.safetensors", "training.safetensors", "state.json"} - known.keys()
-    return f"{checkpoint / CHECKSUMS} lacks {min(missing)}" if missing else None
+    for name in ("config.json", "model.safetensors", STEM, "state.json"):
+        if not any(file.startswith(name) for file in known):
+            return f"{checkpoint / CHECKSUMS} lacks {name}"
+    return None
 
 
 def save(
@@ -66,10 +73,12 @@ def save(
     trained: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     keep: int,
+    fabric: Any,
 ) -> Path:
     """Write a checkpoint beside the others, then rename it to its name, so that a name always means a whole one.
 
-    Of the others the newest are kept, and the one with the best held-out likelihood that was measured at its step.
+    Of the others the newest are kept, and the one with the best held-out likelihood that was measured at its step. All
+    processes call this; those that hold slices write them, the first one does the rest.
 
     Args:
         run: the run's folder.
@@ -78,50 +87,70 @@ def save(
         trained: the modules whose raw parameters are trained, by name.
         optimizer: of exactly those parameters, in their order.
         keep: how many of the newest checkpoints to keep.
+        fabric: of the run.
 
     Raises:
         InputError: if it cannot be written, to a full disk perhaps; the others are untouched.
     """
     final = run / "checkpoints" / f"step_{state.step:08d}"
     partial = final.with_name(f".{final.name}.partial")
+    tensors = _tensors(trained, optimizer)
+    writers = fabric.world_size if any(map(is_shard, tensors.values())) else 1
+    own = partial / slices.file_name(STEM, fabric.global_rank, writers)
+
+    def begin() -> None:
+        if fabric.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            average.save_pretrained(partial)
+            (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+
+    def write() -> dict[str, str]:
+        if fabric.global_rank >= writers:
+            return {}
+        slices.write(own, tensors)
+        mine = [own, *(partial / name for name in known)] if fabric.is_global_zero else [own]
+        for file in mine:
+            _sync(file)
+        return {file.name: file_hash(file) for file in mine}
+
+    def finish() -> None:
+        if fabric.is_global_zero:
+            checksums = dict(sorted(pair for told in written for pair in told.items()))
+            (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
+            for place in (partial / CHECKSUMS, partial):
+                _sync(place)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _sync(final.parent)
+
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        _write(partial, state, average, trained, optimizer)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync(final.parent)
+        with unsharded(average):
+            in_all(fabric, begin)
+        known = [file.name for file in partial.iterdir()] if fabric.is_global_zero else []
+        written = in_all(fabric, write)
+        in_all(fabric, finish)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if fabric.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
         whole = newest(run)
         raise InputError(
             f"checkpoint {final} cannot be written ({error}); allowed is a disk with room; "
             + (f"{whole.name} is untouched, go on from it with --train.resume" if whole else "there is none before it")
         ) from None
-    for old in set(all_of(run)[keep:]) - {_best(run)}:
-        shutil.rmtree(old)
+    if fabric.is_global_zero:
+        for old in set(all_of(run)[keep:]) - {_best(run)}:
+            shutil.rmtree(old)
     return final
 
 
-def _write(
-    folder: Path,
-    state: State,
-    average: TarFlow,
-    trained: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Everything that belongs to a checkpoint, on disk when this returns."""
-    average.save_pretrained(folder)
+def _tensors(trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a run needs to go on, by name."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in _named(trained):
-        tensors[f"weights.{name}"] = parameter.detach().contiguous()
+        tensors[f"weights.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).contiguous()
-    save_file(tensors, folder / "training.safetensors")
-    (folder / "state.json").write_text(json.dumps(asdict(state)) + "\n")
-    checksums = {file.name: file_hash(file) for file in sorted(folder.iterdir())}
-    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
-    for place in (*folder.iterdir(), folder):
-        _sync(place)
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    return tensors
 
 
 def _best(run: Path) -> Path | None:
@@ -152,23 +181,23 @@ def load(checkpoint: Path, average: TarFlow, trained: dict[str, nn.Module], opti
     Raises:
         InputError: if it is not whole, or of another model.
     """
-    average.load_state_dict(TarFlow.from_pretrained(checkpoint).state_dict())
     try:
-        tensors = load_file(checkpoint / "training.safetensors")
+        reader = slices.Reader(checkpoint, "model")
+        for name, tensor in average.state_dict().items():
+            reader.fill(name, tensor)
+        reader = slices.Reader(checkpoint, STEM)
+        unknown = set(reader.slices)
+        for name, parameter in _named(trained):
+            reader.fill(f"weights.{name}", parameter)
+            prefix = f"optimizer.{name}."
+            keys = [key for key in reader.slices if key.startswith(prefix)]
+            optimizer.state[parameter] = {key.removeprefix(prefix): _like(parameter, reader, key) for key in keys}
+            unknown -= {f"weights.{name}", *keys}
         state = State(**json.loads((checkpoint / "state.json").read_text()))
-        with torch.no_grad():
-            for name, parameter in _named(trained):
-                parameter.copy_(tensors.pop(f"weights.{name}"))
-                prefix = f"optimizer.{name}."
-                keys = [key for key in tensors if key.startswith(prefix)]
-                # moments live with the parameter, AdamW's step counter where the optimiser keeps it
-                optimizer.state[parameter] = {
-                    key.removeprefix(prefix): _placed(tensors.pop(key), parameter) for key in keys
-                }
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"checkpoint {checkpoint} cannot be read back ({error})") from None
-    if tensors:
-        raise InputError(f"checkpoint {checkpoint} has a tensor {next(iter(tensors))} that this run does not know")
+    if unknown:
+        raise InputError(f"checkpoint {checkpoint} has a tensor {min(unknown)} that this run does not know")
     return state
 
 
@@ -192,11 +221,12 @@ def load_flow(run: str | Path, weights: str = "ema") -> tuple[TarFlow, str]:
         raise InputError(f"{run} holds no checkpoint and no flow; allowed is a run's folder, a checkpoint or a flow")
     flow = TarFlow.from_pretrained(source)
     if weights == "raw":
-        file = Path(source) / "training.safetensors"
-        if not file.is_file():
-            raise InputError(f"{source} has no raw weights; allowed here: ema")
-        raw = {k.removeprefix("weights.flow."): v for k, v in load_file(file).items() if k.startswith("weights.flow.")}
-        flow.load_state_dict(raw)
+        try:
+            reader = slices.Reader(Path(source), STEM)
+        except OSError:
+            raise InputError(f"{source} has no raw weights; allowed here: ema") from None
+        for name, parameter in flow.named_parameters():
+            reader.fill(f"weights.flow.{name}", parameter)
     name = source.name if isinstance(source, Path) else str(source)
     return flow, f"{weights} weights of {name}"
 
@@ -217,5 +247,10 @@ def _named(trained: dict[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
     return [(f"{k}.{name}", p) for k, module in trained.items() for name, p in module.named_parameters()]
 
 
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
-    return value.to(parameter.device) if value.dim() else value
+def _like(parameter: nn.Parameter, reader: slices.Reader, name: str) -> Tensor:
+    """A tensor of the optimiser, which lives with its parameter: a moment is cut as that is, the count of steps whole."""
+    if not reader.shape(name):
+        return reader.read(name).to(parameter.device)
+    value = torch.zeros_like(parameter, requires_grad=False)
+    reader.fill(name, value)
+    return value

@@ -13,6 +13,7 @@ from flowback.errors import InputError
 from flowback.flows import FlowConfig
 
 PRECISIONS = ("32-true", "bf16-mixed")
+SHARING = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,11 @@ class TrainConfig:
         accelerator: where to run, as in Lightning Fabric; auto takes what is there.
         devices: processes on each node, one a device, that share every batch; torchrun's number where it starts them.
         nodes: machines, each of which runs this command with its NODE_RANK, MASTER_ADDR and MASTER_PORT, or torchrun.
+        strategy: of several processes: ddp has the whole flow in each; fsdp shares weights, gradients and the optimiser's
+            state out among them, for flows too large for one device, and writes checkpoints in as many files.
         accumulate: pieces in which each process takes its share of a batch, to save memory.
         checkpoint_activations: keep only the layers' inputs and compute the rest again, to save more.
+        deterministic: only algorithms that repeat bit for bit, slower on accelerators; on a CPU runs repeat anyway.
         log_every: steps between rows of metrics.csv.
         eval_every: steps between evaluations on held-out images.
         eval_images: held-out images in such an evaluation.
@@ -114,8 +118,10 @@ class TrainConfig:
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
+    strategy: str = "ddp"
     accumulate: int = 1
     checkpoint_activations: bool = False
+    deterministic: bool = False
     log_every: int = 10
     eval_every: int = 250
     eval_images: int = 500
@@ -149,6 +155,8 @@ class TrainConfig:
             raise InputError(f"train.label_drop is {self.label_drop}; allowed is a share from 0 to 1")
         if self.precision not in PRECISIONS:
             raise InputError(f"train.precision is {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
+        if self.strategy not in SHARING:
+            raise InputError(f"train.strategy is {self.strategy!r}; allowed: {', '.join(SHARING)}")
 
 
 @dataclass(frozen=True, kw_only=True)

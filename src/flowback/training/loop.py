@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowback.data import ImageSet, load_data
-from flowback.devices import autocast
+from flowback.devices import autocast, deterministic
 from flowback.errors import InputError
 from flowback.evaluation.metrics import accuracies, density, seen
 from flowback.evaluation.pictures import class_grid, save_grid
@@ -26,7 +26,17 @@ from flowback.training.config import RunConfig
 from flowback.training.inputs import Inputs
 from flowback.training.log import Bar, MetricsLog, console
 from flowback.training.optim import learning_rate, update_ema
-from flowback.training.parallel import any_says, check_batch, is_first, launch, peers
+from flowback.training.parallel import (
+    any_says,
+    check_batch,
+    is_first,
+    launch,
+    peers,
+    shard_like,
+    unshard,
+    unsharded,
+    whole,
+)
 from flowback.training.run import open_run
 from flowback.units import LOG_2PI, nll_per_dim
 
@@ -77,7 +87,7 @@ def train(config: RunConfig) -> RunResult:
     if alignment is not None:
         trained["projector"] = alignment.projector
     # nothing is written before everything that was asked for exists
-    with open_run(config, data.classes, first=is_first()) as found:
+    with deterministic(c.deterministic), open_run(config, data.classes, first=is_first()) as found:
         fabric = launch(c)
         with peers(fabric):
             resume_from = fabric.broadcast(found)
@@ -102,13 +112,15 @@ def _take_steps(
 ) -> State:
     """Train from the first step, or from a checkpoint, to the last."""
     c, run, flow, data = config.train, config.folder, inputs.flow, inputs.data
-    parameters = [p for module in trained.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
     if c.checkpoint_activations:
         checkpoint_layers(flow)
     if c.compile:
         compile_blocks(flow)
-    model, optimizer = fabric.setup(objective, optimizer)
+    model = fabric.setup_module(objective)
+    shard_like(average, flow)
+    parameters = [p for module in trained.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
+    optimizer = fabric.setup_optimizers(optimizer)
     state, writes = State(), fabric.is_global_zero
     if resume_from is not None:
         state = checkpoint.load(resume_from, average, trained, optimizer.optimizer)
@@ -133,7 +145,7 @@ def _take_steps(
                     fabric.backward(loss / c.accumulate)
                 found = {"loss": loss.detach(), **parts}
                 values = {name: value + found.get(name, 0) / c.accumulate for name, value in values.items()}
-            norm = nn.utils.clip_grad_norm_(parameters, c.clip or float("inf"))  # the same in all processes
+            norm = whole(nn.utils.clip_grad_norm_(parameters, c.clip or float("inf")))  # the same in all processes
             state.step += 1
             if torch.isfinite(norm):
                 optimizer.step()
@@ -163,20 +175,25 @@ def _take_steps(
                     log.write(state.step, seconds=state.seconds, skipped=state.skipped, **row)
                 bar.update(state.step, _status(row))
                 sums, last_log, last_seconds = {}, state.step, state.seconds
-            if log is not None and (state.step % c.eval_every == 0 or state.step == c.steps):
-                measured = _evaluate(average, data, c.eval_images)
-                state.held_out_nats_per_dim, state.measured_at = measured["held_out_nats_per_dim"], state.step
-                log.write(state.step, seconds=state.seconds, **measured)
-            if writes and (state.step % c.sample_every == 0 or state.step == c.steps):
-                grid = class_grid(average, per_class=8, seed=c.seed)
-                save_grid(grid, run / "samples" / f"step_{state.step:08d}.png", columns=8)
+            if state.step % c.eval_every == 0 or state.step == c.steps:
+                with unsharded(average):
+                    measured = _evaluate(average, data, c.eval_images) if writes else {}
+                if log is not None:
+                    state.held_out_nats_per_dim, state.measured_at = measured["held_out_nats_per_dim"], state.step
+                    log.write(state.step, seconds=state.seconds, **measured)
+            if state.step % c.sample_every == 0 or state.step == c.steps:
+                with unsharded(average):
+                    grid = class_grid(average, per_class=8, seed=c.seed) if writes else None
+                if grid is not None:
+                    save_grid(grid, run / "samples" / f"step_{state.step:08d}.png", columns=8)
             ending = any_says(fabric, interrupted()) or state.step == stop
-            if writes and (state.step % c.checkpoint_every == 0 or ending):
-                checkpoint.save(run, state, average, trained, optimizer.optimizer, c.keep)
+            if state.step % c.checkpoint_every == 0 or ending:
+                checkpoint.save(run, state, average, trained, optimizer.optimizer, c.keep, fabric)
             if ending:
                 break
     if log is not None:
         log.close()
+    unshard(average)
     fabric.barrier()
     return state
 
@@ -190,7 +207,7 @@ def describe(config: RunConfig, flow: TarFlow, data: ImageSet, processes: int = 
     where = ", ".join(f"block {t} layer {layer}" for t, layer in a.at)
     aligned = f"{a.strategy} ({a.gradient}) at {where}, weight {a.weight}, with {a.encoder}"
     noise = f"gaussian {f.noise_std}" if f.noise == "gaussian" else "uniform"
-    pieces = [f"{processes} processes"] * (processes > 1) + [f"{c.accumulate} pieces"] * (c.accumulate > 1)
+    pieces = [f"{processes} processes ({c.strategy})"] * (processes > 1) + [f"{c.accumulate} pieces"] * (c.accumulate > 1)
     return (
         f"data      {data.name}: {len(data.train)} images for training, {len(data.held_out)} held out, "
         f"{data.image_size}x{data.image_size}x{data.channels}, {len(data.classes)} classes\n"
@@ -226,7 +243,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        console.print("\nending after this step, with a checkpoint …", highlight=False)
+        if is_first():
+            console.print("\nending after this step, with a checkpoint …", highlight=False)
 
     try:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -2,22 +2,29 @@
 
 Every process builds the same flow, takes its share of every batch, and averages its gradients with the others'; the
 first one writes files. `torchrun` may start them, or the first process does.
+
+**ddp** has everything in every process. **fsdp** (torch's `fully_shard`) cuts every parameter along its first dimension,
+one slice a process, and with it the gradient, the average and AdamW's moments; they are whole only during a step. The
+objective is one unit of it: the alignment takes vector-Jacobian products inside the forward pass, each of which would
+end the backward pass of a smaller unit.
 """
 
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from flowback.errors import InputError
 from flowback.training.config import TrainConfig
 
+T = TypeVar("T")
 LOST = "another process of this run is gone; the last checkpoint is whole, go on from it with --train.resume"
 TIMEOUT = timedelta(hours=2)  # of a process that waits for another, which may be making caches
 
@@ -61,13 +68,12 @@ def launch(config: TrainConfig) -> Any:
         InputError: if the accelerator or so many devices are not there.
     """
     from lightning_fabric import Fabric
-    from lightning_fabric.strategies.ddp import DDPStrategy
 
     devices, nodes = world(config)
     if "LOCAL_RANK" in os.environ:  # another process started this one
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
-        strategy = DDPStrategy(timeout=TIMEOUT) if devices * nodes > 1 else "auto"
+        strategy = _strategy(config.strategy, devices * nodes) if devices * nodes > 1 else "auto"
         fabric = Fabric(accelerator=config.accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
     except Exception as error:  # Fabric raises many kinds for what is not there
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -75,6 +81,22 @@ def launch(config: TrainConfig) -> Any:
         raise InputError(f"{wanted} cannot be had ({reason}); allowed is what this machine has") from None
     fabric.launch()
     return fabric
+
+
+def _strategy(name: str, processes: int) -> Any:
+    if name == "ddp":
+        from lightning_fabric.strategies.ddp import DDPStrategy
+
+        return DDPStrategy(timeout=TIMEOUT)
+    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(objective: nn.Module, mesh: Any) -> nn.Module:
+        frozen = {p for p in objective.parameters() if not p.requires_grad}
+        fully_shard(objective, mesh=mesh["data_parallel"], reshard_after_forward=False, ignored_params=frozen)
+        return objective
+
+    return ModelParallelStrategy(shard, data_parallel_size=processes, tensor_parallel_size=1, timeout=TIMEOUT)
 
 
 def _end_with(parent: int) -> None:
@@ -90,6 +112,77 @@ def any_says(fabric: Any, flag: bool) -> bool:
     if fabric.world_size == 1:
         return flag
     return bool(fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum") > 0)
+
+
+def in_all(fabric: Any, action: Callable[[], T]) -> list[T]:
+    """Do something in every process; returns what each returned, in their order.
+
+    Raises:
+        OSError: if it failed in another process; what it raised in this one is raised as it is.
+    """
+    result, own = None, None
+    try:
+        result = action()
+    except Exception as error:
+        own = error
+    told: list[Any] = [(result, own and str(own))] * fabric.world_size
+    if fabric.world_size > 1:
+        torch.distributed.all_gather_object(told, told[0])
+    if own is not None:
+        raise own
+    for _, problem in told:
+        if problem is not None:
+            raise OSError(problem)
+    return [result for result, _ in told]
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether other processes hold the other slices of this tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor with the slices of all processes, which all ask at once."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
+
+
+def own_slice(tensor: Any) -> tuple[Tensor, int]:
+    """What this process holds of a tensor, and the row of the whole at which that begins."""
+    if not is_shard(tensor):
+        return tensor, 0
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return tensor.to_local(), min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+
+
+def shard_like(module: nn.Module, sharded: nn.Module) -> None:
+    """Cut a module's parameters, which have the values of those of `sharded`, as those are cut."""
+    for name, parameter in sharded.named_parameters():
+        if is_shard(parameter):
+            _put(module, name, parameter.detach().clone())
+
+
+def unshard(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Make the parameters whole, in all processes; returns the slices by name, none if it was whole."""
+    slices = {name: p for name, p in module.named_parameters() if is_shard(p)}
+    for name, parameter in slices.items():
+        _put(module, name, whole(parameter))
+    return slices
+
+
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Meanwhile the parameters are whole, in all processes."""
+    slices = unshard(module)
+    try:
+        yield
+    finally:
+        for name, parameter in slices.items():
+            _put(module, name, parameter)
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 @contextmanager

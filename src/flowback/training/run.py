@@ -15,8 +15,9 @@ from flowback.training.log import console
 
 # what may change when a run goes on
 FREE = {"run", "data.workers", "data.path", "data.unreadable"}
-FREE |= {f"train.{name}" for name in ("resume", "until", "keep", "accelerator", "devices", "nodes", "accumulate")}
-FREE |= {f"train.{name}" for name in ("compile", "checkpoint_activations", "caches", "cache_latents", "eval_images")}
+FREE |= {f"train.{name}" for name in ("resume", "until", "keep", "accelerator", "devices", "nodes", "strategy")}
+FREE |= {f"train.{name}" for name in ("accumulate", "compile", "checkpoint_activations", "deterministic")}
+FREE |= {f"train.{name}" for name in ("caches", "cache_latents", "eval_images")}
 FREE |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")}
 
 
