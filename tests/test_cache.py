@@ -546,6 +546,17 @@ def test_few_files_stay_open_and_none_travel_to_another_process(tmp_path, monkey
     assert np.array_equal(everything(travelled), wanted)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice about files")
+@pytest.mark.parametrize("maps", [0, 192])
+def test_a_batch_is_asked_of_the_disk_before_it_is_read(tmp_path, monkeypatch, maps):
+    monkeypatch.setattr(module, "OPEN_MAPS", maps)
+    cache, asked = filled(tmp_path / "c"), []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *range_: asked.append(os.pread(descriptor, *range_[1::-1])))
+    indices, flipped = torch.tensor([22, 0, 7, 7]), torch.tensor([True, False, True, False])
+    values = cache(indices, flipped).numpy()
+    assert sorted(asked) == sorted(row.tobytes() for row in values)
+
+
 def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.delenv("FLOWBACK_CACHE", raising=False)

@@ -232,9 +232,12 @@ class ArrayCache:
         if variants.any() and self.variants == 1:
             raise InputError(f"{self.folder} has no mirrored images; allowed: a cache of 2 variants, or to mirror none")
         out = np.empty((len(numbers), *self.shape), self.dtype)
-        for place in numbers.argsort(kind="stable"):  # shard after shard, each from front to back
-            shard, row = divmod(int(numbers[place]), self.rows)
-            out[place] = self._values_at(shard, row, int(variants[place]))
+        order = numbers.argsort(kind="stable")  # shard after shard, each from front to back
+        places = [(*divmod(int(numbers[i]), self.rows), int(variants[i])) for i in order]
+        for place in places:
+            self._announce(*place)
+        for i, place in zip(order, places, strict=True):
+            out[i] = self._values_at(*place)
         return torch.from_numpy(out)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,15 +278,26 @@ class ArrayCache:
             raise InputError(f"part {number} of {parts} does not exist; allowed: 1 to {parts}, of at least 1")
         return range(number - 1, self.shards, parts)
 
+    def _start(self, shard: int, row: int, variant: int) -> int:
+        """Where in a shard's file the array of one image begins, bytes."""
+        header = _npy_header(self._array_shape(shard), self.dtype)
+        return len(header) + (row * self.variants + variant) * self.row_bytes // self.variants
+
+    def _announce(self, shard: int, row: int, variant: int) -> None:
+        """Have the system fetch the array of one image, without waiting: a disk is faster at a whole batch than one by one."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError), self._file(shard).open("rb", buffering=0) as stream:  # what fails here fails in reading
+                start = self._start(shard, row, variant)
+                os.posix_fadvise(stream.fileno(), start, self.row_bytes // self.variants, os.POSIX_FADV_WILLNEED)
+
     def _values_at(self, shard: int, row: int, variant: int) -> np.ndarray:
         """The array of one image. The shards that are asked for first stay mapped, others are opened each time."""
         file, shape = self._file(shard), self._array_shape(shard)
-        start = len(_npy_header(shape, self.dtype))
         if shard not in self._maps and len(self._maps) < OPEN_MAPS:
-            self._maps[shard] = np.asarray(np.memmap(file, self.dtype, "r", start, shape))
+            self._maps[shard] = np.asarray(np.memmap(file, self.dtype, "r", self._start(shard, 0, 0), shape))
         if shard in self._maps:
             return self._maps[shard][row, variant]
-        start += (row * self.variants + variant) * self.row_bytes // self.variants
+        start = self._start(shard, row, variant)
         return np.fromfile(file, self.dtype, math.prod(self.shape), offset=start).reshape(self.shape)
 
     def _layout(self) -> dict[str, Any]:
