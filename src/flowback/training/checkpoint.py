@@ -98,36 +98,34 @@ def save(
     writers = fabric.world_size if any(map(is_shard, tensors.values())) else 1
     own = partial / slices.file_name(STEM, fabric.global_rank, writers)
 
-    def begin() -> None:
-        if fabric.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            average.save_pretrained(partial)
-            (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+    def begin() -> dict[str, str]:
+        if not fabric.is_global_zero:
+            return {}
+        shutil.rmtree(partial, ignore_errors=True)
+        average.save_pretrained(partial)
+        (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+        return _synced(*partial.iterdir())
 
     def write() -> dict[str, str]:
         if fabric.global_rank >= writers:
             return {}
         slices.write(own, tensors)
-        mine = [own, *(partial / name for name in known)] if fabric.is_global_zero else [own]
-        for file in mine:
-            _sync(file)
-        return {file.name: file_hash(file) for file in mine}
+        return _synced(own)
 
     def finish() -> None:
         if fabric.is_global_zero:
             checksums = dict(sorted(pair for told in written for pair in told.items()))
             (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
-            for place in (partial / CHECKSUMS, partial):
-                _sync(place)
+            _sync(partial / CHECKSUMS)
+            _sync(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _sync(final.parent)
 
     try:
         with unsharded(average):
-            in_all(fabric, begin)
-        known = [file.name for file in partial.iterdir()] if fabric.is_global_zero else []
-        written = in_all(fabric, write)
+            written = in_all(fabric, begin)
+        written += in_all(fabric, write)
         in_all(fabric, finish)
     except (OSError, SafetensorError) as error:
         if fabric.is_global_zero:
@@ -164,6 +162,13 @@ def _best(run: Path) -> Path | None:
         if state.held_out_nats_per_dim is not None and state.measured_at == state.step:
             measured.append((state.held_out_nats_per_dim, folder))
     return min(measured)[1] if measured else None
+
+
+def _synced(*files: Path) -> dict[str, str]:
+    """Have files on disk; returns their checksums by name."""
+    for file in files:
+        _sync(file)
+    return {file.name: file_hash(file) for file in files}
 
 
 def _sync(place: Path) -> None:
