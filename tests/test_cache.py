@@ -550,6 +550,7 @@ def test_few_files_stay_open_and_none_travel_to_another_process(tmp_path, monkey
 @pytest.mark.parametrize("maps", [0, 192])
 def test_a_batch_is_asked_of_the_disk_before_it_is_read(tmp_path, monkeypatch, maps):
     monkeypatch.setattr(module, "OPEN_MAPS", maps)
+    monkeypatch.setattr(module, "ANNOUNCED", 0)
     cache, asked = filled(tmp_path / "c"), []
     monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *range_: asked.append(os.pread(descriptor, *range_[1::-1])))
     indices, flipped = torch.tensor([22, 0, 7, 7]), torch.tensor([True, False, True, False])

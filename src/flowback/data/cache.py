@@ -39,6 +39,7 @@ DTYPES = ("float16", "float32")
 SHARD_BYTES = 256 * 2**20
 CHECKSUM_BYTES = 32  # of a SHA-256
 SAVE_SECONDS = 60.0  # of work that a kill loses at most; an exception loses one batch
+ANNOUNCED = 128 * 2**10  # bytes; smaller arrays come by themselves, with their neighbours, in what a system reads ahead
 OPEN_MAPS = 192  # at most, for one cache; each holds a file descriptor, of which macOS gives a process 256
 
 
@@ -284,11 +285,11 @@ class ArrayCache:
         return len(header) + (row * self.variants + variant) * self.row_bytes // self.variants
 
     def _announce(self, shard: int, row: int, variant: int) -> None:
-        """Have the system fetch the array of one image, without waiting: a disk is faster at a whole batch than one by one."""
-        if hasattr(os, "posix_fadvise"):
+        """Have the system fetch the array of one image, without waiting: a disk reads a whole batch faster than one by one."""
+        size = self.row_bytes // self.variants
+        if size >= ANNOUNCED and hasattr(os, "posix_fadvise"):
             with suppress(OSError), self._file(shard).open("rb", buffering=0) as stream:  # what fails here fails in reading
-                start = self._start(shard, row, variant)
-                os.posix_fadvise(stream.fileno(), start, self.row_bytes // self.variants, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(stream.fileno(), self._start(shard, row, variant), size, os.POSIX_FADV_WILLNEED)
 
     def _values_at(self, shard: int, row: int, variant: int) -> np.ndarray:
         """The array of one image. The shards that are asked for first stay mapped, others are opened each time."""
