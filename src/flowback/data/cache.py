@@ -285,7 +285,7 @@ class ArrayCache:
         return len(header) + (row * self.variants + variant) * self.row_bytes // self.variants
 
     def _announce(self, shard: int, row: int, variant: int) -> None:
-        """Have the system fetch the array of one image, without waiting: a disk reads a whole batch faster than one by one."""
+        """Have the system fetch the array of one image, without waiting: a disk does a batch faster than one by one."""
         size = self.row_bytes // self.variants
         if size >= ANNOUNCED and hasattr(os, "posix_fadvise"):
             with suppress(OSError), self._file(shard).open("rb", buffering=0) as stream:  # what fails here fails in reading
