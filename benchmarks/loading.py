@@ -279,7 +279,8 @@ def print_rates(rows: list[Row], o: argparse.Namespace) -> None:
         line = f"{row['what']:46} {rate:>9,.0f} {rate / base:>7.2f}x "
         if size:
             row |= {"gigabytes_per_second": rate * size / 1e9, "needs_gigabytes_per_second": need * size / 1e9}
-            line += f"{rate * size / 1e9:>6.2f} {need / rate:>7.2f} {need * size / 1e9:>6.2f} {row['imagenet_terabytes']:>14.3f}"
+            line += f"{rate * size / 1e9:>6.2f} {need / rate:>7.2f} {need * size / 1e9:>6.2f} "
+            line += f"{row['imagenet_terabytes']:>14.3f}"
         else:
             line += f"{'':6} {need / rate:>7.2f}"
         print(line, flush=True)
@@ -317,11 +318,8 @@ def main() -> None:
         found = measure_indices(root, o)
         print_indices(found, o)
     if o.json:
-        facts = {
-            "machine": machine(),
-            "mean_bytes": mean,
-            **{n: getattr(o, n) for n in ("images", "files", "gpus", "rate")},
-        }
+        given = {name: getattr(o, name) for name in ("images", "quality", "files", "gpus", "rate", "repeats")}
+        facts = {"machine": machine(), "mean_bytes": mean, **given}
         Path(o.json).write_text(json.dumps(facts | {"rows": rows, "indices": found}, indent=1) + "\n")
 
 
