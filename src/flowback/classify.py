@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from flowback.errors import InputError
+from flowback.files import read_json
 from flowback.flows.pretrained import STANDARDS
 from flowback.flows.tarflow import TarFlow
 
@@ -78,7 +79,7 @@ class Standards:
         if not file.is_file():
             return None
         try:
-            content = json.loads(file.read_text())
+            content = read_json(file)
             if content.pop("format") != FORMAT:
                 raise ValueError("another format")
             standards = cls(**content)

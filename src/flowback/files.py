@@ -1,7 +1,9 @@
-"""Files on disk, known by their content."""
+"""Files on disk: known by their content, read as what they should be."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 
 def file_hash(file: Path) -> str:
@@ -11,3 +13,25 @@ def file_hash(file: Path) -> str:
         while piece := stream.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: if it is none, or nested deeper than any that flowback writes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: as `parse_json`.
+    """
+    return parse_json(file.read_bytes())

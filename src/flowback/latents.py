@@ -5,7 +5,6 @@ about unit variance (Rombach et al., arXiv 2112.10752). They, the hash of the we
 the flow and travel in its checkpoint: an autoencoder that is not the one it was trained with is refused.
 """
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowback.errors import InputError, only_errors
-from flowback.files import file_hash
+from flowback.files import file_hash, read_json
 from flowback.flows.config import FlowConfig
 from flowback.flows.pretrained import pretrained_folder
 from flowback.seeds import Generators, draw
@@ -141,11 +140,12 @@ def _folder(name: str) -> Path:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no readable config.json of an autoencoder ({error})") from None
     needed = ("in_channels", "latent_channels", "block_out_channels", "scaling_factor")
-    if config.get("_class_name") != "AutoencoderKL" or any(config.get(name) is None for name in needed):
+    known = isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL"
+    if not known or any(config.get(name) is None for name in needed):
         raise InputError(f"{folder / 'config.json'} does not describe a diffusers AutoencoderKL")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise InputError(f"{folder} scales every channel by itself; allowed is an autoencoder with one scaling_factor")

@@ -33,6 +33,7 @@ from flowback.seeds import keyed_normal
 from flowback.training.checkpoint import load_flow
 from flowback.training.log import Bar
 
+MOST_CANDIDATES = 10_000
 PART = 64  # images in a part; part of what is on disk, so it is no option
 
 
@@ -78,6 +79,8 @@ class Request:
                 raise InputError(
                     f"{name} {getattr(self, name)} is not usable; allowed is a whole number of at least {least}"
                 )
+        if self.rank > MOST_CANDIDATES:
+            raise InputError(f"rank {self.rank} is not usable; allowed is at most {MOST_CANDIDATES}")
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"temperature {self.temperature} is not usable; allowed is a number above 0")
         if self.precision not in ("32-true", "bf16-mixed"):
@@ -178,6 +181,10 @@ class Store:
             raise InputError(f"{self.output} holds other files; allowed is a new or empty folder")
         if not self.is_folder and self.output.is_dir():
             raise InputError(f"{self.output} is a folder; allowed is a file's name")
+        there = next(place for place in self.folder.absolute().parents if place.exists())
+        free, needed = shutil.disk_usage(there).free, self.request.num * self.flow.channels * self.flow.image_size**2
+        if needed > free:
+            raise InputError(f"{self.request.num} images may take {needed} bytes; allowed in {there} are {free}, its room")
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_whole(file, lambda path: path.write_text(text))
 

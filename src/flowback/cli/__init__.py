@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
+import torch
 from jsonargparse import Namespace
 
 from flowback import __version__
@@ -38,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PeerLost as error:
         print(f"flowback: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fail("there is not enough memory for this; allowed are sizes and counts that fit it")
     except KeyboardInterrupt:
         print("flowback: interrupted", file=sys.stderr)
         return 130

@@ -1,10 +1,9 @@
 """What the verbs share: the parser, and the options that several of them take."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -13,6 +12,7 @@ from torch import Tensor
 from flowback.classify import classify
 from flowback.data import load_image
 from flowback.errors import InputError
+from flowback.files import read_json
 from flowback.flows import TarFlow
 from flowback.flows.pretrained import pretrained_folder
 from flowback.training.checkpoint import load_flow
@@ -26,6 +26,21 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Print the message in one line and exit with status 2."""
         fail(message)
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a configuration file.
+
+        Raises:
+            InputError: if it is not text, or empties a section.
+        """
+        try:
+            found = super().parse_path(cfg_path, *args, **kwargs)
+        except UnicodeDecodeError:
+            raise InputError(f"{cfg_path} is not text in UTF-8; allowed is a recipe, or the config.yaml of a run") from None
+        for name, value in vars(found).items():
+            if value is None and any(action.dest.startswith(f"{name}.") for action in self._actions):
+                raise InputError(f"{cfg_path} has {name} without options; allowed are some, or to leave {name} out")
+        return found
 
 
 def fail(message: str) -> NoReturn:
@@ -97,8 +112,12 @@ def checked_output(options: Namespace, *suffixes: str) -> Path:
 def class_names(run: str, flow: TarFlow) -> list[str]:
     """The class names that training left in the run's folder, or that lie with a flow of the hub; or else the numbers."""
     file = pretrained_folder(run) / "classes.json"
-    names = json.loads(file.read_text()) if file.is_file() else None
-    return names if names and len(names) == flow.num_classes else [str(k) for k in range(flow.num_classes)]
+    try:
+        names = read_json(file) if file.is_file() else []
+    except ValueError as error:
+        raise InputError(f"{file} cannot be read ({error}); allowed is a list of names, or no such file") from None
+    known = isinstance(names, list) and len(names) == flow.num_classes
+    return [str(name) for name in names] if known else [str(k) for k in range(flow.num_classes)]
 
 
 def chosen_labels(text: str | None, names: list[str], flow: TarFlow) -> list[int]:

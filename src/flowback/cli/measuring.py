@@ -47,6 +47,8 @@ def add(verb: Verb) -> None:
 
 
 def _classify(options: Namespace) -> int:
+    if options.top < 1:
+        raise InputError(f"--top {options.top} is not usable; allowed is a whole number of at least 1")
     flow, images = flow_and_clean_images(options)
     names = class_names(options.run, flow)
     rule = options.rule or default_rule(flow)
@@ -56,7 +58,7 @@ def _classify(options: Namespace) -> int:
     shown = scores.softmax(dim=1) if likely else scores
     if calibrated:
         shown = flow.standards.probabilities(rule, scores)
-    top = shown.topk(min(max(options.top, 1), flow.num_classes), dim=1)
+    top = shown.topk(min(options.top, flow.num_classes), dim=1)
     for file, values, classes in zip(options.images, top.values.tolist(), top.indices.tolist(), strict=True):
         form = "{} {:.3f}" if likely else "{} {:+.2f}"
         say(f"{file}: {', '.join(form.format(names[k], value) for k, value in zip(classes, values, strict=True))}")

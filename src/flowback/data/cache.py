@@ -32,6 +32,7 @@ from torch import Tensor
 from flowback.data.batches import Reader, Tolerance, read_ahead
 from flowback.data.datasets import Split
 from flowback.errors import InputError
+from flowback.files import read_json
 from flowback.units import from_levels
 
 FORMAT = 1
@@ -313,7 +314,7 @@ class ArrayCache:
         """The cache that a folder's header describes, whole or not."""
         file = folder / "header.json"
         try:
-            header = json.loads(file.read_text())
+            header = read_json(file)
             version = header.pop("format")
             cache = cls(folder, **header) if version == FORMAT else None
         except (FileNotFoundError, NotADirectoryError):

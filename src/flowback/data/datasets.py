@@ -74,10 +74,13 @@ class DataConfig:
             raise InputError(f"data.unreadable is {self.unreadable}; allowed is a share from 0 to 1, 1 excluded")
         if self.channels not in (1, 3):
             raise InputError(f"data.channels is {self.channels}; allowed: 1 (grey) or 3 (colour)")
-        for name, least in (("image_size", 1), ("limit", 1), ("workers", 0)):
+        for name, least in (("image_size", 1), ("limit", 1), ("workers", 0), ("split_seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"data.{name} is {value}; allowed is a whole number of at least {least}")
+        for name, most in (("workers", 1000), ("split_seed", 2**63 - 1)):
+            if getattr(self, name) > most:
+                raise InputError(f"data.{name} is {getattr(self, name)}; allowed is at most {most}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Trees of image files, a folder a class: scanned once, remembered, and known again by the times of their folders."""
 
 import os
+import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,14 +160,15 @@ def _scan(base: bytes, unit: bytes) -> tuple[list[tuple[bytes, int]], list[tuple
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(os.path.join(folder, entry.name))
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                    files.append((os.path.join(folder, entry.name), _size(entry)))
+                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (size := _size(entry)) is not None:
+                    files.append((os.path.join(folder, entry.name), size))
     return folders, sorted(files)
 
 
-def _size(entry: os.DirEntry[bytes]) -> int:
-    """Bytes of a file; none where a link leads nowhere, which is an error only when the image is read."""
+def _size(entry: os.DirEntry[bytes]) -> int | None:
+    """Bytes of a file; 0 where a link leads nowhere, an error only when it is read; None for what is no file, as a pipe."""
     try:
-        return entry.stat().st_size
+        found = entry.stat()
     except OSError:
         return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -1,6 +1,6 @@
 """Tar files in WebDataset's layout, read at random: an index says where in which tar each image begins."""
 
-import json
+import math
 import os
 import re
 import tarfile
@@ -18,12 +18,13 @@ from torch import Tensor
 from flowback.data.images import IMAGE_SUFFIXES
 from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index
 from flowback.errors import InputError
+from flowback.files import parse_json
 
 TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 HELD_OUT = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])")
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
-MAX_CLASSES = 1_000_000
+MAX_CLASSES = MAX_SHARDS = 1_000_000
 OPEN_SHARDS = 128  # each holds a file descriptor, of which a process often has 1024
 END = bytes(512)  # an empty block, which ends a tar
 
@@ -149,11 +150,16 @@ def find_shards(path: str) -> tuple[list[Path], list[Path]]:
 def expand_braces(pattern: str) -> list[str]:
     """What a shell makes of `{a,b}` and `{000..146}`.
 
+    Raises:
+        InputError: if that is more than a million names.
+
     >>> expand_braces("{a,b}-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
     """
     literal_or_inner = BRACES.split(pattern)
     choices = [[text] if k % 2 == 0 else _choices(text) for k, text in enumerate(literal_or_inner)]
+    if math.prod(map(len, choices)) > MAX_SHARDS:
+        raise InputError(f"{pattern} stands for too many names; allowed are {MAX_SHARDS}")
     return ["".join(parts) for parts in product(*choices)]
 
 
@@ -163,7 +169,8 @@ def _choices(inner: str) -> list[str]:
         return inner.split(",") if "," in inner else [f"{{{inner}}}"]
     first, last = bounds.groups()
     width = len(first) if first.startswith("0") else 0
-    return [f"{k:0{width}}" for k in range(int(first), int(last) + 1)]
+    numbers = range(int(first), int(last) + 1)[: MAX_SHARDS + 1]
+    return [f"{k:0{width}}" for k in numbers]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -238,7 +245,7 @@ def _class_number(stream: BinaryIO, files: dict[str, tarfile.TarInfo], sample: s
         return -1
     content = os.pread(stream.fileno(), files[extension].size, files[extension].offset_data)
     try:
-        value = int(content) if extension == "cls" else json.loads(content)
+        value = int(content) if extension == "cls" else parse_json(content)
     except ValueError:
         kind = "a whole number" if extension == "cls" else "JSON"
         raise InputError(f"{sample} has {content[:20]!r} in .{extension}; allowed is {kind}") from None
@@ -257,7 +264,7 @@ def _class_names(folder: Path) -> list[str] | None:
         if file.is_file():
             try:
                 text = file.read_text("utf-8")
-                names = json.loads(text) if file.suffix == ".json" else text.split("\n")
+                names = parse_json(text) if file.suffix == ".json" else text.split("\n")
             except (OSError, ValueError) as error:
                 raise InputError(f"{file} cannot be read ({error})") from None
             if file.suffix == ".txt":

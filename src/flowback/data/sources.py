@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowback.data.images import READING, load_image
+from flowback.data.images import MAX_BYTES, READING, load_image
 from flowback.data.splits import Split
+from flowback.errors import InputError
 
 FORMAT = 1  # of the index files
 THREADS = 16  # they wait for a disk or the network most of the time
@@ -103,11 +104,12 @@ class DiskSplit(Split):
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(indices)
-        images = [
-            load_image(self.source.read(i), self.image_size, self.channels, self.source.where(i))
-            for i in self.indices[index].tolist()
-        ]
-        return torch.stack(images), self.labels[index]
+        return torch.stack([self._image(i) for i in self.indices[index].tolist()]), self.labels[index]
+
+    def _image(self, number: int) -> Tensor:
+        if self.source.sizes[number] > MAX_BYTES:
+            raise InputError(f"image {self.source.where(number)} cannot be read (it is larger than {MAX_BYTES} bytes)")
+        return load_image(self.source.read(number), self.image_size, self.channels, self.source.where(number))
 
     def fingerprint(self) -> str:
         """Hash of the transform, and of the images' names and contents, or sizes where the contents are large."""

@@ -16,6 +16,7 @@ import yaml
 
 from flowback.data import load_data
 from flowback.errors import InputError
+from flowback.files import read_json
 from flowback.flows import TarFlow
 from flowback.flows.pretrained import FILES, pretrained_folder, read_config
 from flowback.latents import FILES as AUTOENCODER_FILES
@@ -106,7 +107,7 @@ def read_provenance(run: Path, flow: TarFlow, weights: str) -> Provenance:
     checkpoint, file = newest(run), run / "config.yaml"
     if checkpoint is None or not file.is_file():
         return Provenance(classes=classes)
-    config, evaluation = RunConfig.from_yaml(file.read_text()), _read(run / "evaluation.json")
+    config, evaluation = RunConfig.read(file), _read(run / "evaluation.json")
     try:
         data = load_data(config.data)
         images = len(data.train), len(data.held_out)
@@ -301,7 +302,7 @@ def _read(file: Path) -> Any:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except ValueError as error:
         raise InputError(f"{file} cannot be read ({error}); allowed is what flowback wrote") from None
 

@@ -21,6 +21,7 @@ from flowback.evaluation.figures import draw_against, draw_cost_accuracy, draw_p
 from flowback.evaluation.metrics import held_out
 from flowback.evaluation.pictures import class_grid, grid_array
 from flowback.evaluation.report import as_picture, as_svg
+from flowback.files import read_json
 from flowback.flows import TarFlow
 from flowback.training import RunConfig
 from flowback.training.checkpoint import load_flow
@@ -71,16 +72,14 @@ def load_record(run: str) -> Record:
     for name, what in (("config.yaml", "train"), ("metrics.csv", "train"), ("evaluation.json", "evaluate")):
         if not (folder / name).is_file():
             raise InputError(f"{run} has no {name}; allowed are runs on which `flowback {what}` was run")
-    text = (folder / "config.yaml").read_text()
+    config = RunConfig.read(folder / "config.yaml")
     flow, _ = load_flow(run)
     try:
-        evaluation = json.loads((folder / "evaluation.json").read_text())
+        evaluation = read_json(folder / "evaluation.json")
     except ValueError as error:
         raise InputError(f"{folder / 'evaluation.json'} cannot be read ({error}); evaluate the run again") from None
-    data = load_data(RunConfig.from_yaml(text).data)
-    return Record(
-        folder.name, folder, flow, data, flat(yaml.safe_load(text)), read_metrics(folder / "metrics.csv"), evaluation
-    )
+    data, options = load_data(config.data), flat(yaml.safe_load(config.to_yaml()))
+    return Record(folder.name, folder, flow, data, options, read_metrics(folder / "metrics.csv"), evaluation)
 
 
 def config_differences(records: list[Record]) -> dict[str, list[Any]]:

@@ -23,7 +23,7 @@ from flowback.evaluation import fidelity as fid
 from flowback.evaluation.classification import CURVE, cost_accuracy
 from flowback.evaluation.metrics import density, importance_weighted_bits, seen, spread
 from flowback.evaluation.probe import probe_layers
-from flowback.flows import TarFlow
+from flowback.flows import Guidance, TarFlow
 from flowback.quickstart import machine
 from flowback.sampling import Request, sample_to_disk
 from flowback.training import RunConfig
@@ -74,10 +74,14 @@ class EvaluationConfig:
         for name, value in (("images", self.images), ("draws", self.draws), ("samples", self.samples)):
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value} is not usable; allowed is a whole number of at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed} is not usable; allowed is a whole number from 0 to 2^63 - 1")
         if self.reference not in ("train", "held_out"):
             raise InputError(f"--reference {self.reference!r} does not exist; allowed: train, held_out")
         if self.extractor not in fid.EXTRACTORS:
             raise InputError(f"extractor {self.extractor!r} does not exist; allowed: {', '.join(fid.EXTRACTORS)}")
+        fid.check_sfid(self.metrics, self.extractor)
+        Guidance(self.guidance)
 
 
 def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) -> dict[str, Any]:
@@ -95,11 +99,12 @@ def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) ->
     """
     if sweep and config.samples_from is not None:
         raise InputError("samples from disk have one guidance; allowed is --sweep or --samples-from")
+    scaled = [replace(config, guidance=scale) for scale in sweep]
     file = Path(run) / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run} has no config.yaml that names its data; allowed is the folder of a run")
     flow, weights = load_flow(run, config.weights)
-    data = load_data(RunConfig.from_yaml(file.read_text()).data)
+    data = load_data(RunConfig.read(file).data)
     results: dict[str, Any] = {"run": Path(run).name, "data": data.name, "weights": weights, "machine": machine()}
     seconds: dict[str, float] = {}
     x, y = seen(flow, data.held_out, spread(len(data.held_out), config.images), data.levels)
@@ -141,8 +146,7 @@ def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) ->
         seconds["fidelity"] = time.perf_counter() - started
     if sweep:
         started = time.perf_counter()
-        scales = [replace(config, guidance=scale) for scale in sweep]
-        results["guidance_sweep"] = [_fidelity(run, flow, data, scaled, wanted or ["fid"]) for scaled in scales]
+        results["guidance_sweep"] = [_fidelity(run, flow, data, one, wanted or ["fid"]) for one in scaled]
         seconds["guidance_sweep"] = time.perf_counter() - started
     results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     file = Path(run) / "evaluation.json"

@@ -28,6 +28,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from flowback.alignment import load_encoder
 from flowback.data import ImageSet, Split
 from flowback.data.cache import cache_folder
+from flowback.data.images import decode
 from flowback.errors import InputError
 from flowback.evaluation.pictures import to_uint8
 from flowback.units import from_levels
@@ -70,6 +71,7 @@ class FolderImages(Dataset[Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.files = sorted(folder.glob("*.png"))
+        self.size: tuple[int, int] | None = None  # of the first one that is read
         if not self.files:
             raise InputError(f"{folder} has no .png; allowed is a folder that `flowback sample` wrote, or an .npz")
 
@@ -77,9 +79,11 @@ class FolderImages(Dataset[Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        from torchvision.io import ImageReadMode, decode_image
-
-        return decode_image(str(self.files[index]), ImageReadMode.RGB)
+        image = decode(self.files[index], "RGB").image.convert("RGB")
+        self.size = self.size or image.size
+        if image.size != self.size:
+            raise InputError(f"image {self.files[index]} is of {image.size} pixels; allowed are {self.size}, as others are")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def open_images(path: Path) -> Dataset[Tensor]:
@@ -233,8 +237,7 @@ def fidelity(
             raise InputError(f"metric {name!r} does not exist; allowed: {', '.join(METRICS)}")
     if extractor not in EXTRACTORS:
         raise InputError(f"extractor {extractor!r} does not exist; allowed: {', '.join(EXTRACTORS)}")
-    if "sfid" in metrics and extractor != "inception":
-        raise InputError(f"sfid is a figure of inception, not of {extractor}; allowed: extractor inception, or no sfid")
+    check_sfid(metrics, extractor)
     if min(len(samples), len(reference)) < 2:  # pyright: ignore[reportArgumentType]
         raise InputError("one image has no spread; allowed are at least 2 samples and 2 real images")
     options: dict[str, Any] = {
@@ -244,7 +247,7 @@ def fidelity(
         "cache_root": str(cache_folder() / "fidelity"),
         "cuda": torch.device(device).type == "cuda",
         "batch_size": batch_size,
-        "feature_extractor_weights_path": _checked_weights(weights),
+        "feature_extractor_weights_path": _checked_weights(weights, extractor),
         "kid_subset_size": min(1000, len(samples), len(reference)),  # pyright: ignore[reportArgumentType]
         "save_cpu_ram": True,  # also: no worker processes
         "verbose": False,
@@ -260,6 +263,16 @@ def fidelity(
         figures["sfid"] = _calculate("inception_spatial", **options, fid=True)["frechet_inception_distance"]
     counts = {"samples": len(samples), "reference_images": len(reference)}  # pyright: ignore[reportArgumentType]
     return figures | {"extractor": extractor, **counts}
+
+
+def check_sfid(metrics: Collection[str], extractor: str) -> None:
+    """Refuse sfid of another extractor than inception.
+
+    Raises:
+        InputError: if it is asked for.
+    """
+    if "sfid" in metrics and extractor != "inception":
+        raise InputError(f"sfid is a figure of inception, not of {extractor}; allowed: extractor inception, or no sfid")
 
 
 def reference_of(data: ImageSet, count: int, training: bool = True) -> tuple[Dataset[Tensor], str]:
@@ -289,17 +302,21 @@ def _calculate(extractor: str, **options: Any) -> dict[str, float]:
         raise InputError(f"the weights given do not fit extractor {extractor}: {str(error).splitlines()[0]}") from None
 
 
-def _checked_weights(weights: str | None) -> str | None:
+def _checked_weights(weights: str | None, extractor: str) -> str | None:
     """A local file of weights, once it is sure that it holds nothing but tensors: torch-fidelity would unpickle all."""
     if weights is None or weights == "random":
         return weights
     if not Path(weights).is_file():
         raise InputError(f"extractor weights {weights} are not a file; allowed is a local file of tensors")
-    if not weights.endswith(".safetensors"):
+    own = EXTRACTORS[extractor][1]
+    reads_safetensors = own is not None and issubclass(own, TimmExtractor)
+    if not (reads_safetensors and weights.endswith(".safetensors")):
         try:
-            torch.load(weights, weights_only=True, map_location="cpu")
+            state = torch.load(weights, weights_only=True, map_location="cpu")
         except Exception as error:  # unpickling raises many kinds
             raise InputError(f"extractor weights {weights} hold more than tensors ({str(error).splitlines()[0]})") from None
+        if not isinstance(state, dict):
+            raise InputError(f"extractor weights {weights} are not a state_dict; allowed is one")
     return weights
 
 
@@ -314,6 +331,6 @@ def pooled_features(
     _, own = EXTRACTORS[extractor]
     cls: Any = own or FeatureExtractorInceptionV3
     layer = cls.get_default_feature_layer_for_metric("fid")
-    model: nn.Module = cls(extractor, [layer], feature_extractor_weights_path=_checked_weights(weights))
+    model: nn.Module = cls(extractor, [layer], feature_extractor_weights_path=_checked_weights(weights, extractor))
     loader = torch.utils.data.DataLoader(images, batch_size)
     return torch.cat([model.eval()(batch)[0].float() for batch in loader])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowback.errors import InputError
+from flowback.files import read_json
 from flowback.flows.decoders import CausalMap, Solved, Solver, default_tolerance, solve
 from flowback.flows.guidance import Guidance
 
@@ -62,7 +63,7 @@ class Calibration:
         if not file.is_file():
             return None
         try:
-            content = json.loads(file.read_text())
+            content = read_json(file)
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, not {FORMAT}")
             rows = {

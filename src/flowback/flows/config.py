@@ -11,6 +11,7 @@ POSITIONS = ("learned", "rotary")
 PRIORS = ("standard", "scaled")
 POSTERIORS = ("mean", "sample")
 NOISES = ("gaussian", "uniform")
+MOST_BLOCKS = 1000  # and most layers of a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +80,14 @@ class FlowConfig:
             value = getattr(self, name)
             if not _is_whole(value, minimum) and not (value is None and name in open_until_known):
                 raise InputError(f"flow.{name} is {value!r}; allowed is a whole number of at least {minimum}")
+        if self.blocks > MOST_BLOCKS:
+            raise InputError(f"flow.blocks is {self.blocks}; allowed is at most {MOST_BLOCKS}")
         depths = self.layers if isinstance(self.layers, list) else [self.layers]
-        if not all(_is_whole(depth, 1) for depth in depths) or (
+        if not all(_is_whole(depth, 1) and depth <= MOST_BLOCKS for depth in depths) or (
             isinstance(self.layers, list) and len(depths) != self.blocks
         ):
             raise InputError(
-                f"flow.layers is {self.layers!r}; allowed is a whole number of at least 1, "
+                f"flow.layers is {self.layers!r}; allowed is a whole number from 1 to {MOST_BLOCKS}, "
                 f"or a list of {self.blocks} of them"
             )
         self._check_sides()

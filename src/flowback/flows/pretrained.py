@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from flowback.errors import InputError
+from flowback.files import read_json
 from flowback.flows.calibration import FILE as CALIBRATION
 
 STANDARDS = "classification.json"
@@ -48,7 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: if its config.json is missing, or of something else.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no readable config.json of a flow ({error})") from None
     if not isinstance(config, dict) or config.pop("model", None) != "TarFlow" or config.pop("format", None) != 1:

@@ -230,8 +230,13 @@ def load_flow(run: str | Path, weights: str = "ema") -> tuple[TarFlow, str]:
             reader = slices.Reader(Path(source), STEM)
         except OSError:
             raise InputError(f"{source} has no raw weights; allowed here: ema") from None
-        for name, parameter in flow.named_parameters():
-            reader.fill(f"weights.flow.{name}", parameter)
+        except SafetensorError as error:
+            raise InputError(f"{source} has raw weights that cannot be read ({error}); allowed here: ema") from None
+        try:
+            for name, parameter in flow.named_parameters():
+                reader.fill(f"weights.flow.{name}", parameter)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{source} has raw weights of another flow ({error}); allowed here: ema") from None
     name = source.name if isinstance(source, Path) else str(source)
     return flow, f"{weights} weights of {name}"
 

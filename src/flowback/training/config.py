@@ -140,6 +140,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"train.{name} is {value}; allowed is a whole number of at least {minimum}")
+        for name, most in (("seed", 2**63 - 1), ("batch_size", 2**20)):
+            if getattr(self, name) > most:
+                raise InputError(f"train.{name} is {getattr(self, name)}; allowed is at most {most}")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"train.lr is {self.lr}; allowed is a number above 0")
         if self.clip is not None and not self.clip > 0:
@@ -187,6 +190,18 @@ class RunConfig:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
 
     @classmethod
+    def read(cls, file: Path) -> "RunConfig":
+        """The configuration in a run's config.yaml.
+
+        Raises:
+            InputError: if the file does not hold a whole one.
+        """
+        try:
+            return cls.from_yaml(file.read_text("utf-8"))
+        except (InputError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} cannot be used: {error}") from None
+
+    @classmethod
     def from_yaml(cls, text: str) -> "RunConfig":
         """The inverse of `to_yaml`.
 
@@ -198,7 +213,7 @@ class RunConfig:
             values = yaml.safe_load(text)
             values["train"]["betas"] = tuple(values["train"]["betas"])
             return cls(**{k: types[k](**v) if k in types else v for k, v in values.items()})
-        except (yaml.YAMLError, TypeError, KeyError) as error:
+        except (yaml.YAMLError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"this is not the configuration of a run ({error})") from None
 
 

@@ -58,7 +58,7 @@ def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Itera
 
 
 def _refuse_other(config: RunConfig) -> None:
-    begun = RunConfig.from_yaml((config.folder / "config.yaml").read_text())  # options that came later have their defaults
+    begun = RunConfig.read(config.folder / "config.yaml")  # options that came later have their defaults
     before, now = (flat(yaml.safe_load(c.to_yaml())) for c in (begun, config))
     for name in now:
         if name not in FREE and before.get(name) != now[name]:
