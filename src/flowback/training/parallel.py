@@ -4,9 +4,8 @@ Every process builds the same flow, takes its share of every batch, and averages
 first one writes files. `torchrun` may start them, or the first process does.
 
 **ddp** has everything in every process. **fsdp** (torch's `fully_shard`) cuts every parameter along its first dimension,
-one slice a process, and with it the gradient, the average and AdamW's moments; they are whole only during a step. The
-objective is one unit of it: the alignment takes vector-Jacobian products inside the forward pass, each of which would
-end the backward pass of a smaller unit.
+one slice a process, and with it the gradient, the average and AdamW's moments. Parameters are whole from the forward pass
+of their block to its backward pass, a block's gradient until it is averaged.
 """
 
 import os
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -91,9 +91,20 @@ def _strategy(name: str, processes: int) -> Any:
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
-    def shard(objective: nn.Module, mesh: Any) -> nn.Module:
-        frozen = {p for p in objective.parameters() if not p.requires_grad}
-        fully_shard(objective, mesh=mesh["data_parallel"], reshard_after_forward=False, ignored_params=frozen)
+    def shard(objective: Any, mesh: Any) -> nn.Module:
+        cut = partial(fully_shard, mesh=mesh["data_parallel"], reshard_after_forward=False)
+        if getattr(objective, "gradient", None) != "sequential":  # which calls parts of blocks
+            for block in objective.flow.blocks:
+                cut(block)
+        cut(objective, ignored_params={p for p in objective.parameters() if not p.requires_grad})
+
+        def backward_is_last(last: bool) -> None:
+            objective.set_is_last_backward(last)
+            objective.set_reshard_after_backward(last)
+
+        # the alignment's products are backward passes too, after which the parameters are needed still
+        objective.register_forward_pre_hook(lambda *_: backward_is_last(False))
+        objective.register_forward_hook(lambda *_: backward_is_last(True))
         return objective
 
     return ModelParallelStrategy(shard, data_parallel_size=processes, tensor_parallel_size=1, timeout=TIMEOUT)
