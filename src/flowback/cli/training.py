@@ -5,12 +5,14 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from flowback.cli.common import Parser, Verb
+from flowback.cli.common import Parser, Verb, say
 from flowback.errors import InputError
 from flowback.quickstart import quickstart, recipe
 from flowback.training import RunConfig, train
+from flowback.training.budget import Device, plan
 from flowback.training.caches import make_caches
 from flowback.training.log import console
+from flowback.training.parallel import is_first
 
 
 def add(verb: Verb) -> None:
@@ -29,6 +31,17 @@ def add(verb: Verb) -> None:
         _train,
         "Train a flow. Options come from a YAML file (--config, see configs/) and from the command line, which wins.",
     )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: print parameters, operations, memory, days and disk, on 1, 8 and 64 devices such as the "
+        "following three options describe",
+    )
+    command.add_argument(
+        "--device-tflops", type=float, default=Device.tflops, help="peak, 10^12 operations/s (default: an H100 in bfloat16)"
+    )
+    command.add_argument("--device-gb", type=float, default=Device.gigabytes, help="memory, 10^9 bytes (default: 80)")
+    command.add_argument("--utilisation", type=float, default=Device.utilisation, help="share of the peak that is reached")
     _add_recipe(command)
 
     command = verb(
@@ -76,17 +89,22 @@ def _quickstart(options: Namespace) -> int:
 
 def _train(options: Namespace) -> int:
     config = _run_config(options)
+    if options.dry_run:
+        with console.status("counting one step on 1, 8 and 64 devices …"):
+            budget = plan(config, Device(options.device_tflops, options.device_gb, options.utilisation))
+        say(str(budget))
+        return 0
     result = train(config)
-    if result.interrupted:
-        console.print(
-            f"stopped at step {result.state.step} of {config.train.steps}; go on with: "
-            f"flowback train --config {result.run / 'config.yaml'} --run {result.run} --train.resume",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return 0 if config.train.until is not None and result.state.step == config.train.until else 130
-    console.print(f"finished {result.run} at step {result.state.step}", highlight=False, soft_wrap=True)
-    return 0
+    ends_early = result.interrupted and result.state.step != config.train.until
+    if is_first():
+        said = f"finished {result.run} at step {result.state.step}"
+        if result.interrupted:
+            said = (
+                f"stopped at step {result.state.step} of {config.train.steps}; go on with: "
+                f"flowback train --config {result.run / 'config.yaml'} --run {result.run} --train.resume"
+            )
+        console.print(said, highlight=False, soft_wrap=True)
+    return 130 if ends_early else 0
 
 
 def _cache(options: Namespace) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowback.alignment import Alignment
+from flowback.alignment.encoders import Encoder
 from flowback.data import ImageSet, load_data
 from flowback.data.batches import Tolerance
 from flowback.data.cache import ArrayCache, cache_folder, cache_key, find, nearest_mismatch
@@ -41,6 +42,17 @@ class CachePlan:
         return ArrayCache.plan(folder, self.facts, count, 2 if flips else 1, self.shape)
 
 
+def cache_shapes(config: RunConfig, flow: TarFlow, encoder: Encoder | None) -> dict[str, tuple[int, ...]]:
+    """The arrays of one image that a run can keep on disk, latents first; `encoder` is the alignment's."""
+    shapes = {}
+    if flow.config.autoencoder is not None and config.train.cache_latents:
+        moments = 2 if flow.config.latent_posterior == "sample" else 1
+        shapes["latents"] = (moments * flow.data_shape[0], *flow.data_shape[1:])
+    if encoder is not None and config.alignment.cache:
+        shapes["features"] = (flow.token_shape[0], encoder.dim)
+    return shapes
+
+
 def cache_plans(
     config: RunConfig, data: ImageSet, flow: TarFlow, alignment: Alignment | None, device: torch.device
 ) -> list[CachePlan]:
@@ -54,12 +66,12 @@ def cache_plans(
         "levels": data.levels,
         "flips": train.flip,
     }
-    if flow.config.autoencoder is not None and train.cache_latents:
-        moments = 2 if flow.config.latent_posterior == "sample" else 1
-        facts = {"kind": "latents", **images, "autoencoder": flow.config.latent_weights, "moments": moments}
-        shape = (moments * flow.data_shape[0], *flow.data_shape[1:])
-        plans.append(CachePlan(facts, shape, lambda x: load_autoencoder(flow.config).moments(x.to(device))))
-    if alignment is not None and config.alignment.cache:
+    shapes = cache_shapes(config, flow, alignment and alignment.encoder)
+    if "latents" in shapes:
+        facts = {"kind": "latents", **images, "autoencoder": flow.config.latent_weights}
+        facts["moments"] = 2 if flow.config.latent_posterior == "sample" else 1
+        plans.append(CachePlan(facts, shapes["latents"], lambda x: load_autoencoder(flow.config).moments(x.to(device))))
+    if alignment is not None and "features" in shapes:
         a = config.alignment
         facts = {
             "kind": "features",
@@ -74,7 +86,7 @@ def cache_plans(
             with autocast(device, a.encoder_precision):
                 return alignment.targets(x.to(device))
 
-        plans.append(CachePlan(facts, (flow.token_shape[0], alignment.encoder.dim), targets))
+        plans.append(CachePlan(facts, shapes["features"], targets))
     return plans
 
 

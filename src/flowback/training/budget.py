@@ -1,0 +1,234 @@
+"""What a recipe takes before it is trained: parameters, operations, memory, days, disk (`flowback train --dry-run`).
+
+One step of the training code itself runs on tensors without content (`flowback.training.meter`), so that the figures are
+of what will run, whatever its options; nothing is read but the list of images, and nothing is written.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flowback.alignment import Alignment, load_encoder
+from flowback.data import DataConfig, ImageSet, load_data
+from flowback.data.splits import MemorySplit
+from flowback.devices import autocast
+from flowback.errors import InputError
+from flowback.flows import FlowConfig, TarFlow
+from flowback.training.apply import checkpoint_layers
+from flowback.training.build import build_flow
+from flowback.training.caches import cache_shapes
+from flowback.training.config import RunConfig
+from flowback.training.loop import Likelihood
+from flowback.training.meter import Meter
+
+DEVICES = (1, 8, 64)
+ITERATIONS = (400_000, 1_000_000)  # the papers' ablations and final models
+SECONDS_PER_DAY = 86_400
+IMAGENET = {"images": 1_281_167, "classes": 1000, "channels": 3}  # ILSVRC 2012, for training
+SD_VAE = {"latent_channels": 4, "latent_downsample": 8, "latent_scale": 0.18215, "latent_shift": 0.0}
+AUTOENCODERS = dict.fromkeys(("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse"), SD_VAE)
+EXACT_TERMS = 6  # of the adjoint; how many "exact" takes depends on the data: docs/method.md has 4 to 6
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a recipe is planned for.
+
+    Args:
+        tflops: its peak, 10^12 operations per second, in the recipe's precision. The default is an NVIDIA H100 SXM in
+            bfloat16 without sparsity, by its data sheet.
+        gigabytes: its memory, 10^9 bytes.
+        utilisation: the share of the peak that training reaches.
+
+    Raises:
+        InputError: if a value is impossible.
+    """
+
+    tflops: float = 989.0
+    gigabytes: float = 80.0
+    utilisation: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("device-tflops", self.tflops, math.inf),
+            ("device-gb", self.gigabytes, math.inf),
+            ("utilisation", self.utilisation, 1.0),
+        ):
+            if not 0 < value <= most or math.isinf(value):
+                allowed = "a number above 0" if math.isinf(most) else "a share above 0, at most 1"
+                raise InputError(f"--{name} is {value}; allowed is {allowed}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one device."""
+
+    devices: int
+    images: int  # of the device's share
+    pieces: int  # in which it takes them, `train.accumulate`
+    flops: int
+    bytes: int  # weights, gradients, averages, optimiser, encoder and the peak of all that a step makes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a recipe takes."""
+
+    parameters: int  # of the flow
+    projector: int
+    encoder: int  # frozen
+    tokens: tuple[int, int]
+    depths: list[int]
+    batch: int
+    iterations: list[int]
+    steps: list[Step]
+    caches: dict[str, int]  # kind -> bytes on disk
+    encoder_flops: int  # of computing all features that are cached
+    device: Device
+
+    def seconds(self, step: Step) -> float:
+        """How long a step takes at the stated utilisation."""
+        return step.flops / (1e12 * self.device.tflops * self.device.utilisation)
+
+    def __str__(self) -> str:
+        d = self.device
+        frozen = f", projector {_millions(self.projector)}, frozen encoder {_millions(self.encoder)}" * bool(self.encoder)
+        lines = [
+            f"parameters  flow {_millions(self.parameters)}{frozen}",
+            f"flow        {len(self.depths)} blocks, {sum(self.depths)} layers, "
+            f"{self.tokens[0]} tokens of {self.tokens[1]} numbers",
+            f"caches      {', '.join(f'{kind} {size / 1e9:,.1f} GB' for kind, size in self.caches.items()) or 'none'}",
+        ]
+        if self.encoder_flops:
+            hours = self.encoder_flops / (1e12 * d.tflops * d.utilisation) / 3600
+            lines.append(f"            features take {self.encoder_flops / 1e15:.3g} PFLOP, {hours:.2g} device hours, once")
+        columns = [f"days to {n:,}" for n in self.iterations]
+        lines += [
+            f"a step      {self.batch} images; devices of {d.tflops:g} TFLOP/s at {100 * d.utilisation:g} %, "
+            f"{d.gigabytes:g} GB",
+            "",
+            "  ".join(["devices  images each  pieces  TFLOP each  GB each  steps/s", *columns]),
+        ]
+        for step in self.steps:
+            days = (self.seconds(step) * n / SECONDS_PER_DAY for n in self.iterations)
+            times = "".join(f"  {value:{len(name)}.3g}" for value, name in zip(days, columns, strict=True))
+            fits = "" if step.bytes <= 1e9 * d.gigabytes else "  does not fit"
+            lines.append(
+                f"{step.devices:7}  {step.images:11}  {step.pieces:6}  {step.flops / 1e12:10.4g}  {step.bytes / 1e9:7.1f}  "
+                f"{1 / self.seconds(step):7.3g}{times}{fits}"
+            )
+        return "\n".join(lines)
+
+
+def plan(config: RunConfig, device: Device | None = None) -> Budget:
+    """What a recipe takes, on 1, 8 and 64 devices.
+
+    A device takes its share of the batch in as many pieces (`train.accumulate`, doubled) as its memory asks for. Where
+    `data.path` of imagenet is not given, or an autoencoder of `AUTOENCODERS` not read, what is published of them is taken.
+
+    Raises:
+        InputError: if the configuration or the data is not usable.
+    """
+    device, c, a = device or Device(), config.train, config.alignment
+    if (a.strategy, a.gradient) == ("reverse", "sequential"):
+        raise InputError("alignment.gradient is 'sequential'; allowed in a dry run are all others")
+    data = _data(config.data)
+    with FakeTensorMode() as fake:
+        flow = build_flow(_known_latents(config.flow), data)
+    alignment = encoder = None
+    if a.strategy != "none":
+        with torch.device("meta"):  # only its sizes are needed
+            encoder = load_encoder(a.encoder, "random", grid=flow.grid)
+        gradient = EXACT_TERMS if a.gradient == "exact" else a.gradient
+        with fake:
+            alignment = Alignment(flow, encoder, a.at, a.strategy, gradient, a.weight, a.projector_width)
+    if c.checkpoint_activations:
+        checkpoint_layers(flow)
+    objective = alignment or Likelihood(flow)
+
+    model, projector, frozen = (_count(part) for part in (flow, alignment and alignment.projector, encoder))
+    always = 4 * (3 * (model + projector) + model + frozen)  # weights and AdamW's moments, the averages, the encoder
+    encoded = 0 if encoder is None else _encoder_flops(encoder, data)
+    steps = []
+    for devices in (n for n in DEVICES if c.batch_size % (n * c.accumulate) == 0):
+        images, pieces = c.batch_size // devices, c.accumulate
+        flops, peak = _measure(objective, fake, c.precision, images, pieces)
+        while always + peak > 1e9 * device.gigabytes and images % (2 * pieces) == 0:
+            pieces *= 2
+            flops, peak = _measure(objective, fake, c.precision, images, pieces)
+        flops += 0 if a.cache else images * encoded
+        steps.append(Step(devices, images, pieces, flops, always + peak))
+
+    rows = len(data.train) * (2 if c.flip else 1)  # mirrored images too
+    shapes = cache_shapes(config, flow, encoder)
+    return Budget(
+        parameters=model,
+        projector=projector,
+        encoder=frozen,
+        tokens=flow.token_shape,
+        depths=flow.config.depths,
+        batch=c.batch_size,
+        iterations=sorted({*ITERATIONS, c.steps}),
+        steps=steps,
+        caches={kind: 2 * rows * math.prod(shape) for kind, shape in shapes.items()},  # float16
+        encoder_flops=encoded * rows if "features" in shapes else 0,
+        device=device,
+    )
+
+
+def _data(config: DataConfig) -> ImageSet:
+    """The data set; of ImageNet without a path only what is published of it, and images without content."""
+    if config.name != "imagenet" or config.path is not None:
+        return load_data(config)
+    images = min(IMAGENET["images"], config.limit or IMAGENET["images"])
+    split = MemorySplit(torch.empty(0), torch.empty(images, dtype=torch.uint8, device="meta"))
+    classes = [str(k) for k in range(IMAGENET["classes"])]
+    return ImageSet(config.name, split, split, classes, config.image_size or 256, config.channels, 256)
+
+
+def _known_latents(config: FlowConfig) -> FlowConfig:
+    """The flow's options, with what is published of its autoencoder where the recipe leaves that open."""
+    if config.autoencoder not in AUTOENCODERS:
+        return config
+    open_ = {name: value for name, value in AUTOENCODERS[config.autoencoder].items() if getattr(config, name) is None}
+    return replace(config, **{"latent_weights": config.latent_weights or "not read", **open_})
+
+
+def _measure(objective: nn.Module, fake: FakeTensorMode, precision: str, images: int, pieces: int) -> tuple[int, int]:
+    """Operations of a step, and the most memory of all that it makes, gradients included, in bytes.
+
+    Two pieces at most are run: the second one finds the gradients of the first in memory, as all later ones do.
+    """
+    flow: TarFlow = objective.flow  # pyright: ignore[reportAssignmentType]
+    dim = objective.encoder.dim if isinstance(objective, Alignment) else 0
+    run = min(pieces, 2)
+    with fake, Meter([*objective.parameters(), *objective.buffers()]) as meter:
+        x = torch.empty(images, *flow.data_shape)
+        classes = torch.empty(images, flow.num_classes)
+        targets = torch.empty(images, flow.token_shape[0], dim)
+        for part in range(run):
+            cut = slice(part * images // pieces, (part + 1) * images // pieces)
+            with autocast(x.device, precision):
+                loss, _ = objective(x[cut], classes[cut], targets=targets[cut])
+            loss.backward()
+            del loss
+    objective.zero_grad(set_to_none=True)
+    return meter.flops * pieces // run, meter.peak
+
+
+def _encoder_flops(encoder: nn.Module, data: ImageSet) -> int:
+    """Operations of the features of one image."""
+    with torch.device("meta"), Meter() as meter:
+        encoder(torch.empty(1, data.channels, data.image_size, data.image_size))
+    return meter.flops
+
+
+def _count(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}M"

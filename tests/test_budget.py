@@ -1,0 +1,170 @@
+"""The dry run against arithmetic, against the model that is built, and against steps that are taken."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flowback import TarFlow
+from flowback.alignment import Alignment
+from flowback.cli import build_parser
+from flowback.errors import InputError
+from flowback.training import RunConfig
+from flowback.training.budget import Device, plan
+from flowback.training.loop import Likelihood
+from flowback.training.meter import Meter
+
+RECIPES = Path(__file__).parents[1] / "configs"
+
+
+def recipe_config(name: str, *changes: str) -> RunConfig:
+    """A recipe with changes, as the command line reads it."""
+    parser, verbs = build_parser()
+    command, _ = verbs["train"]
+    options = command.instantiate(parser.parse_args(["train", f"--config={RECIPES / name}.yaml", *changes])["train"])
+    return RunConfig(**{field.name: options[field.name] for field in fields(RunConfig)})
+
+
+def mlp(width: int, kind: str) -> int:
+    """Weights of the MLP's matrices."""
+    return 8 * width**2 if kind == "gelu" else 3 * width * 32 * round(8 / 3 * width / 32)
+
+
+@pytest.mark.parametrize("name", ["imagenet64", "imagenet256", "imagenet256_patch1"])
+@pytest.mark.parametrize("strategy", ["none", "reverse"])
+def test_the_papers_recipes_are_what_arithmetic_says(name, strategy):
+    f = recipe_config(name).flow
+    budget = plan(recipe_config(name, f"--alignment.strategy={strategy}", "--train.batch_size=1"), Device(gigabytes=1e6))
+    N, D = budget.tokens
+    C, K, kind = f.width, 1000, f.mlp
+    hidden = mlp(C, kind) // C // (2 if kind == "gelu" else 3)
+    biases = C + (hidden if kind == "gelu" else 2 * hidden)
+    layer = 4 * C + (4 * C**2 + 4 * C) + mlp(C, kind) + biases  # two norms, attention, MLP
+    block = D * C + C + K * C + (N * C if f.positions == "learned" else 0) + 8 * layer + 2 * D * C + 2 * D
+    assert budget.parameters == 8 * block
+
+    matrices = 2 * N * (4 * C**2 + mlp(C, kind))  # operations of a layer's forward pass
+    attention = 4 * N**2 * C
+    ends = 2 * N * 3 * D * C + 2 * K * C  # of a block: into and out of the transformer, the classes
+    forward = 8 * (8 * (matrices + attention) + ends)
+    plain = 3 * forward + 8 * 8 * attention / 2  # attention computes its scores again
+    if strategy == "none":
+        expected = plain
+    else:
+        # each of the two aligned blocks has one product down from z and one from layer 6, without the weights' gradients
+        product = matrices + 2.5 * attention
+        projector = 2 * N * (2 * C**2 + C * 768)
+        expected = plain + 2 * (8 + 6) * product + 2 * (3 + 1) * projector
+    (step,) = budget.steps
+    assert step.flops == pytest.approx(expected, rel=2e-3)
+
+
+class Fixed(torch.nn.Module):
+    grid, dim = (4, 4), 24
+
+
+@pytest.mark.parametrize("strategy", ["none", "forward", "detach", "reverse"])
+def test_a_step_without_content_counts_like_a_real_one(strategy):
+    def counted() -> Meter:
+        options = {"image_size": 8, "channels": 1, "patch_size": 2, "width": 32, "blocks": 3, "layers": 2, "head_dim": 16}
+        flow = TarFlow(**options, num_classes=5)
+        objective = Likelihood(flow) if strategy == "none" else Alignment(flow, Fixed(), [(2, 1)], strategy, 2)
+        with Meter([*objective.parameters(), *objective.buffers()]) as meter:
+            x, classes, targets = torch.ones(6, 1, 8, 8), torch.full((6, 5), 0.2), torch.ones(6, 16, 24)
+            objective(x, classes, targets=targets)[0].backward()
+        return meter
+
+    real = counted()
+    with FakeTensorMode():
+        fake = counted()
+    assert fake.flops == real.flops > 0
+    assert fake.peak == pytest.approx(real.peak, rel=0.02)
+
+
+MEASURE = """
+import json, resource, sys, torch
+from flowback import TarFlow
+from flowback.devices import autocast
+from flowback.training.apply import checkpoint_layers
+from flowback.training.loop import Likelihood
+
+options, images, precision, checkpointed = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+flow = TarFlow(**options)
+objective = Likelihood(flow)
+if checkpointed:
+    checkpoint_layers(flow)
+
+def step(count):
+    with autocast(torch.device("cpu"), precision):
+        loss, _ = objective(torch.randn(count, *flow.data_shape), torch.zeros(count, dtype=torch.long))
+    loss.backward()
+    flow.zero_grad(set_to_none=True)
+
+step(1)
+before = resource.getpagesize() * int(open("/proc/self/statm").read().split()[1])
+step(images)
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux tells it")
+@pytest.mark.parametrize(("precision", "checkpointed"), [("32-true", False), ("bf16-mixed", False), ("32-true", True)])
+def test_memory_is_what_a_step_takes(precision, checkpointed):
+    config = recipe_config(
+        "imagenet64",
+        "--alignment.strategy=none",
+        "--flow.width=128",
+        "--flow.blocks=2",
+        "--flow.layers=3",
+        "--flow.head_dim=32",
+        "--train.batch_size=64",
+        f"--train.precision={precision}",
+        f"--train.checkpoint_activations={str(checkpointed).lower()}",
+    )
+    budget = plan(config, Device(gigabytes=1e6))
+    predicted = budget.steps[0].bytes - 16 * budget.parameters
+    options = {name: getattr(config.flow, name) for name in ("patch_size", "width", "blocks", "layers", "head_dim")}
+    options |= {"image_size": 64, "channels": 3, "num_classes": 1000, "log_scale_bound": None}
+    words = json.dumps([options, config.train.batch_size, precision, checkpointed])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
+    measured = int(subprocess.check_output([sys.executable, "-c", MEASURE, words], text=True, env=environment))
+    assert predicted > 1.5e8
+    assert measured == pytest.approx(predicted, rel=0.05)
+
+
+def test_a_smaller_memory_takes_more_pieces_and_a_larger_batch_more_of_all():
+    narrow = (
+        "--flow.width=64",
+        "--flow.blocks=2",
+        "--flow.layers=1",
+        "--alignment.at=[[2,1]]",
+        "--alignment.projector_width=64",
+        "--train.batch_size=64",
+    )
+    config = recipe_config("imagenet64", *narrow)
+    large, small = plan(config, Device(gigabytes=1e6)), plan(config, Device(gigabytes=0.5))
+    assert [(step.images, step.pieces) for step in large.steps] == [(64, 1), (8, 1), (1, 1)]
+    assert small.steps[0].pieces > 1
+    assert small.steps[0].bytes < 5e8 < large.steps[0].bytes
+    assert small.steps[0].flops == large.steps[0].flops == 8 * large.steps[1].flops
+    assert large.caches == {"features": 1_281_167 * 2 * 256 * 768 * 2}
+    assert large.seconds(large.steps[0]) == pytest.approx(large.steps[0].flops / (989e12 * 0.4))
+    without = plan(recipe_config("imagenet64", *narrow, "--alignment.cache=false"), Device(gigabytes=1e6))
+    assert without.caches == {}
+    assert without.steps[0].flops > 10 * large.steps[0].flops  # the encoder is much larger than this flow
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(InputError, match=r"--device-gb is -1.*allowed is a number above 0"):
+        Device(gigabytes=-1)
+    with pytest.raises(InputError, match=r"sequential.*allowed in a dry run are all others"):
+        plan(recipe_config("imagenet64", "--alignment.gradient=sequential"))
+    with pytest.raises(InputError, match="no_such_folder"):
+        plan(recipe_config("imagenet64", "--data.path=no_such_folder"))
