@@ -558,6 +558,15 @@ def test_a_batch_is_asked_of_the_disk_before_it_is_read(tmp_path, monkeypatch, m
     assert sorted(asked) == sorted(row.tobytes() for row in values)
 
 
+def test_a_shard_that_is_cut_while_it_is_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "OPEN_MAPS", 0)
+    cache = filled(tmp_path / "c", rows=23)
+    file = next((tmp_path / "c").glob("shard_*"))
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(InputError, match=r"shard_00000\.npy ends too early"):
+        everything(cache)
+
+
 def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.delenv("FLOWBACK_CACHE", raising=False)

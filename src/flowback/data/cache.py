@@ -239,7 +239,7 @@ class ArrayCache:
         for place in places:
             self._announce(*place)
         for i, place in zip(order, places, strict=True):
-            out[i] = self._values_at(*place)
+            self._read_into(out[i], *place)
         return torch.from_numpy(out)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,15 +292,18 @@ class ArrayCache:
             with suppress(OSError), self._file(shard).open("rb", buffering=0) as stream:  # what fails here fails in reading
                 os.posix_fadvise(stream.fileno(), self._start(shard, row, variant), size, os.POSIX_FADV_WILLNEED)
 
-    def _values_at(self, shard: int, row: int, variant: int) -> np.ndarray:
-        """The array of one image. The shards that are asked for first stay mapped, others are opened each time."""
+    def _read_into(self, out: np.ndarray, shard: int, row: int, variant: int) -> None:
+        """Read the array of one image. The shards that are asked for first stay mapped, others are opened each time."""
         file, shape = self._file(shard), self._array_shape(shard)
         if shard not in self._maps and len(self._maps) < OPEN_MAPS:
             self._maps[shard] = np.asarray(np.memmap(file, self.dtype, "r", self._start(shard, 0, 0), shape))
         if shard in self._maps:
-            return self._maps[shard][row, variant]
-        start = self._start(shard, row, variant)
-        return np.fromfile(file, self.dtype, math.prod(self.shape), offset=start).reshape(self.shape)
+            out[...] = self._maps[shard][row, variant]
+            return
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(self._start(shard, row, variant))
+            if stream.readinto(out.data) != out.nbytes:
+                raise InputError(f"{file} ends too early; allowed: to delete it and run flowback cache again")
 
     def _layout(self) -> dict[str, Any]:
         """How the arrays lie on disk, as far as a caller decides."""
