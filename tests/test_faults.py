@@ -99,10 +99,11 @@ def test_a_run_is_trained_by_one_process_at_a_time(folder):
     assert "ending after this step" in finish(first, status=130)
 
 
-@pytest.mark.parametrize("victim", ["the first", "the other"])
-def test_without_the_other_process_one_ends_soon_and_says_so(folder, victim):
+@pytest.mark.parametrize(("victim", "strategy"), [("the first", "ddp"), ("the other", "fsdp")])
+def test_without_the_other_process_one_ends_soon_and_says_so(folder, victim, strategy):
     run = folder / f"pair {victim}"
-    pair = start(folder, run.name, "--train.steps=100000", "--train.devices=2", "--train.checkpoint_every=1")
+    options = ["--train.devices=2", f"--train.strategy={strategy}", "--train.checkpoint_every=1"]
+    pair = start(folder, run.name, "--train.steps=100000", *options)
     while pair.poll() is None and checkpoint.newest(run) is None:
         time.sleep(0.02)
     listed = subprocess.run(["pgrep", "-g", str(pair.pid)], capture_output=True, text=True).stdout.split()
