@@ -4,11 +4,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint bench clean
+.PHONY: help setup quickstart test soak lint bench clean
 
 help:
 	@echo "make quickstart   set up, train a plain and an aligned flow on digits, write runs/quickstart/report.html"
 	@echo "make test         set up, run the tests"
+	@echo "make soak         the tests that take long, such as a scan of a million files"
 	@echo "make lint         ruff check, ruff format --check, pyright"
 	@echo "make bench        the benchmarks, as tables and JSON"
 	@echo "make setup        only make .venv        make clean   remove .venv and caches (runs/ stays)"
@@ -27,6 +28,9 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The command line: one thin command per verb, those of a kind in one module."""
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -24,6 +25,8 @@ SWITCHES = tuple(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, or 130 after an interruption; bad input exits with 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes that no encoding has
     parser, commands = build_parser()
     words = _with_switches(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from flowback.data.images import IMAGE_SUFFIXES
-from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index
+from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index, shown
 from flowback.errors import InputError
 
 INDEXED = 10_000  # images; a smaller tree is scanned at every start, in a fraction of a second
@@ -69,6 +69,7 @@ class FolderSource(Source):
             if name not in number:
                 raise InputError(f"class folder {root / part / name} is not in {root / 'train'}; allowed are its classes")
         counts = torch.from_numpy(listing.counts)
+        self.classes = [shown(name) for name in self.classes]
         self.labels = torch.tensor([number[name] for _, name in places]).repeat_interleave(counts)
         self.held_out = torch.tensor([part == "val" for part, _ in places]).repeat_interleave(counts)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowback.data.images import IMAGE_SUFFIXES
-from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index
+from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index, shown
 from flowback.errors import InputError
 from flowback.files import parse_json
 
@@ -84,7 +84,7 @@ class ShardSource(Source):
 
     def _in_folders(self, indices: list[dict[str, Any]], given: list[str] | None) -> tuple[Tensor, list[str]]:
         """Labels and classes where the folders in the tars are the classes."""
-        folders = [os.fsdecode(name) for index in indices for name in index["folders"]]
+        folders = [shown(os.fsdecode(name)) for index in indices for name in index["folders"]]
         starts = np.cumsum([0, *(len(index["folders"]) for index in indices)])
         folder_of = np.concatenate([index["folder_of"] + start for index, start in zip(indices, starts[:-1], strict=True)])
         seen = np.unique(folder_of[~self.held_out.numpy()]).tolist()

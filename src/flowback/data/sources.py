@@ -124,6 +124,15 @@ class DiskSplit(Split):
         return digest.hexdigest()[:16]
 
 
+def shown(name: str) -> str:
+    r"""The name of a folder as text: bytes in it that are no UTF-8, which no file could be written with, are escaped.
+
+    >>> shown(os.fsdecode(b"caf\xe9"))
+    'caf\\xe9'
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def load_index(kind: str, place: str) -> dict[str, Any] | None:
     """The arrays and texts that an earlier start kept about a place, by name, or None."""
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(_index_file(kind, place)) as file:

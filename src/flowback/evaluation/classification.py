@@ -15,6 +15,7 @@ from flowback.classify import (
     standardise,
 )
 from flowback.data import ImageSet
+from flowback.errors import InputError
 from flowback.evaluation.metrics import seen, spread
 from flowback.flows import TarFlow
 
@@ -46,7 +47,12 @@ def cost_accuracy(
     Returns:
         A row a rule: "rule", "passes" (forward passes an image), "accuracy", "images", "seconds_per_image",
         "temperature", "ece_before" and "ece_after" (the temperature); and the standards, to be stored with the flow.
+
+    Raises:
+        InputError: if there are fewer than 4 held-out images, of which one calibrates.
     """
+    if len(data.held_out) < 4:
+        raise InputError(f"{len(data.held_out)} held-out images are too few for an accuracy; allowed are at least 4")
     standards = standardise(flow, seen(flow, data.train, spread(len(data.train), UNLABELLED), data.levels)[0])
     order = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(seed))
     count = min(CALIBRATION, len(order) // 4)

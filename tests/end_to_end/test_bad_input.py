@@ -1,0 +1,876 @@
+"""Bad input, as users give it: a table of commands, each with what its one sentence must say.
+
+Every command runs in a folder that `world` makes; names in it are relative. Status 2, one line, and the folder stays as it
+was, to the byte. `docs/robustness.md` counts the rows.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+
+from builders import SMALL_RUN, refuse, tiny_autoencoder
+from flowback.cli import main
+from flowback.data import DataConfig, folders, load_data
+
+
+class Code:
+    """What runs a command as it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch EXECUTED",)
+
+
+# ---- what lies in the folder ----------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int, rows: bytes, depth: int = 8) -> bytes:
+    """A grey PNG that says it has some size, whatever its rows are."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def write_images(root: Path) -> None:
+    root.mkdir()
+    for k, digit in enumerate(load_digits().images[:3]):
+        Image.fromarray((digit * 15).astype(np.uint8)).save(root / f"{k}.png")
+    whole = (root / "0.png").read_bytes()
+    (root / "text.png").write_text("no image")
+    (root / "zero.png").write_bytes(b"")
+    (root / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(root / "whole.jpg")
+    (root / "truncated.jpg").write_bytes((root / "whole.jpg").read_bytes()[:500])
+    spoiled = bytearray(whole)
+    spoiled[45:50] = b"spoil"
+    (root / "spoiled.png").write_bytes(spoiled)
+    (root / "bomb.png").write_bytes(png(50_000, 50_000, b""))
+    (root / "huge.png").write_bytes(png(10_000, 10_000, bytes(10_001 * 10_000)))
+    (root / "short.png").write_bytes(png(64, 64, bytes(65)))
+    (root / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(EXECUTED) (w) file closefile\n")
+    (root / "drawing.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    Image.new("RGB", (8, 8)).save(root / "moving.png", "GIF")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "float.tif")
+    Image.fromarray(np.full((8, 8), 2**20, np.int32)).save(root / "deep.tif")
+    os.mkfifo(root / "pipe.png")
+    (root / "gone.png").symlink_to("nowhere.png")
+    (root / "loop.png").symlink_to("loop.png")
+    (root / "folder.png").mkdir()
+
+
+def tree(root: Path, **counts: int) -> Path:
+    """Class folders with so many images each."""
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (9, 9), (i, 0, 0)).save(root / name / f"{i}.png")
+    return root
+
+
+def write_trees(root: Path) -> None:
+    tree(root / "good", cat=4, dog=4)
+    (root / "empty").mkdir()
+    tree(root / "one_class", only=4)
+    tree(root / "empty_class", cat=4, dog=4, bird=0)
+    tree(root / "one_image", cat=4, dog=1)
+    tree(root / "flat", a=1)
+    shutil.copy(root / "flat" / "a" / "0.png", root / "flat" / "0.png")
+    shutil.rmtree(root / "flat" / "a")
+    tree(root / "hidden", **{".cat": 4, ".dog": 4})
+    tree(root / "bare_val", cat=4, dog=4)
+    (root / "bare_val").rename(root / "train")
+    (root / "bare_val" / "val").mkdir(parents=True)
+    (root / "train").rename(root / "bare_val" / "train")
+    for part, classes in (("train", {"cat": 4, "dog": 4}), ("val", {"cat": 4, "cow": 4})):
+        tree(root / "other_val" / part, **classes)
+    tree(root / "looped", cat=4, dog=4)
+    (root / "looped" / "loop").symlink_to("loop")
+    tree(root / "unreadable", cat=4, dog=4)
+    for file in (root / "unreadable").glob("*/*.png"):
+        file.write_text("no image")
+    tree(root / "pipes", cat=4, dog=0)
+    for i in range(4):
+        os.mkfifo(root / "pipes" / "dog" / f"{i}.png")
+    tree(root / "large", cat=4, dog=4)
+    for file in (root / "large").glob("*/*.png"):
+        os.truncate(file, 2**31)  # sparse
+    tree(root / "dangling", cat=4, dog=0)
+    for i in range(4):
+        (root / "dangling" / "dog" / f"{i}.png").symlink_to("nowhere.png")
+    tree(root / "locked", cat=4, dog=4)
+    (root / "file").write_text("no folder")
+
+
+def tar(file: Path, members: dict[str, bytes]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def write_tars(root: Path, picture: bytes) -> None:
+    numbered = {f"{i}.{kind}": content for i in range(6) for kind, content in (("png", picture), ("cls", b"%d" % (i % 2)))}
+    tar(root / "good" / "a.tar", numbered)
+    whole = (root / "good" / "a.tar").read_bytes()
+    for name, content in {
+        "truncated": whole[:700],
+        "text": b"text" * 500,
+        "zero": b"",
+        "gzip": zlib.compress(whole),
+    }.items():
+        (root / name).mkdir()
+        (root / name / "a.tar").write_bytes(content)
+    (root / "none").mkdir()
+    tar(root / "unlabelled" / "a.tar", {f"{i}.png": picture for i in range(4)})
+    tar(root / "no_image" / "a.tar", {"1.cls": b"0", "2.cls": b"1"})
+    tar(root / "word" / "a.tar", {**numbered, "x.png": picture, "x.cls": b"cat"})
+    tar(root / "negative" / "a.tar", {**numbered, "x.png": picture, "x.cls": b"-1"})
+    tar(root / "beyond" / "a.tar", {**numbered, "x.png": picture, "x.cls": b"9999999"})
+    tar(root / "json" / "a.tar", {**numbered, "x.png": picture, "x.json": b"{"})
+    tar(root / "deep_json" / "a.tar", {**numbered, "x.png": picture, "x.json": b"[" * 100_000})
+    tar(root / "twice" / "a.tar", {**numbered, "x.png": picture, "x.jpg": picture, "x.cls": b"0"})
+    tar(root / "names" / "a.tar", numbered)
+    (root / "names" / "classes.json").write_text('["cat"]')
+    tar(root / "no_names" / "a.tar", numbered)
+    (root / "no_names" / "classes.json").write_text('{"cat": 1}')
+
+
+def write_flows(root: Path, run: Path) -> None:
+    """Damaged copies of a flow, and what else is taken for one."""
+    whole = run / "checkpoints" / "step_00000002"
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(whole, root / name))
+
+    def changed(name: str, change: Callable[[dict], object]) -> None:
+        file = copy(name) / "config.json"
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+
+    def tensors(name: str, change: Callable[[dict], object]) -> None:
+        file = copy(name) / "model.safetensors"
+        content = load_file(file)
+        change(content)
+        save_file(content, file)
+
+    changed("version", lambda c: c.update(format=2))
+    changed("foreign", lambda c: c.update(model="UNet"))
+    changed("option", lambda c: c.update(colour="red"))
+    changed("type", lambda c: c.update(width="wide"))
+    changed("shape", lambda c: c.update(width=64))
+    changed("size", lambda c: c.update(mlp_ratio=1e12))
+    changed("patch", lambda c: c.update(patch_size=3))
+    changed("classes", lambda c: c.update(num_classes=11))
+    tensors("missing", lambda t: t.pop("blocks.1.proj_out.bias"))
+    tensors("more", lambda t: t.update(extra=torch.ones(1)))
+    tensors("none", lambda t: t.clear())
+    tensors("nan", lambda t: t["blocks.1.proj_out.bias"].fill_(float("nan")))
+    (copy("no_config") / "config.json").unlink()
+    (copy("text_config") / "config.json").write_text("width: 3")
+    (copy("list_config") / "config.json").write_text("[]")
+    (copy("deep_config") / "config.json").write_text("[" * 100_000)
+    (copy("no_weights") / "model.safetensors").unlink()
+    (copy("text_weights") / "model.safetensors").write_text("no tensors")
+    (copy("zero_weights") / "model.safetensors").write_bytes(b"")
+    (copy("header") / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    os.truncate(copy("cut_weights") / "model.safetensors", 5000)
+    (copy("pickled") / "model.safetensors").write_bytes(pickle.dumps(Code()))
+    (copy("calibration") / "decoding.json").write_text('{"format": 9}')
+    (copy("standards") / "classification.json").write_text('{"format": 1, "mean": [0]}')
+    (copy("bad_raw") / "training.safetensors").write_text("no tensors")
+    (copy("other_raw") / "training.safetensors").unlink()
+    save_file({"weights.flow.x": torch.ones(1)}, root / "other_raw" / "training.safetensors")
+    for name in ("damaged", "no_yaml", "bad_yaml", "bad_state", "bad_classes"):
+        shutil.copytree(run, root / name)
+    os.truncate(root / "damaged" / "checkpoints" / "step_00000002" / "training.safetensors", 100)
+    (root / "no_yaml" / "config.yaml").unlink()
+    (root / "bad_yaml" / "config.yaml").write_text("data: [unclosed")
+    (root / "bad_state" / "evaluation.json").write_text("[1")
+    (root / "bad_classes" / "classes.json").write_text("[1")
+    torch.save({"a": Code()}, root / "code.pth")
+    (root / "old.pth").write_bytes(pickle.dumps({"a": Code()}))
+    torch.save({"weight": torch.ones(2)}, root / "foreign.pth")
+    torch.save([1, 2], root / "list.pth")
+    (root / "text.pth").write_text("no tensors")
+    save_file({"z": torch.zeros(2, 3, 5), "labels": torch.zeros(2, dtype=torch.long)}, root / "z_shape.safetensors")
+    save_file({"z": torch.zeros(2, 4, 16), "labels": torch.tensor([0, 99])}, root / "z_label.safetensors")
+    save_file({"z": torch.zeros(2, 4, 16)}, root / "z_alone.safetensors")
+    save_file({"z": torch.zeros(0, 4, 16), "labels": torch.zeros(0, dtype=torch.long)}, root / "z_none.safetensors")
+    np.savez(root / "objects.npz", arr_0=np.full((2, 8, 8, 1), Code(), dtype=object))
+    np.savez(root / "flat.npz", arr_0=np.zeros(5, np.uint8))
+
+
+def write_models(root: Path) -> None:
+    """Encoders and VAEs."""
+    root.mkdir()
+    torch.save(Code(), root / "code.pth")
+    (root / "code.safetensors").write_bytes(pickle.dumps(Code()))
+    (root / "text.safetensors").write_text("no tensors")
+    torch.save({"conv.weight": torch.ones(3)}, root / "foreign.pth")
+    save_file({"conv.weight": torch.ones(3)}, root / "foreign.safetensors")
+    tiny_autoencoder(root / "vae")
+    tiny_autoencoder(root / "vae_rgb", channels=3)
+    for name in ("vae_text", "vae_config", "vae_class", "vae_list", "vae_none", "vae_code", "vae_other"):
+        shutil.copytree(root / "vae", root / name)
+    weights = "diffusion_pytorch_model.safetensors"
+    (root / "vae_text" / weights).write_text("no tensors")
+    (root / "vae_config" / "config.json").write_text("{")
+    (root / "vae_list" / "config.json").write_text("[]")
+    (root / "vae_class" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    (root / "vae_none" / weights).unlink()
+    (root / "vae_code" / weights).unlink()
+    torch.save(Code(), root / "vae_code" / "diffusion_pytorch_model.bin")
+    save_file({"conv.weight": torch.ones(3)}, root / "vae_other" / weights)
+
+
+def write_configs(root: Path) -> None:
+    root.mkdir()
+    texts = {
+        "tree": "data: {name: folder, image_size: 8}",
+        "tars": "data: {name: shards, image_size: 8}",
+        "aligned": "alignment: {strategy: reverse, at: [[1, 1]], projector_width: 16}",
+        "latent": "flow: {patch_size: 1}",
+        "unknown": "train: {stepz: 3}",
+        "section": "trane: {steps: 3}",
+        "list": "[1, 2]",
+        "word": "train",
+        "syntax": "train: {steps: [",
+        "tag": "train: !!python/object/apply:os.system ['touch EXECUTED']",
+        "null": "train: null",
+        "deep": "[" * 20_000,
+        "bytes": "\0\0",
+        "tab": "train:\n\tsteps: 3",
+        "aliases": "a: &a [1, 2]\nb: &b [*a, *a]\ntrain: {steps: *b}",
+    }
+    for name, text in texts.items():
+        (root / f"{name}.yaml").write_text(text)
+    (root / "empty.yaml").write_text("")
+    (root / "binary.yaml").write_bytes(bytes(range(256)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    os.environ["FLOWBACK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    assert main(["train", f"--run={folder / 'run'}", "--train.steps=2", *SMALL_RUN]) == 0
+    assert main(["evaluate", str(folder / "run"), "--metrics=bpd", "--images=10"]) == 0
+    write_images(folder / "images")
+    write_trees(folder / "trees")
+    write_tars(folder / "tars", (folder / "images" / "0.png").read_bytes())
+    write_flows(folder / "flows", folder / "run")
+    write_models(folder / "models")
+    write_configs(folder / "configs")
+    (folder / "samples").mkdir()
+    for i in range(2):
+        Image.new("L", (8, 8), i).save(folder / "samples" / f"{i}.png")
+    (folder / "sizes").mkdir()
+    for i in (8, 9):
+        Image.new("L", (i, i)).save(folder / "sizes" / f"{i}.png")
+    shutil.copytree(folder / "run" / "checkpoints" / "step_00000002", folder / "flow")
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("mine")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def at_first(world) -> dict[str, str]:
+    return contents(world)
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+SHORT = {  # in the rows' commands
+    "INCEPTION=": "evaluate run --metrics=fid --extractor=inception --samples-from=samples --extractor-weights=",
+    "FID=": "evaluate run --metrics=fid --samples-from=",
+    "TREE=": "train --config=configs/tree.yaml --data.path=trees/",
+    "TARS=": "train --config=configs/tars.yaml --data.path=tars/",
+    "ALIGNED": "train --config=configs/aligned.yaml",
+    "VAE=": "train --config=configs/latent.yaml --flow.autoencoder=models/",
+}
+TABLE: dict[str, list[tuple[str, str]]] = {
+    "arguments": [
+        ("", "command"),
+        ("paint", "paint"),
+        ("train --train.stepz=3", "--train.stepz"),
+        ("train --train.steps=many", "train.steps"),
+        ("train --config=nowhere.yaml", "nowhere.yaml"),
+        ("classify run", "images"),
+        ("sample", "run"),
+    ],
+    "configs": [
+        ("train --config=configs/unknown.yaml", "train.stepz"),
+        ("train --config=configs/section.yaml", "trane.steps"),
+        ("train --config=configs/list.yaml", "[1, 2]"),
+        ("train --config=configs/word.yaml", "train"),
+        ("train --config=configs/syntax.yaml", "line 2, column 1"),
+        ("train --config=configs/tag.yaml", "os.system"),
+        ("train --config=configs/null.yaml", "configs/null.yaml has train without options; allowed are some, or to leave"),
+        ("train --config=configs/deep.yaml", "nesting depth"),
+        ("train --config=configs/bytes.yaml", "control characters are not allowed"),
+        ("train --config=configs/binary.yaml", "configs/binary.yaml is not text in UTF-8; allowed is a recipe, or the"),
+        ("train --config=configs/tab.yaml", "line 2, column 1"),
+        ("train --config=configs/aliases.yaml", "train.steps"),
+        ("train --config=trees", "trees"),
+        ("train --config=images/0.png", "images/0.png is not text in UTF-8; allowed is a recipe, or the config.yaml of a"),
+        ("train --train.lr=-1", "train.lr is -1.0; allowed is a number above 0"),
+        ("train --train.lr=nan", "train.lr"),
+        ("train --train.lr=inf", "train.lr"),
+        ("train --train.steps=0", "train.steps is 0; allowed is a whole number of at least 1"),
+        ("train --train.steps=1.5", "train.steps"),
+        ("train --train.batch_size=0", "train.batch_size is 0; allowed is a whole number of at least 1"),
+        ("train --train.batch_size=1000000000000", "train.batch_size is 1000000000000; allowed is at most 1048576"),
+        ("train --train.ema=1", "train.ema is 1.0; allowed is a number from 0 to 1, 1 excluded"),
+        ("train --train.betas=[0.9]", "train.betas"),
+        ("train --train.betas=[0.9,1.5]", "train.beta 2 is 1.5; allowed is a number from 0 to 1, 1 excluded"),
+        ("train --train.precision=half", "train.precision is 'half'; allowed: 32-true, bf16-mixed"),
+        ("train --train.accelerator=abacus", "train.accelerator abacus with train.devices 1 cannot be had"),
+        ("train --train.devices=0", "train.devices is 0; allowed is a whole number of at least 1"),
+        ("train --train.accumulate=3", "train.batch_size is 16; allowed for 1 processes and train.accumulate 3 are"),
+        ("train --train.flip=perhaps", "train.flip"),
+        ("train --train.clip=0", "train.clip is 0.0; allowed is a number above 0, or null"),
+        ("train --train.label_drop=2", "train.label_drop is 2.0; allowed is a share from 0 to 1"),
+        ("train --train.weight_decay=-1", "train.weight_decay is -1.0; allowed is a number of at least 0"),
+        ("train --train.weight_decay=nan", "train.weight_decay"),
+        ("train --data.name=cats", "data.name is 'cats'; allowed: digits, fashion_mnist, folder, imagenet, shards"),
+        ("train --data.image_size=0", "data.image_size is 0; allowed is a whole number of at least 1"),
+        ("train --data.image_size=16", "data.image_size is 16; allowed for digits is 8, or null"),
+        ("train --data.channels=2", "data.channels is 2; allowed: 1 (grey) or 3 (colour)"),
+        ("train --data.holdout=1", "data.holdout is 1.0; allowed is a share between 0 and 1, both excluded"),
+        ("train --data.holdout=nan", "data.holdout"),
+        ("train --data.unreadable=1", "data.unreadable is 1.0; allowed is a share from 0 to 1, 1 excluded"),
+        ("train --data.unreadable=nan", "data.unreadable"),
+        ("train --data.limit=0", "data.limit is 0; allowed is a whole number of at least 1"),
+        ("train --data.workers=-1", "data.workers is -1; allowed is a whole number of at least 0"),
+        ("train --data.workers=100000", "data.workers is 100000; allowed is at most 1000"),
+        ("train --flow.patch_size=3", "flow.patch_size 3 does not divide the image size 8; allowed: 1, 2, 4, 8"),
+        ("train --flow.patch_size=0", "flow.patch_size is 0; allowed is a whole number of at least 1"),
+        ("train --flow.width=0", "flow.width is 0; allowed is a whole number of at least 1"),
+        ("train --flow.width=wide", "flow.width"),
+        ("train --flow.blocks=1000000", "flow.blocks is 1000000; allowed is at most 1000"),
+        ("train --flow.mlp_ratio=1e12", "not enough memory"),
+        ("train --flow.head_dim=5", "flow.head_dim 5 does not divide flow.width 32; allowed: 1, 2, 4, 8, 16, 32"),
+        ("train --flow.layers=[1,2,3]", "flow.layers is [1, 2, 3]; allowed is a whole number from 1 to 1000, or a list of"),
+        ("train --flow.layers=0", "flow.layers is 0; allowed is a whole number from 1 to 1000, or a list of 2 of them"),
+        ("train --flow.mlp=relu", "flow.mlp is 'relu'; allowed: gelu, swiglu"),
+        ("train --flow.positions=none", "flow.positions is 'none'; allowed: learned, rotary"),
+        ("train --flow.noise=pink", "flow.noise is 'pink'; allowed: gaussian, uniform"),
+        ("train --flow.noise_std=-1", "flow.noise_std is -1.0; allowed is a number of at least 0"),
+        ("train --flow.noise_std=nan", "flow.noise_std"),
+        ("train --flow.log_scale_bound=0", "flow.log_scale_bound is 0.0; allowed is a number above 0, or null"),
+        ("train --flow.image_size=16", "flow.image_size is 16; allowed for the data set digits: 8"),
+        ("train --flow.channels=3", "flow.channels is 3; allowed for the data set digits: 1"),
+        ("train --flow.num_classes=3", "flow.num_classes is 3; allowed here: 10, or 0 for no classes"),
+        ("train --flow.levels=256", "flow.levels is 256; allowed for the data set digits: 17"),
+        ("train --flow.mlp_ratio=0", "flow.mlp_ratio is 0.0; allowed is a number of at least 1/width"),
+        ("train --alignment.strategy=sideways", "alignment.strategy is 'sideways'; allowed: none, forward, detach"),
+        ("train --alignment.strategy=reverse", "alignment.at is empty; allowed is at least one pair of block and layer"),
+        ("ALIGNED --alignment.at=[[9,1]]", "block 9 does not exist; allowed: 1 to 2"),
+        ("ALIGNED --alignment.at=[[0,1]]", "block 0 does not exist; allowed: 1 to 2"),
+        ("ALIGNED --alignment.at=[[1,9]]", "layer 9 does not exist in block 1; allowed: 1 to 1"),
+        ("ALIGNED --alignment.at=[[1]]", "alignment.at is [[1]]; allowed are pairs of block and layer, like [[3, 2], [4"),
+        ("ALIGNED --alignment.at=1", "alignment.at"),
+        ("ALIGNED --alignment.gradient=-1", "gradient -1 does not exist; allowed: cached, one_step, exact, sequential, or"),
+        ("ALIGNED --alignment.gradient=newton", "alignment.gradient is 'newton'; allowed: cached, one_step, exact"),
+        ("ALIGNED --alignment.weight=-1", "alignment weight -1.0 is not usable; allowed is a number of at least 0"),
+        ("ALIGNED --alignment.weight=nan", "alignment.weight"),
+        ("ALIGNED --alignment.projector_width=0", "alignment.projector_width is 0; allowed is at least 1"),
+        ("ALIGNED --alignment.encoder_precision=8", "alignment.encoder_precision is '8'; allowed: 32-true, bf16-mixed"),
+    ],
+    "runs": [
+        ("train --run=run", "run holds a run already; allowed: --train.resume to go on, or another --run"),
+        ("train --train.resume", "new has no checkpoint to resume from; start it without --train.resume"),
+        ("train --run=run --train.resume --flow.layers=2", "flow.layers was 1 when run began and is 2; allowed: the same"),
+        ("train --run=flows/damaged --train.resume", "flows/damaged has no whole checkpoint to resume from; allowed is"),
+        ("train --run=flows/bad_yaml --train.resume", "flows/bad_yaml/config.yaml cannot be used: this is not the"),
+        ("train --run=flows/no_yaml --train.resume", "flows/no_yaml/config.yaml cannot be used (No such file or"),
+        ("train --run=trees/file", "trees/file cannot be used (File exists)"),
+        ("train --run=trees/file/x", "trees/file/x cannot be used (Not a directory)"),
+        ("quickstart --run=new --steps=0", "train.steps is 0; allowed is a whole number of at least 1"),
+        ("quickstart --run=trees/file --steps=1", "trees/file/plain cannot be used (Not a directory)"),
+        ("cache --part=half", "--part half is not a share; allowed is something like 1/4"),
+        ("cache --part=0/1 --config=configs/aligned.yaml", "part 0 of 1 does not exist; allowed: 1 to 1, of at least 1"),
+        ("cache --part=3/2 --config=configs/aligned.yaml", "part 3 of 2 does not exist; allowed: 1 to 2, of at least 1"),
+        ("cache", "this configuration has nothing to cache; allowed is one with an autoencoder or an alignment"),
+        ("cache --config=configs/aligned.yaml -o trees/file", "trees/file"),
+        ("ALIGNED --train.caches=trees/empty", "trees/empty holds no cache of features; allowed: what `flowback cache`"),
+        ("ALIGNED --train.caches=nowhere", "nowhere holds no cache of features; allowed: what `flowback cache` makes of"),
+        ("compare run run", "a run stands there twice; allowed are different ones"),
+        ("compare nowhere", "nowhere has no config.yaml; allowed are runs on which `flowback train` was run"),
+        ("compare flows/bad_state", "flows/bad_state/evaluation.json cannot be read (Expecting ',' delimiter: line 1"),
+        ("compare flows/bad_yaml", "flows/bad_yaml/config.yaml cannot be used: this is not the configuration of a run"),
+    ],
+    "images": [
+        ("classify run images/text.png", "image images/text.png cannot be read (it is none of PNG, JPEG, WEBP, BMP, TIFF"),
+        ("classify run images/zero.png", "image images/zero.png cannot be read (it is none of PNG, JPEG, WEBP, BMP, TIFF"),
+        ("classify run images/truncated.png", "image images/truncated.png cannot be read (image file is truncated)"),
+        ("classify run images/truncated.jpg", "image images/truncated.jpg cannot be read (Truncated File Read)"),
+        ("classify run images/spoiled.png", "image images/spoiled.png cannot be read (broken data stream when reading"),
+        ("classify run images/bomb.png", "bomb.png cannot be read (Image size (2500000000 pixels) exceeds limit"),
+        ("classify run images/huge.png", "huge.png cannot be read (Image size (100000000 pixels) exceeds limit of"),
+        ("classify run images/script.png", "image images/script.png cannot be read (it is none of PNG, JPEG, WEBP, BMP"),
+        ("classify run images/drawing.png", "image images/drawing.png cannot be read (it is none of PNG, JPEG, WEBP, BMP"),
+        ("classify run images/moving.png", "image images/moving.png cannot be read (it is none of PNG, JPEG, WEBP, BMP"),
+        ("classify run images/float.tif", "image images/float.tif cannot be read (its numbers are floating-point; allowed"),
+        ("classify run images/deep.tif", "image images/deep.tif cannot be read (its numbers are no 16 bits; allowed are 8"),
+        ("classify run images/pipe.png", "image images/pipe.png cannot be read (it is not a file)"),
+        ("classify run images/gone.png", "image images/gone.png cannot be read (No such file or directory)"),
+        ("classify run images/loop.png", "image images/loop.png cannot be read (Too many levels of symbolic links)"),
+        ("classify run images/folder.png", "image images/folder.png cannot be read (it is not a file)"),
+        ("classify run images/nowhere.png", "image images/nowhere.png cannot be read (No such file or directory)"),
+        ("classify run images/0.png images/zero.png", "image images/zero.png cannot be read (it is none of PNG, JPEG"),
+        ("classify run images/text.png --rule=guess", "image images/text.png cannot be read (it is none of PNG, JPEG"),
+        ("classify run images/0.png --rule=guess", "classification rule 'guess' does not exist; allowed: single_gradient"),
+        ("classify run images/0.png --rule=shortlist_0", "classification rule 'shortlist_0' does not exist; allowed:"),
+        ("classify run images/0.png --top=0", "--top 0 is not usable; allowed is a whole number of at least 1"),
+        ("classify run images/0.png --draws=0", "draws 0 is not usable; allowed is a whole number of at least 1"),
+        ("encode run images/text.png", "images/text.png cannot be read"),
+        ("encode run nowhere.png", "nowhere.png cannot be read (No such file"),
+    ],
+    "folders": [
+        ("train --config=configs/tree.yaml", "data.path is missing; folder needs the tree of class/image files, or of"),
+        ("train --config=configs/tree.yaml --data.image_size=null --data.path=trees/good", "data.image_size is missing"),
+        ("train --config=configs/tree.yaml --data.path=nowhere", "data.path nowhere is not a folder; allowed is a tree of"),
+        ("TREE=file", "data.path trees/file is not a folder; allowed is a tree of class/image files"),
+        ("TREE=empty", "data.path trees/empty has 0 class folders; allowed is at least 2"),
+        ("TREE=one_class", "data.path trees/one_class has 1 class folders; allowed is at least 2"),
+        ("TREE=empty_class", "class folder trees/empty_class/bird has 0 images; allowed is at least 2"),
+        ("TREE=one_image", "class folder trees/one_image/dog has 1 images; allowed is at least 2"),
+        ("TREE=flat", "data.path trees/flat has 0 class folders; allowed is at least 2"),
+        ("TREE=hidden", "data.path trees/hidden has 0 class folders; allowed is at least 2"),
+        ("TREE=bare_val", "data.path trees/bare_val/val has no class folders; allowed are the same in train and val"),
+        ("TREE=other_val", "class folder trees/other_val/val/cow is not in trees/other_val/train; allowed are its classes"),
+        ("TREE=looped", "folder trees/looped/loop cannot be read (Too many levels of symbolic links)"),
+        ("TREE=pipes", "class folder trees/pipes/dog has 0 images; allowed is at least 2"),
+        ("TREE=unreadable", "cannot be read (it is none of PNG, JPEG, WEBP, BMP, TIFF, PPM)"),
+        ("TREE=large", "cannot be read (it is larger than 1073741824 bytes)"),
+        ("TREE=dangling", "cannot be read (No such file or directory)"),
+        ("TREE=dangling --data.unreadable=0.1", "cannot be read (No such file or directory)"),
+        ("TREE=good --data.image_size=10000000", "not enough memory"),
+        ("train --data.name=fashion_mnist --data.path=trees/empty", "trees/empty has no train-images-idx3-ubyte or"),
+        ("train --data.name=fashion_mnist --data.path=nowhere", "nowhere has no train-images-idx3-ubyte or"),
+        ("TREE=locked", "locked/cat cannot be read (Permission denied)"),
+    ],
+    "tars": [
+        ("train --config=configs/tars.yaml", "data.path is missing; shards needs a folder of .tar files, or a pattern of"),
+        ("train --config=configs/tars.yaml --data.path=nowhere", "data.path nowhere names nowhere, which does not exist"),
+        ("TARS=none", "data.path tars/none has no .tar files; allowed is a folder of shards, or a pattern of their paths"),
+        ("TARS=good/{0..3}.tar", "data.path tars/good/{0..3}.tar names tars/good/0.tar, which does not exist; allowed are"),
+        ("TARS=good/{0..99999999999}.tar", "tars/good/{0..99999999999}.tar stands for too many names; allowed are 1000000"),
+        ("TARS=truncated", "shard tars/truncated/a.tar cannot be read (unexpected end of data); allowed is a whole tar"),
+        ("TARS=text", "shard tars/text/a.tar cannot be read (invalid header); allowed is a whole tar without compression"),
+        ("TARS=zero", "shard tars/zero/a.tar cannot be read (empty file); allowed is a whole tar without compression"),
+        ("TARS=gzip", "shard tars/gzip/a.tar cannot be read (truncated header); allowed is a whole tar without"),
+        ("TARS=unlabelled", "image 0.png of tars/unlabelled/a.tar has no label; allowed: .cls, .json, or a folder in its"),
+        ("TARS=no_image", "sample 1 of tars/no_image/a.tar has no image; allowed is one, of .bmp .jpeg .jpg .pgm .png"),
+        ("TARS=word", "sample x of tars/word/a.tar has b'cat' in .cls; allowed is a whole number"),
+        ("TARS=negative", "sample x of tars/negative/a.tar has class -1 in .cls; allowed is 0 to 999999"),
+        ("TARS=beyond", "sample x of tars/beyond/a.tar has class 9999999 in .cls; allowed is 0 to 999999"),
+        ("TARS=json", "sample x of tars/json/a.tar has b'{' in .json; allowed is JSON"),
+        ("TARS=deep_json", "sample x of tars/deep_json/a.tar has b'[[[[[[[[[[[[[[[[[[[[' in .json; allowed is JSON"),
+        ("TARS=twice", "sample x of tars/twice/a.tar has images png and jpg; allowed is one, of .bmp .jpeg .jpg .pgm .png"),
+        ("TARS=names", "image 1.png of tars/names/a.tar has class number 1; allowed is at most 0"),
+        ("TARS=no_names", "tars/no_names/classes.json is no list of classes; allowed are their names in order, each once"),
+    ],
+    "checkpoints": [
+        ("sample nowhere", "nowhere is neither a folder nor a hub id of the form owner/name"),
+        ("sample trees", "trees holds no checkpoint and no flow; allowed is a run's folder, a checkpoint or a flow"),
+        ("sample some/flow", "some/flow is no local folder and the hub did not give it"),
+        ("sample trees/file", "trees/file holds no readable config.json of a flow ([Errno 20] Not a directory:"),
+        ("sample flows/version", "flows/version/config.json does not describe a TarFlow of format 1"),
+        ("sample flows/foreign", "flows/foreign/config.json does not describe a TarFlow of format 1"),
+        ("sample flows/option", "TarFlow has no option 'colour'; allowed: image_size, channels"),
+        ("sample flows/type", "flow.width is 'wide'; allowed is a whole number of at least 1"),
+        ("sample flows/shape", "flows/shape/model.safetensors has blocks.0.class_embed of shape [10, 32]; allowed is [10"),
+        ("sample flows/size", "not enough memory"),
+        ("sample flows/patch", "flow.patch_size 3 does not divide the image size 8; allowed: 1, 2, 4, 8"),
+        ("sample flows/classes", "flows/classes/model.safetensors has blocks.0.class_embed of shape [10, 32]; allowed is"),
+        ("sample flows/missing", "flows/missing/model.safetensors lacks the tensor blocks.1.proj_out.bias"),
+        ("sample flows/more", "flows/more/model.safetensors has a tensor extra that the model does not know"),
+        ("sample flows/none", "flows/none/model.safetensors lacks the tensor blocks.0.class_embed"),
+        ("sample flows/no_config", "flows/no_config holds no checkpoint and no flow; allowed is a run's folder, a"),
+        ("sample flows/text_config", "flows/text_config holds no readable config.json of a flow (Expecting value: line 1"),
+        ("sample flows/list_config", "flows/list_config/config.json does not describe a TarFlow of format 1"),
+        ("sample flows/deep_config", "flows/deep_config holds no readable config.json of a flow (it is nested too deeply)"),
+        ("sample flows/no_weights", "flows/no_weights/model.safetensors cannot be read as safetensors (No such file or"),
+        ("sample flows/text_weights", "flows/text_weights/model.safetensors cannot be read as safetensors (Error while"),
+        ("sample flows/zero_weights", "flows/zero_weights/model.safetensors cannot be read as safetensors (Error while"),
+        ("sample flows/header", "flows/header/model.safetensors cannot be read as safetensors (Error while deserializing"),
+        ("sample flows/cut_weights", "flows/cut_weights/model.safetensors cannot be read as safetensors (Error while"),
+        ("sample flows/pickled", "flows/pickled/model.safetensors cannot be read as safetensors (Error while"),
+        ("sample flows/calibration", "flows/calibration/decoding.json is not a calibration (format 9, not 1); it can be"),
+        ("sample flows/standards", "flows/standards/classification.json cannot be used (Standards.__init__() missing 2"),
+        ("sample flows/bad_raw --weights=raw", "flows/bad_raw has raw weights that cannot be read (Error while"),
+        ("sample flows/other_raw --weights=raw", "flows/other_raw has raw weights of another flow"),
+        ("sample flows/no_weights --weights=raw", "flows/no_weights/model.safetensors cannot be read as safetensors (No"),
+        ("sample flows/bad_classes --labels=cat", "flows/bad_classes/classes.json cannot be read (Expecting"),
+        ("sample flows/code.pth", "flows/code.pth holds no readable config.json of a flow ([Errno 20] Not a directory:"),
+        ("sample run --weights=best", "weights 'best' do not exist; allowed: ema, raw"),
+        ("evaluate flows/no_yaml", "flows/no_yaml has no config.yaml that names its data; allowed is the folder of a run"),
+        ("evaluate flows/bad_yaml", "flows/bad_yaml/config.yaml cannot be used: this is not the configuration of a run"),
+        ("export flows/bad_state out", "flows/bad_state/evaluation.json cannot be read (Expecting ',' delimiter: line 1"),
+        ("import-tarflow nowhere.pth out", "nowhere.pth does not exist; allowed is a local file that was saved with"),
+        ("import-tarflow trees out", "trees does not exist; allowed is a local file that was saved with torch.save"),
+        ("import-tarflow flows/code.pth out", "flows/code.pth cannot be read; allowed is an undamaged file of tensors"),
+        ("import-tarflow flows/old.pth out", "flows/old.pth cannot be read; allowed is an undamaged file of tensors only"),
+        ("import-tarflow flows/foreign.pth out", "flows/foreign.pth is not a checkpoint of the published TARFlow code: it"),
+        ("import-tarflow flows/list.pth out", "flows/list.pth is not a state_dict; allowed is one, or a dict with one as"),
+        ("import-tarflow flows/text.pth out", "flows/text.pth cannot be read; allowed is an undamaged file of tensors"),
+        ("import-tarflow flows/foreign.pth full", "full is there already; allowed is a new or an empty folder"),
+        ("import-tarflow flows/foreign.pth trees/file", "trees/file is there already; allowed is a new or an empty folder"),
+        ("decode run images/text.png", "images/text.png is not a file that encode wrote (Error while deserializing"),
+        ("decode run nowhere.safetensors", "nowhere.safetensors is not a file that encode wrote (No such file or"),
+        ("decode run flow/model.safetensors", "flow/model.safetensors is not a file that encode wrote"),
+        ("decode run flows/z_shape.safetensors", "z of shape [2, 3, 5] does not fit; allowed is [B, 4, 16]"),
+        ("decode run flows/z_label.safetensors", "label 99 is out of range; allowed: 0 to 9, or -1 for no label"),
+        ("decode run flows/z_alone.safetensors", "flows/z_alone.safetensors is not a file that encode wrote ('labels')"),
+        ("decode run flows/z_none.safetensors", "flows/z_none.safetensors holds no images; allowed is at least one"),
+        ("decode run flows/code.pth", "flows/code.pth is not a file that encode wrote (Error while deserializing header:"),
+        ("FID=flows/objects.npz", "objects.npz holds no samples"),
+        ("FID=flows/flat.npz", "flat.npz holds no samples"),
+        ("FID=flows/code.pth", "code.pth holds no samples"),
+        ("FID=images", "images/bomb.png cannot be read"),
+        ("FID=nowhere", "nowhere holds no samples"),
+        ("FID=sizes", "image sizes/9.png is of (9, 9) pixels; allowed are (8, 8), as"),
+    ],
+    "encoders": [
+        ("ALIGNED --alignment.encoder=dino_v9", "encoder 'dino_v9' is unknown; allowed: a timm model name, like"),
+        ("ALIGNED --alignment.encoder=vit_tiny_patch16_224", "weights from the hub ("),
+        ("ALIGNED --alignment.encoder_weights=nowhere.pth", "encoder weights nowhere.pth are not a file; allowed: a"),
+        ("ALIGNED --alignment.encoder_weights=trees", "encoder weights trees are not a file; allowed: a .safetensors or"),
+        ("ALIGNED --alignment.encoder_weights=models/code.pth", "weights from models/code.pth"),
+        ("ALIGNED --alignment.encoder_weights=models/foreign.pth", "models/foreign.pth has 1 tensors; allowed are the"),
+        ("ALIGNED --alignment.encoder_weights=models/foreign.safetensors", "weights from models/foreign.safetensors"),
+        ("ALIGNED --alignment.encoder_weights=models/text.safetensors", "weights from models/text.safetensors"),
+        ("ALIGNED --alignment.encoder_weights=models/code.safetensors", "weights from models/code.safetensors"),
+        ("ALIGNED --alignment.encoder=vit_tiny_patch16_224 --alignment.encoder_weights=models/code.pth", "weights from"),
+        ("ALIGNED --alignment.encoder=vit_tiny_patch16_224 --alignment.encoder_weights=models/foreign.pth", "weights from"),
+        ("ALIGNED --alignment.encoder=vit_tiny_patch16_224 --alignment.encoder_weights=models/code.safetensors", "weights"),
+        ("evaluate run --metrics=fid --extractor=vgg", "extractor 'vgg' does not exist; allowed: efficientnet_lite0"),
+        ("INCEPTION=nowhere.pth", "extractor weights nowhere.pth are not a file; allowed is a local file"),
+        ("INCEPTION=models/code.pth", "extractor weights models/code.pth hold more than tensors"),
+        ("INCEPTION=models/code.safetensors", "extractor weights models/code.safetensors hold more than tensors"),
+        ("INCEPTION=flows/list.pth", "extractor weights flows/list.pth are not a state_dict; allowed is one"),
+        ("INCEPTION=models/foreign.pth", "the weights given do not fit"),
+    ],
+    "VAEs": [
+        ("train --config=configs/latent.yaml --flow.autoencoder=nowhere", "nowhere is neither a folder nor a hub id of"),
+        ("train --config=configs/latent.yaml --flow.autoencoder=some/vae", "some/vae is no local folder and the hub did"),
+        ("train --config=configs/latent.yaml --flow.autoencoder=trees/empty", "empty holds no readable config.json"),
+        ("VAE=vae_rgb", "models/vae_rgb; allowed is 3"),
+        ("VAE=vae_text", "models/vae_text cannot be loaded (Unable to load weights from checkpoint"),
+        ("VAE=vae_config", "models/vae_config holds no readable config.json of an autoencoder (Expecting property name"),
+        ("VAE=vae_class", "models/vae_class/config.json does not describe a diffusers AutoencoderKL"),
+        ("VAE=vae_none", "models/vae_none has no diffusion_pytorch_model.safetensors; allowed is an autoencoder saved as"),
+        ("VAE=vae_code", "models/vae_code has no diffusion_pytorch_model.safetensors; allowed is an autoencoder saved as"),
+        ("VAE=vae_other", "models/vae_other are not those of its config.json:"),
+        ("VAE=vae --flow.patch_size=3", "flow.patch_size 3 does not divide the side of the latents, 4; allowed: 1, 2, 4"),
+        ("VAE=vae --flow.noise=uniform", "flow.noise is 'uniform'; allowed in an autoencoder's latents, which have no"),
+        ("VAE=vae --flow.latent_posterior=mode", "flow.latent_posterior is 'mode'; allowed: mean, sample"),
+        ("VAE=vae_list", "models/vae_list/config.json does not describe a diffusers AutoencoderKL"),
+    ],
+    "labels": [
+        ("sample run --labels=3,12", "label '12' does not exist; allowed: 0 to 9, or 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ("sample run --labels=3,cat", "label 'cat' does not exist; allowed: 0 to 9, or 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ("sample run --labels=-1", "label '-1' does not exist; allowed: 0 to 9, or 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ("sample run --labels=²", "label '²' does not exist; allowed: 0 to 9, or 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ("sample run --labels=99999999999999999999", "label '99999999999999999999' does not exist; allowed: 0 to 9, or 0"),
+        ("sample run --labels=,", "label '' does not exist; allowed: 0 to 9, or 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ("encode run images/0.png --labels=cat", "label 'cat' does not exist; allowed: 0 to 9, or 0, 1, 2, 3, 4, 5, 6, 7"),
+        ("swap run images/0.png --to=cat", "label 'cat' does not exist; allowed: 0 to 9, or 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ("encode run images/0.png images/1.png --labels=1,2,3", "3 labels do not fit 2 images; allowed is one for all, or"),
+        ("swap run images/0.png --labels=1,2", "2 labels do not fit 1 images; allowed is one for all, or one for each"),
+    ],
+    "seeds, counts, choices": [
+        ("train --train.seed=-1", "train.seed is -1; allowed is a whole number of at least 0"),
+        ("train --train.seed=99999999999999999999", "train.seed is 99999999999999999999; allowed is at most"),
+        ("train --data.split_seed=-1", "data.split_seed is -1; allowed is a whole number of at least 0"),
+        ("train --data.split_seed=99999999999999999999", "data.split_seed is 99999999999999999999; allowed is at most"),
+        ("quickstart --run=new --steps=1 --seed=99999999999999999999", "train.seed is 99999999999999999999; allowed is at"),
+        ("evaluate run --seed=-1", "--seed -1 is not usable; allowed is a whole number from 0 to 2^63 - 1"),
+        ("evaluate run --seed=-1 --metrics=fid --samples=2", "--seed -1 is not usable; allowed is a whole number from 0"),
+        ("evaluate run --seed=99999999999999999999", "--seed 99999999999999999999 is not usable; allowed is a whole"),
+        ("inpaint run images/0.png --box=0,0,2,2 --seed=99999999999999999999", "--num 4, --seed 99999999999999999999:"),
+        ("sample run --seed=-1", "seed -1 is not usable; allowed is a whole number of at least 0"),
+        ("sample run --seed=99999999999999999999", "seed 99999999999999999999 is not usable; allowed is a number below"),
+        ("sample run --num=0", "num 0 is not usable; allowed is a whole number of at least 1"),
+        ("sample run --num=many", "num"),
+        ("sample run --num=1000000000000", "1000000000000 images may take 64000000000000 bytes; allowed"),
+        ("sample run --num=1000000000000 -o out", "1000000000000 images may take 64000000000000 bytes; allowed"),
+        ("sample run --num=1000000000000 -o out.npz", "1000000000000 images may take 64000000000000 bytes; allowed"),
+        ("sample run --batch-size=0", "batch_size is 0; allowed is a whole number of at least 1"),
+        ("sample run --processes=0", "processes is 0; allowed is a whole number of at least 1"),
+        ("sample run --rank=0", "rank 0 is not usable; allowed is a whole number of at least 1"),
+        ("sample run --rank=1000000000000 --num=1", "rank 1000000000000 is not usable; allowed is at most 10000"),
+        ("sample run --refine=-1", "refine -1 is not usable; allowed is a whole number of at least 0"),
+        ("sample run --temperature=0", "temperature 0.0 is not usable; allowed is a number above 0"),
+        ("sample run --temperature=inf", "temperature"),
+        ("sample run --temperature=nan", "temperature"),
+        ("sample run --guidance=-1", "guidance scale -1.0 is not usable; allowed is a number of at least 0"),
+        ("sample run --guidance=nan", "guidance"),
+        ("sample run --guidance=inf", "guidance"),
+        ("sample run --method=newton", "decoding method 'newton' does not exist; allowed: auto, sequential, jacobi"),
+        ("sample run --device=nowhere", "device 'nowhere' is not here (Expected one of cpu, cuda, ipu, xpu, mkldnn"),
+        ("sample run --precision=half", "precision is 'half'; allowed: 32-true, bf16-mixed"),
+        ("sample run --guide=sigma", "guidance cannot act on 'sigma'; allowed: both, a, mu"),
+        ("sample run --schedule=cubic", "guidance schedule 'cubic' does not exist; allowed: linear, annealed"),
+        ("sample run --objective=beauty", "objective 'beauty' does not exist; allowed: contrast, posterior"),
+        ("calibrate run --rows=a,b", "--rows a,b is not a list of numbers; allowed is something like 1,8,32"),
+        ("calibrate run --rows=", "--rows is not a list of numbers; allowed is something like 1,8,32"),
+        ("calibrate run --rows=0", "[0] rows, 2 times, cannot be measured; allowed are whole numbers of at least 1"),
+        ("calibrate nowhere", "nowhere is neither a folder nor a hub id of the form owner/name"),
+        ("evaluate run --images=0", "--images 0 is not usable; allowed is a whole number of at least 1"),
+        ("evaluate run --samples=0", "--samples 0 is not usable; allowed is a whole number of at least 1"),
+        ("evaluate run --draws=0", "--draws 0 is not usable; allowed is a whole number of at least 1"),
+        ("evaluate run --reference=all", "--reference 'all' does not exist; allowed: train, held_out"),
+        ("evaluate run --metrics=lpips", "metric 'lpips' does not exist; allowed: bpd, accuracy, probe, fid, sfid, is"),
+        ("evaluate run --metrics=", "metric '' does not exist; allowed: bpd, accuracy, probe, fid, sfid, is, kid, prc"),
+        ("evaluate run --metrics=sfid", "sfid is a figure of inception, not of efficientnet_lite0; allowed: extractor"),
+        ("evaluate run --sweep=a,b", "--sweep a,b is not a list of numbers; allowed is something like 0,1,2"),
+        ("evaluate run --sweep=0,nan --metrics=bpd", "guidance scale nan"),
+        ("evaluate run --sweep=0,1 --samples-from=x.npz", "samples from disk have one guidance; allowed is --sweep or"),
+        ("evaluate run --weights=best", "weights 'best' do not exist; allowed: ema, raw"),
+        ("interpolate run images/0.png images/1.png --steps=1", "1 steps make no way; allowed is at least 2"),
+        ("interpolate run images/0.png images/1.png --steps=1000000000000", "not enough memory"),
+        ("inpaint run images/0.png --box=0,0,2,2 --num=0", "--num 0, --seed 0: allowed are at least 1, and 0 to 2^63 - 1"),
+        ("inpaint run images/0.png --box=0,0,2,2 --num=1000000000000", "not enough memory"),
+        ("inpaint run images/0.png --box=0,0,2,2 --tries=0", "100 steps after 0 tries cannot be taken; allowed: at least"),
+        ("inpaint run images/0.png --box=0,0,2,2 --steps=-1", "-1 steps after 8 tries cannot be taken; allowed: at least"),
+    ],
+    "outputs": [
+        ("sample run -o a.gif", "output a.gif is not known; allowed: a .png file for a grid, an .npz file, or a folder"),
+        ("sample run --num=1 -o trees/file/x.png", "trees/file/x.png.parts cannot be used (Not a directory)"),
+        ("sample run --num=1 -o trees/file/x.npz", "trees/file/x.npz.parts cannot be used (Not a directory)"),
+        ("sample run --num=1 -o trees/file/x", "trees/file/x/.flowback cannot be used (Not a directory)"),
+        ("sample run --num=1 -o trees/file", "trees/file/.flowback cannot be used (Not a directory)"),
+        ("sample run --num=1 -o full", "full holds other files; allowed is a new or empty folder"),
+        ("sample run --num=1 -o images/folder.png", "images/folder.png is a folder; allowed is a file's name"),
+        ("encode run images/0.png -o z.npz", "output z.npz is not known; allowed is a .safetensors file"),
+        ("encode run images/0.png -o trees/file/z.safetensors", "trees/file cannot be used (File exists)"),
+        ("decode run images/text.png -o a.gif", "output a.gif is not known; allowed is a .png file or a folder"),
+        ("interpolate run images/0.png", "1 image has no other to go to; allowed are at least 2"),
+        ("interpolate run images/0.png images/1.png -o walk", "output walk is not known; allowed is a .png file"),
+        ("interpolate run images/0.png images/1.png --steps=2 -o trees/file/x.png", "trees/file cannot be used (File"),
+        ("swap run images/0.png -o images/folder.png", "images/folder.png cannot be used (Is a directory)"),
+        ("inpaint run images/0.png", "where to draw is not clear; allowed is either --mask or --box"),
+        ("inpaint run images/0.png --box=0,0,2,2 --mask=images/0.png", "where to draw is not clear; allowed is either"),
+        ("inpaint run images/0.png --box=1,2,3", "--box 1,2,3 is not a box; allowed are four numbers"),
+        ("inpaint run images/0.png --box=0,0,9,2", "--box 0,0,9,2 does not lie in the image; allowed is what lies within"),
+        ("inpaint run images/0.png --box=2,2,0,2", "--box 2,2,0,2 does not lie in the image; allowed is what lies within"),
+        ("inpaint run images/0.png --mask=images/text.png", "image images/text.png cannot be read (it is none of PNG"),
+        ("export run full", "full is there already; allowed is a new or an empty folder"),
+        ("export run full/file", "full/file is there already; allowed is a new or an empty folder"),
+        ("export run out --licence=My_own!", "licence 'My_own!' is no identifier; allowed is one of the hub's, like"),
+        ("export run out --push=flow", "'flow' has no owner; allowed is owner/name"),
+        ("export run out --push=a/b/c", "'a/b/c' is no name on the hub; allowed is owner/name of letters, digits, -, _"),
+        ("export run out --private", "--private is of a repository on the hub; allowed is --private with --push"),
+        ("export run out --weights=best", "weights 'best' do not exist; allowed: ema, raw"),
+        ("export trees out", "trees holds no checkpoint and no flow; allowed is a run's folder, a checkpoint or a flow"),
+        ("export nowhere out", "nowhere is neither a folder nor a hub id of the form owner/name"),
+        ("swap run images/0.png -o trees/file/x.png", "trees/file"),
+        ("inpaint run images/0.png --box=0,0,2,2 --steps=0 -o trees/file/x.png", "trees/file"),
+        ("inpaint run images/0.png --box=a,b,c,d", "--box a,b,c,d is not a box; allowed are four numbers"),
+        ("inpaint run images/0.png --box=-1,0,2,2", "--box -1,0,2,2 does not lie in the image"),
+    ],
+}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What lies in a folder: of every file a hash, or its size if that is large; of every link where it leads."""
+
+    def content(file: Path) -> str:
+        if file.is_symlink():
+            return f"to {file.readlink()}"
+        if not file.is_file():
+            return "no file"
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.stat().st_size < 2**24 else str(file.stat().st_size)
+
+    return {str(file.relative_to(folder)): content(file) for file in folder.rglob("*")}
+
+
+def words_of(command: str) -> list[str]:
+    """A row's command as arguments; training is told to be short and to begin the run `new`."""
+    for short, long in SHORT.items():
+        command = command.replace(short, long)
+    verb, *options = command.split() or [""]
+    defaults = {"train": ["--run=new", "--train.steps=2", *SMALL_RUN], "cache": SMALL_RUN}
+    return [verb, *defaults.get(verb, []), *options] if verb else []
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """A folder that cannot be listed, whoever runs the tests."""
+    real = os.scandir
+
+    def scandir(path):
+        if path == b"trees/locked/cat":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+ROWS = [pytest.param(command, words, id=f"{group}: {command}") for group, rows in TABLE.items() for command, words in rows]
+
+
+@pytest.mark.parametrize(("command", "words"), ROWS)
+def test_bad_input_is_one_sentence_and_nothing_is_lost(world, at_first, locked, monkeypatch, capsys, command, words):
+    monkeypatch.chdir(world)
+    said = refuse(words_of(command), capsys)
+    assert words in said
+    assert "Traceback" not in said
+    shutil.rmtree("new", ignore_errors=True)  # what a run leaves that ends as it reads its first images
+    assert contents(world) == at_first
+
+
+def test_the_documentation_counts_the_rows():
+    text = (Path(__file__).parents[2] / "docs" / "robustness.md").read_text()
+    counts = {name: int(count) for name, count in re.findall(r"^\| (.+?) \|.*\| ([0-9]+) \|$", text, flags=re.MULTILINE)}
+    assert counts == {**{group: len(rows) for group, rows in TABLE.items()}, "all": len(ROWS)}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("classify run images/bomb.png", "exceeds limit"), ("import-tarflow flows/code.pth out", "objects can run code")],
+)
+def test_a_process_of_its_own_ends_alike(world, at_first, command, words):
+    done = subprocess.run([sys.executable, "-m", "flowback", *command.split()], cwd=world, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(rf"flowback: error: .*{words}.*\n", done.stderr)
+    assert contents(world) == at_first
+
+
+# ---- names, and what is unreadable among much -------------------------------------------------------------------------
+
+
+def test_names_in_any_script_nested_and_linked_folders(tmp_path, capsys):
+    root, elsewhere = tmp_path / "images", tree(tmp_path / "elsewhere", cat=4)
+    names = ["猫", "собака", "كلب", "🐈", "a b", "a\nb", "<b>&", "-x", os.fsdecode(b"\xff\xfe")]
+    tree(root, **dict.fromkeys(names, 3))
+    (root / "linked").symlink_to(elsewhere / "cat")
+    (root / "deep" / "er").mkdir(parents=True)
+    for i in range(3):
+        (root / "deep" / "er" / f"{i}.png").symlink_to(elsewhere / "cat" / "0.png")
+    before = contents(elsewhere)
+    run = tmp_path / "run"
+    options = ["--data.name=folder", f"--data.path={root}", "--data.image_size=8", "--flow.patch_size=4"]
+    assert main(["train", f"--run={run}", "--train.steps=1", *SMALL_RUN, *options]) == 0
+    classes = json.loads((run / "classes.json").read_text())
+    assert set(classes) == {*names[:-1], "\\xff\\xfe", "linked", "deep"}
+    assert main(["sample", str(run), "--labels=猫,linked", "--num=2", "-o", str(tmp_path / "a.png")]) == 0
+    image = str(root / names[-1] / "0.png")
+    assert main(["classify", str(run), image, f"--top={len(classes)}", "--rule=exact"]) == 0
+    assert main(["evaluate", str(run), "--metrics=accuracy"]) == 0
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "<b>&" not in (run / "report.html").read_text("utf-8")
+    assert contents(elsewhere) == before
+
+
+def test_names_in_tars_and_lists_lead_nowhere(tmp_path, world):
+    """Folders of keys as classes, with ways up and absolute ones; all that is written lies in the run's folder."""
+    picture = (world / "images" / "0.png").read_bytes()
+    up, absolute = "../../../up", str(tmp_path / "absolute")
+    tar(tmp_path / "tars" / "a.tar", {f"{name}/{i}.png": picture for name in (up, absolute) for i in range(12)})
+    run = tmp_path / "runs" / "run"
+    options = ["--data.name=shards", f"--data.path={tmp_path / 'tars'}", "--data.image_size=8", "--flow.patch_size=4"]
+    before = contents(tmp_path)
+    assert main(["train", f"--run={run}", "--train.steps=1", *SMALL_RUN, *options]) == 0
+    assert set(json.loads((run / "classes.json").read_text())) == {up, absolute}
+    assert main(["evaluate", str(run), "--metrics=accuracy"]) == 0
+    assert main(["sample", str(run), "--num=2", f"--labels={up},{absolute}", "-o", str(run / "drawn")]) == 0
+    assert main(["export", str(run), str(run / "out")]) == 0
+    assert sorted(file.name for file in (run / "drawn").glob("*.*")) == [".flowback", "000000.png", "000001.png"]
+    after = contents(tmp_path)
+    assert {name: what for name, what in after.items() if not name.startswith("runs")} == before
+    assert {name for name in after if name.startswith("runs/")} <= {"runs/run"} | {
+        name for name in after if name.startswith("runs/run/")
+    }
+
+
+@pytest.mark.parametrize("share", [0.1, 0.01])
+def test_unreadable_images_are_counted_up_to_the_stated_share(tmp_path, capsys, share):
+    root = tree(tmp_path / "images" / "train", cat=20, dog=20)
+    tree(tmp_path / "images" / "val", cat=4, dog=4)
+    for name in ("cat/3.png", "dog/7.png"):
+        (root / name).write_text("no image")
+    options = ["--data.name=folder", f"--data.path={root.parent}", "--data.image_size=8", f"--data.unreadable={share}"]
+    arguments = ["train", f"--run={tmp_path / 'run'}", "--train.steps=10", *SMALL_RUN, *options, "--train.batch_size=40"]
+    if share * 40 < 2:
+        assert "cannot be read" in refuse(arguments, capsys)
+        return
+    assert main(arguments) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert said.count("the next one is taken instead: image") == 2
+    assert all(f"{name} cannot be read" in said for name in ("cat/3.png", "dog/7.png"))
+
+
+# ---- many files -----------------------------------------------------------------------------------------------------
+
+
+def many(root: Path, classes: int, images: int) -> Path:
+    """A tree of hard links, a file a class, long settled."""
+    for k in range(classes):
+        folder = root / f"{k:04d}"
+        folder.mkdir(parents=True)
+        Image.new("L", (8, 8), k % 256).save(folder / "0.png")
+        for i in range(1, images):
+            os.link(folder / "0.png", folder / f"{i}.png")
+        os.utime(folder, (1e9, 1e9))
+    os.utime(root, (1e9, 1e9))
+    return root
+
+
+def check_scan(root: Path, cache: Path, monkeypatch, classes: int, images: int) -> None:
+    """Scan, start again from the index, and scan again where that is damaged."""
+    monkeypatch.setenv("FLOWBACK_CACHE", str(cache))
+    scans, real = [], folders._scan
+    monkeypatch.setattr(folders, "_scan", lambda base, unit: scans.append(unit) or real(base, unit))
+    config = DataConfig(name="folder", path=str(root), image_size=8, channels=1)
+    for spoil, scanned in ((None, classes), (None, classes), ("no index", 2 * classes)):
+        for index in (cache / "folders").glob("*.npz") if spoil else ():
+            index.write_text(spoil)
+        data = load_data(config)
+        assert len(data.train) + len(data.held_out) == classes * images
+        assert len(scans) == scanned
+        pixels, labels = data.train[[0, len(data.train) - 1]]
+        assert pixels[:, 0, 0, 0].tolist() == [0, (classes - 1) % 256]
+        assert labels.tolist() == [0, classes - 1]
+
+
+def test_twelve_thousand_files_are_scanned_once(tmp_path, monkeypatch):
+    check_scan(many(tmp_path / "images", 12, 1000), tmp_path / "cache", monkeypatch, 12, 1000)
+
+
+@pytest.mark.soak
+def test_a_million_files_are_scanned_once(tmp_path, monkeypatch):
+    check_scan(many(tmp_path / "images", 1000, 1000), tmp_path / "cache", monkeypatch, 1000, 1000)
