@@ -205,28 +205,6 @@ def test_classify_prints_calibrated_probabilities_after_an_evaluation(runs, caps
     assert lines[1] == "calibrated probabilities, by shortlist_3"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["evaluate", "RUN", "--metrics=lpips"], "metric 'lpips' does not exist"),
-        (["evaluate", "RUN", "--metrics=sfid"], "sfid is a figure of inception"),
-        (["evaluate", "RUN", "--metrics=fid", "--extractor=vgg"], "extractor 'vgg'"),
-        (["evaluate", "RUN", "--samples=0"], "--samples 0"),
-        (["evaluate", "RUN", "--reference=all"], "--reference 'all'"),
-        (["evaluate", "RUN", "--sweep=a,b"], "--sweep a,b"),
-        (["evaluate", "RUN", "--sweep=0,1", "--samples-from=x.npz"], "samples from disk have one guidance"),
-        (["evaluate", "RUN", "--metrics=fid", "--samples-from=nowhere"], "nowhere holds no samples"),
-        (["compare", "RUN", "RUN"], "stands there twice"),
-        (["compare", "nowhere"], "nowhere has no config.yaml"),
-    ],
-)
-def test_bad_input_is_one_sentence_and_status_2(runs, arguments, message, capsys):
-    words = [str(runs / "short") if word == "RUN" else word for word in arguments]
-    before = (runs / "short" / "evaluation.json").read_text()
-    assert message in refuse(words, capsys)
-    assert (runs / "short" / "evaluation.json").read_text() == before
-
-
 def test_a_run_that_was_not_evaluated_is_sent_to_evaluate(tmp_path, capsys):
     assert main(["train", f"--run={tmp_path}", "--train.steps=1", *SMALL]) == 0
     message = "has no evaluation.json; allowed are runs on which `flowback evaluate` was run"

@@ -495,17 +495,6 @@ def test_options_of_the_command_line(tmp_path):
     assert (config.noise_std, config.patch_size, config.channels, config.head_dim) == (0.5, 1, 12, 4)
 
 
-def test_an_occupied_folder_is_refused_and_left_alone(tmp_path, capsys):
-    folder = tmp_path / "flow"
-    folder.mkdir()
-    file = stored(folder)
-    assert "flow is there already; allowed is a new or an empty folder" in refuse(
-        ["import-tarflow", str(file), str(folder), "--head-dim=8"], capsys
-    )
-    assert list(folder.iterdir()) == [file]
-    assert "is there already" in refuse(["import-tarflow", str(file), str(file), "--head-dim=8"], capsys)
-
-
 def test_a_refused_checkpoint_writes_nothing(tmp_path, capsys):
     file, folder = stored(tmp_path, foo=torch.ones(2)), tmp_path / "flow"
     assert refuse(["import-tarflow", str(file), str(folder), "--head-dim=8"], capsys).endswith("such a checkpoint: foo")

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from builders import normal_, refuse, tiny_autoencoder
+from builders import normal_, tiny_autoencoder
 from flowback import InputError, TarFlow
 from flowback.cli import main
 from flowback.data import DataConfig
@@ -229,8 +229,6 @@ def test_every_verb_takes_and_gives_images(vae, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "latents" in out
     assert "features" in out
-    assert "allowed is something like 1/4" in refuse(["cache", "--part=half", *caches], capsys)
-    assert "has nothing to cache" in refuse(["cache", "--data.limit=64", "--flow.patch_size=4"], capsys)
     assert main(["train", "--run=run", "--train.caches=caches", *recipe, *aligned]) == 0
     assert main(["sample", "run", "--num=4", "-o", "images"]) == 0
     files = sorted(str(file) for file in (tmp_path / "images").glob("*.png"))

@@ -255,7 +255,7 @@ def test_inpaint_without_steps_says_nothing_of_them(run, digits, tmp_path, capsy
     assert cells(file, 1, 3).shape == (1, 3, 8, 8)
 
 
-# ---- help, and bad input --------------------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["sample", "calibrate", "encode", "decode", "interpolate", "swap", "inpaint"])
@@ -265,83 +265,3 @@ def test_help_explains_every_option(verb, capsys):
     assert stop.value.code == 0
     for option in capsys.readouterr().out.split("\n  -")[1:]:
         assert len(" ".join(option.split())) > 25, option
-
-
-BAD = [
-    ("sample RUN -o a.gif", "output a.gif is not known; allowed: a .png file for a grid, an .npz file, or a folder"),
-    ("sample RUN --num=0", "num 0 is not usable"),
-    ("sample RUN --num=many", "many"),
-    ("sample RUN --method=newton", "decoding method 'newton' does not exist; allowed: auto, sequential"),
-    ("sample RUN --device=nowhere", "device 'nowhere' is not here"),
-    ("sample RUN --rank=0", "rank 0 is not usable"),
-    ("sample RUN --refine=-1", "refine -1 is not usable"),
-    ("sample RUN --temperature=0", "temperature 0.0 is not usable"),
-    ("sample RUN --temperature=inf", "inf"),
-    ("sample RUN --processes=0", "processes is 0"),
-    ("sample RUN --batch-size=0", "batch_size is 0"),
-    ("sample RUN --seed=-1", "seed -1 is not usable"),
-    ("sample RUN --precision=half", "precision is 'half'; allowed: 32-true, bf16-mixed"),
-    ("sample RUN --labels=3,12", "label '12' does not exist; allowed: 0 to 9"),
-    ("sample RUN --labels=-1", "label '-1' does not exist"),
-    ("sample RUN --guide=sigma", "guidance cannot act on 'sigma'"),
-    ("sample RUN --weights=best", "allowed: ema, raw"),
-    ("sample RUN -o TEXT/x.png", "TEXT"),
-    ("sample RUN -o TEXT/x.npz", "TEXT"),
-    ("sample RUN -o TEXT/x", "TEXT"),
-    ("sample RUN -o DIGITS", "DIGITS holds other files"),
-    ("calibrate RUN --rows=a,b", "--rows a,b is not a list of numbers"),
-    ("calibrate RUN --rows=", "--rows  is not a list of numbers"),
-    ("calibrate RUN --rows=0", "[0] rows"),
-    ("calibrate nowhere", "nowhere is neither a folder nor a hub id"),
-    ("encode RUN ONE TWO --labels=1,2,3", "3 labels do not fit 2 images; allowed is one for all, or one for each"),
-    ("encode RUN ONE --labels=cat", "label 'cat' does not exist"),
-    ("encode RUN ONE -o z.npz", "output z.npz is not known; allowed is a .safetensors file"),
-    ("encode RUN ONE -o TEXT/z.safetensors", "TEXT"),
-    ("encode RUN TEXT", "TEXT cannot be read"),
-    ("encode RUN nowhere.png", "nowhere.png cannot be read"),
-    ("encode RUN", "images"),
-    ("decode RUN TEXT", "TEXT is not a file that encode wrote"),
-    ("decode RUN nowhere.safetensors", "nowhere.safetensors is not a file that encode wrote"),
-    ("decode RUN MODEL", "MODEL is not a file that encode wrote"),
-    ("decode RUN TEXT -o a.gif", "output a.gif is not known; allowed is a .png file or a folder"),
-    ("interpolate RUN ONE", "1 image has no other to go to; allowed are at least 2"),
-    ("interpolate RUN ONE TWO --steps=1", "1 steps make no way"),
-    ("interpolate RUN ONE TWO -o walk", "output walk is not known; allowed is a .png file"),
-    ("interpolate RUN ONE TWO -o TEXT/x.png", "TEXT"),
-    ("swap RUN ONE --to=cat", "label 'cat' does not exist"),
-    ("swap RUN ONE --labels=1,2", "2 labels do not fit 1 images"),
-    ("swap RUN ONE -o TEXT/x.png", "TEXT"),
-    ("inpaint RUN ONE", "where to draw is not clear; allowed is either --mask or --box"),
-    ("inpaint RUN ONE --box=0,0,2,2 --mask=ONE", "where to draw is not clear; allowed is either --mask or --box"),
-    ("inpaint RUN ONE --box=1,2,3", "--box 1,2,3 is not a box; allowed are four numbers"),
-    ("inpaint RUN ONE --box=a,b,c,d", "--box a,b,c,d is not a box"),
-    ("inpaint RUN ONE --box=0,0,9,2", "--box 0,0,9,2 does not lie in the image; allowed is what lies within 8x8 pixels"),
-    ("inpaint RUN ONE --box=-1,0,2,2", "--box -1,0,2,2 does not lie in the image"),
-    ("inpaint RUN ONE --box=2,2,0,2", "--box 2,2,0,2 does not lie in the image"),
-    ("inpaint RUN ONE --mask=TEXT", "TEXT cannot be read"),
-    ("inpaint RUN ONE --box=0,0,2,2 --num=0", "--num 0"),
-    ("inpaint RUN ONE --box=0,0,2,2 --tries=0", "0 tries"),
-    ("inpaint RUN ONE --box=0,0,2,2 --steps=-1", "-1 steps"),
-    ("inpaint RUN ONE --box=0,0,2,2 -o TEXT/x.png", "TEXT"),
-]
-
-
-@pytest.mark.parametrize(("command", "message"), BAD, ids=[command for command, _ in BAD])
-def test_bad_input_is_one_sentence_and_status_2(run, digits, tmp_path, monkeypatch, capsys, command, message):
-    text = tmp_path / "text.png"
-    text.write_text("no image")
-    names = {
-        "RUN": str(run),
-        "TEXT": str(text),
-        "ONE": digits[0],
-        "TWO": digits[1],
-        "DIGITS": str(Path(digits[0]).parent),
-        "MODEL": str(run / "checkpoints" / "step_00000040" / "model.safetensors"),
-    }
-    for name, value in names.items():
-        command, message = command.replace(name, value), message.replace(name, value)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert " ".join(message.split()) in refuse(command.split(), capsys)
-    assert not list((tmp_path / "here").iterdir())
-    assert text.read_text() == "no image"
