@@ -1,47 +1,47 @@
-"""Time of a training step as a multiple of what its matrix products alone would take at the machine's GEMM speed.
+"""Time of a training step against what its matrix products alone would take at the machine's GEMM speed.
 
-    python benchmarks/training.py [--recipe fashion_mnist] [--repeats 10] [--json FILE]
+    python benchmarks/training.py [--recipe fashion_mnist] [--width 256] [--batch 32] [--repeats 10] [--json FILE]
 
-The step is the recipe's own: encode, loss, backward, clipping, AdamW, EMA, on random images and features. Its
-floating-point operations are counted while it runs; the GEMM speed is measured in the same run, at a large
-square product (the machine's best) and at the recipe's own MLP shape. Medians of alternating repeats.
+The step is the recipe's own: encode, loss, backward, clipping, AdamW, EMA, on random images and features, in float32 and
+bfloat16, plain and aligned, each as it is, with compiled blocks, and with checkpointed layers. Utilisation is the step's
+operations (what checkpointing repeats is not counted) over those that a large square product does in the same time,
+measured in the same run; medians of alternating repeats. Memory is the peak of what a step makes, beside weights,
+averages and the optimiser; what compiled code makes is not seen.
+
+Then short runs through `flowback.training.train` say which share of the time is spent until a batch is there.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-import yaml
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from flowback.alignment import Alignment
-from flowback.devices import autocast
+from flowback.devices import autocast, pick_device
 from flowback.flows import TarFlow
 from flowback.quickstart import machine, recipe
+from flowback.training import RunConfig, train
+from flowback.training.apply import checkpoint_layers, compile_blocks
+from flowback.training.log import read_metrics
 from flowback.training.loop import Likelihood
+from flowback.training.meter import Meter
 from flowback.training.optim import update_ema
 
-
-class Flops(TorchDispatchMode):
-    """Counts the operations of matrix products, by PyTorch's own formulas, also where a step calls `autograd.grad`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run the operation and count it."""
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        return out
+SIDES = {"digits": 8, "fashion_mnist": 28}
+VARIANTS: dict[str, Callable[[TarFlow], None]] = {
+    "eager": lambda flow: None,
+    "compiled": compile_blocks,
+    "checkpointed": checkpoint_layers,
+}
 
 
 class FixedEncoder(nn.Module):
@@ -52,42 +52,43 @@ class FixedEncoder(nn.Module):
         self.grid, self.dim = grid, dim
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Wall-clock time of one call."""
     start = time.perf_counter()
     run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - start
 
 
-def gemm_speed(m: int, k: int, n: int, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that measures floating-point operations per second of `[m, k] @ [k, n]`."""
-    a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
-    calls = max(1, int(2e10 / (2 * m * k * n)))
-
-    def measure() -> float:
-        return calls * 2 * m * k * n / seconds(lambda: [a @ b for _ in range(calls)])
-
-    return measure
+def gemm_speed(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
+    """A function that measures floating-point operations per second of square products."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    calls = max(1, int(4e10 / (2 * size**3)))
+    return lambda: calls * 2 * size**3 / seconds(lambda: [a @ b for _ in range(calls)], device)
 
 
-def training_step(values: dict, size: int, strategy: str, precision: str) -> Callable[[], None]:
-    """One step of the recipe, as the training loop takes it."""
-    a, t = values["alignment"], values["train"]
-    flow = TarFlow(image_size=size, channels=1, num_classes=10, **values["flow"])
+def training_step(
+    config: RunConfig, strategy: str, variant: str, device: torch.device
+) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """One step of the recipe, as the training loop takes it, and the tensors that are there before it."""
+    a, c, f = config.alignment, config.train, config.flow
+    flow = TarFlow(**{**vars(f), "image_size": SIDES[config.data.name], "channels": 1, "num_classes": 10}).to(device)
+    VARIANTS[variant](flow)
     objective: nn.Module = Likelihood(flow)
     targets = None
     if strategy != "none":
         encoder = FixedEncoder(flow.grid, 320)
-        objective = Alignment(flow, encoder, a["at"], strategy, a["gradient"], a["weight"], a["projector_width"])
-        targets = torch.randn(t["batch_size"], flow.token_shape[0], 320)
+        objective = Alignment(flow, encoder, a.at, strategy, a.gradient, a.weight, a.projector_width).to(device)
+        targets = torch.randn(c.batch_size, flow.token_shape[0], 320, device=device)
     parameters = list(objective.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     average = deepcopy(flow).requires_grad_(False)
-    x = torch.rand(t["batch_size"], 1, size, size) * 2 - 1
-    y = torch.randint(10, (t["batch_size"],))
+    x = torch.rand(c.batch_size, *flow.data_shape, device=device) * 2 - 1
+    y = torch.randint(10, (c.batch_size,), device=device)
 
     def step() -> None:
-        with autocast(torch.device("cpu"), precision):
+        with autocast(device, c.precision):
             loss, _ = objective(x, y, targets=targets)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -95,50 +96,83 @@ def training_step(values: dict, size: int, strategy: str, precision: str) -> Cal
         update_ema(average.parameters(), flow.parameters(), 0.99, 1)
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    step()
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    return step, [*objective.parameters(), *objective.buffers(), *average.parameters(), *average.buffers(), *state]
+
+
+def steps(config: RunConfig, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Every way to take a step."""
+    rows = []
+    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        config = replace(config, train=replace(config.train, precision=precision))
+        peak = gemm_speed(2048 if device.type == "cpu" else 8192, dtype, device)
+        peak()
+        for strategy in ("none", "reverse"):
+            flops = 0
+            for variant in VARIANTS:
+                step, there = training_step(config, strategy, variant, device)
+                memory = None
+                if variant != "compiled":
+                    with Meter(there) as meter:
+                        step()
+                    memory, flops = meter.peak, flops or meter.flops
+                step()
+                measured = [(seconds(step, device), peak()) for _ in range(repeats)]
+                time_, peak_ = (median(column) for column in zip(*measured, strict=True))
+                row = {"precision": precision, "strategy": strategy, "variant": variant}
+                row |= {"step_seconds": round(time_, 4), "images_per_second": round(config.train.batch_size / time_, 1)}
+                row |= {"step_gflop": round(flops / 1e9, 1), "gemm_gflops": round(peak_ / 1e9)}
+                row |= {"utilisation": round(flops / peak_ / time_, 3)}
+                rows.append(row | {"memory_gb": None if memory is None else round(memory / 1e9, 3)})
+                show(rows)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the last row, and above the first the names of the columns."""
+    widths = {name: max(len(name), 12) for name in rows[0]}
+    if len(rows) == 1:
+        print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
+    print("  ".join(f"{rows[-1][name]!s:>{width}}" for name, width in widths.items()), flush=True)
+
+
+def waits(config: RunConfig) -> list[dict[str, Any]]:
+    """Short runs, with features of a random encoder in a cache."""
+    rows = []
+    for strategy in ("none", "reverse"):
+        with tempfile.TemporaryDirectory() as folder:
+            often = dict.fromkeys(("eval_every", "sample_every", "checkpoint_every"), 1000)
+            t = replace(config.train, steps=1000, until=40, log_every=10, eval_images=10, **often)
+            a = replace(config.alignment, strategy=strategy, encoder_weights="random")
+            data = replace(config.data, limit=512)
+            train(replace(config, run=folder, train=t, alignment=a, data=data))
+            logged = [row for row in read_metrics(Path(folder) / "metrics.csv") if "data_wait" in row][1:]
+        row = {"strategy": strategy, "images_per_second": round(median(row["images_per_second"] for row in logged), 1)}
+        rows.append(row | {"data_wait": round(median(row["data_wait"] for row in logged), 4)})
+        show(rows)
+    return rows
 
 
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--recipe", default="fashion_mnist", choices=["digits", "fashion_mnist"])
+    options.add_argument("--recipe", default="fashion_mnist", choices=SIDES)
+    options.add_argument("--width", type=int, default=None)
+    options.add_argument("--batch", type=int, default=None)
     options.add_argument("--repeats", type=int, default=10)
     options.add_argument("--json", default=None)
     o = options.parse_args()
-    values = yaml.safe_load(recipe(o.recipe).read_text())
-    size = {"digits": 8, "fashion_mnist": 28}[o.recipe]
-    width, tokens = values["flow"]["width"], (size // values["flow"]["patch_size"]) ** 2 * values["train"]["batch_size"]
-
-    rows = []
-    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
-        peak, own = gemm_speed(2048, 2048, 2048, dtype), gemm_speed(tokens, width, 4 * width, dtype)
-        for strategy in ("none", "reverse"):
-            step = training_step(values, size, strategy, precision)
-            step()
-            with Flops() as counter:
-                step()
-            measured = [(seconds(step), peak(), own()) for _ in range(o.repeats)]
-            time_, peak_, own_ = (median(column) for column in zip(*measured, strict=True))
-            flops = counter.total
-            rows.append(
-                {
-                    "precision": precision,
-                    "strategy": strategy,
-                    "step_seconds": round(time_, 4),
-                    "step_gflop": round(flops / 1e9, 2),
-                    "gemm_gflops_best": round(peak_ / 1e9),
-                    "gemm_gflops_own_shape": round(own_ / 1e9),
-                    "gemm_share_of_step_at_best": round(flops / peak_ / time_, 3),
-                    "gemm_share_of_step_at_own_shape": round(flops / own_ / time_, 3),
-                }
-            )
-    print(f"{o.recipe} on {machine()}, {torch.get_num_threads()} threads")
-    print("  ".join(rows[0]))
-    for row in rows:
-        print("  ".join(f"{value!s:>{len(name)}}" for name, value in row.items()))
+    config = RunConfig.from_yaml(recipe(o.recipe).read_text())
+    config = replace(config, flow=replace(config.flow, width=o.width or config.flow.width))
+    config = replace(config, train=replace(config.train, batch_size=o.batch or config.train.batch_size))
+    device = pick_device("auto")
+    print(f"{o.recipe}, width {config.flow.width}, {config.train.batch_size} images, on {machine()}")
+    facts = {"machine": machine(), "threads": torch.get_num_threads(), "recipe": o.recipe}
+    facts |= {"width": config.flow.width, "batch": config.train.batch_size}
+    facts |= {"steps": steps(config, device, o.repeats), "data": waits(config)}
     if o.json:
-        with open(o.json, "w") as stream:
-            json.dump({"machine": machine(), "recipe": o.recipe, "rows": rows}, stream, indent=2)
+        Path(o.json).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def test_memory_is_what_a_step_takes(precision, checkpointed):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     measured = int(subprocess.check_output([sys.executable, "-c", MEASURE, words], text=True, env=environment))
     assert predicted > 1.5e8
-    assert measured == pytest.approx(predicted, rel=0.05)
+    assert measured == pytest.approx(predicted, rel=0.15)
 
 
 def test_a_smaller_memory_takes_more_pieces_and_a_larger_batch_more_of_all():
@@ -156,6 +156,9 @@ def test_a_smaller_memory_takes_more_pieces_and_a_larger_batch_more_of_all():
     assert small.steps[0].flops == large.steps[0].flops == 8 * large.steps[1].flops
     assert large.caches == {"features": 1_281_167 * 2 * 256 * 768 * 2}
     assert large.seconds(large.steps[0]) == pytest.approx(large.steps[0].flops / (989e12 * 0.4))
+    shared = plan(recipe_config("imagenet64", *narrow, "--train.strategy=fsdp"), Device(gigabytes=1e6))
+    assert shared.steps[0] == large.steps[0]
+    assert shared.steps[2].bytes < large.steps[2].bytes
     without = plan(recipe_config("imagenet64", *narrow, "--alignment.cache=false"), Device(gigabytes=1e6))
     assert without.caches == {}
     assert without.steps[0].flops > 10 * large.steps[0].flops  # the encoder is much larger than this flow

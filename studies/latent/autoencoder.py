@@ -64,10 +64,11 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     with Bar("autoencoder", options.steps, step) as bar:
-        for _, images, _ in batches(data.train, BATCH, options.seed, step, options.steps):
+        for raw in batches(data.train, BATCH, options.seed, step, options.steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step, PEAK, WARMUP, options.steps)
             with torch.enable_grad():
-                loss = loss_of(model, from_levels(images), step_generator(options.seed, step))
+                assert raw.images is not None
+                loss = loss_of(model, from_levels(raw.images), step_generator(options.seed, step))
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -70,7 +70,7 @@ class Step:
     images: int  # of the device's share
     pieces: int  # in which it takes them, `train.accumulate`
     flops: int
-    bytes: int  # weights, gradients, averages, optimiser, encoder and the peak of all that a step makes
+    bytes: int  # weights, gradients, averages, optimiser, encoder and the peak of all that a step makes; of fsdp at most
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,14 @@ class Budget:
             f"parameters  flow {_millions(self.parameters)}{frozen}",
             f"flow        {len(self.depths)} blocks, {sum(self.depths)} layers, "
             f"{self.tokens[0]} tokens of {self.tokens[1]} numbers",
+            f"gradients   {4 * (self.parameters + self.projector) / 1e9:.3g} GB, averaged over all devices in each step",
             f"caches      {', '.join(f'{kind} {size / 1e9:,.1f} GB' for kind, size in self.caches.items()) or 'none'}",
         ]
         if self.encoder_flops:
             hours = self.encoder_flops / (1e12 * d.tflops * d.utilisation) / 3600
-            lines.append(f"            features take {self.encoder_flops / 1e15:.3g} PFLOP, {hours:.2g} device hours, once")
+            lines.append(
+                f"            the features take {self.encoder_flops / 1e15:.3g} PFLOP, {hours:.2g} device hours, once"
+            )
         columns = [f"days to {n:,}" for n in self.iterations]
         lines += [
             f"a step      {self.batch} images; devices of {d.tflops:g} TFLOP/s at {100 * d.utilisation:g} %, "
@@ -150,11 +153,13 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
     objective = alignment or Likelihood(flow)
 
     model, projector, frozen = (_count(part) for part in (flow, alignment and alignment.projector, encoder))
-    always = 4 * (3 * (model + projector) + model + frozen)  # weights and AdamW's moments, the averages, the encoder
+    trained = model + projector
+    kept = 4 * (3 * trained + model)  # weights and AdamW's moments, the averages
     encoded = 0 if encoder is None else _encoder_flops(encoder, data)
     steps = []
     for devices in (n for n in DEVICES if c.batch_size % (n * c.accumulate) == 0):
         images, pieces = c.batch_size // devices, c.accumulate
+        always = 4 * frozen + (kept // devices + 4 * trained if c.strategy == "fsdp" and devices > 1 else kept)
         flops, peak = _measure(objective, fake, c.precision, images, pieces)
         while always + peak > 1e9 * device.gigabytes and images % (2 * pieces) == 0:
             pieces *= 2

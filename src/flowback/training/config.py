@@ -203,15 +203,16 @@ class RunConfig:
 
     @classmethod
     def from_yaml(cls, text: str) -> "RunConfig":
-        """The inverse of `to_yaml`.
+        """The inverse of `to_yaml`; what a recipe leaves out has its default.
 
         Raises:
-            InputError: if the text is not a whole configuration.
+            InputError: if the text is not a configuration.
         """
         types = {"data": DataConfig, "flow": FlowConfig, "alignment": AlignmentConfig, "train": TrainConfig}
         try:
             values = yaml.safe_load(text)
-            values["train"]["betas"] = tuple(values["train"]["betas"])
+            if "betas" in values["train"]:
+                values["train"]["betas"] = tuple(values["train"]["betas"])
             return cls(**{k: types[k](**v) if k in types else v for k, v in values.items()})
         except (yaml.YAMLError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"this is not the configuration of a run ({error})") from None

@@ -23,6 +23,7 @@ COLUMNS = [
     "nats_per_dim",
     "grad_norm",
     "images_per_second",
+    "data_wait",  # share of the time until the batch is there, encoder included where its features are not cached
     "skipped",
     "held_out_nats_per_dim",
     "held_out_single_gradient",

@@ -129,12 +129,13 @@ def _take_steps(
     log = MetricsLog(run, state.step) if writes else None
     stop = min(c.steps, c.until or c.steps)
     sums: dict[str, Tensor] = {}
-    last_log, last_seconds = state.step, state.seconds
+    last_log, last_seconds, waited = state.step, state.seconds, 0.0
 
     with _interruptible() as interrupted, Bar(str(run), c.steps, state.step, shown=writes) as bar:
+        ready = time.perf_counter()
         for raw in inputs.stream(state.step, stop):
-            started = time.perf_counter()
             batch = inputs.prepare(raw, state.step)
+            waited += time.perf_counter() - ready
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, c.lr, c.warmup, c.steps)
             values = dict.fromkeys(("loss", "nll", "align"), torch.zeros((), device=fabric.device))
@@ -156,7 +157,7 @@ def _take_steps(
             else:
                 state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
             optimizer.zero_grad(set_to_none=True)
-            state.seconds += time.perf_counter() - started
+            state.seconds += time.perf_counter() - ready
 
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise InputError(
@@ -169,12 +170,13 @@ def _take_steps(
                 row |= {"nats_per_dim": row["nll"] + LOG_2PI / 2, "lr": optimizer.param_groups[0]["lr"]}
                 seconds = max(state.seconds - last_seconds, 1e-9)
                 row["images_per_second"] = (state.step - last_log) * c.batch_size / seconds
+                row["data_wait"] = waited / seconds
                 if config.alignment.strategy == "none":
                     del row["align"]
                 if log is not None:
                     log.write(state.step, seconds=state.seconds, skipped=state.skipped, **row)
                 bar.update(state.step, _status(row))
-                sums, last_log, last_seconds = {}, state.step, state.seconds
+                sums, last_log, last_seconds, waited = {}, state.step, state.seconds, 0.0
             if state.step % c.eval_every == 0 or state.step == c.steps:
                 with unsharded(average):
                     measured = _evaluate(average, data, c.eval_images) if writes else {}
@@ -191,6 +193,7 @@ def _take_steps(
                 checkpoint.save(run, state, average, trained, optimizer.optimizer, c.keep, fabric)
             if ending:
                 break
+            ready = time.perf_counter()
     if log is not None:
         log.close()
     unshard(average)
