@@ -56,7 +56,7 @@ def _classify(options: Namespace) -> int:
     calibrated = flow.standards is not None and rule in flow.standards.temperatures
     likely = calibrated or rule == "exact" or rule.startswith("shortlist")
     shown = scores.softmax(dim=1) if likely else scores
-    if calibrated:
+    if calibrated and flow.standards is not None:
         shown = flow.standards.probabilities(rule, scores)
     top = shown.topk(min(options.top, flow.num_classes), dim=1)
     for file, values, classes in zip(options.images, top.values.tolist(), top.indices.tolist(), strict=True):
