@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowback.errors import InputError
@@ -32,6 +33,7 @@ from flowback.flows.tarflow import TarFlow
 FORMAT = 1
 RULES = ("single_gradient", "z_score", "logit_steps", "shortlist_3", "exact")
 STEPS, STEP_SIZE = 3, 1.0  # of logit_steps
+NEVER = (-30.0, 0.0)  # of `Standards.left_out`: the right class is always among those that are scored
 
 
 @dataclass
@@ -43,22 +45,23 @@ class Standards:
         std: its deviation.
         images: how many were used.
         temperatures: rule -> temperature by which its scores are divided before the softmax, fitted on labelled images.
-        gaps: rule -> how far the classes that it leaves out lie below the last that it scores (`filled`).
+        left_out: rule -> intercept and slope of the logit of the chance that the right class is among those that it does
+            not score, as a function of the largest probability of those that it scores.
     """
 
     mean: list[float]
     std: list[float]
     images: int
     temperatures: dict[str, float] = field(default_factory=dict)
-    gaps: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def calibrate(self, rule: str, scores: Tensor, y: Tensor) -> None:
         """Learn from a rule's scores `[B, K]` of images with labels `y [B]` what `probabilities` needs."""
-        self.temperatures[rule], self.gaps[rule] = fit_calibration(scores, y)
+        self.temperatures[rule], self.left_out[rule] = fit_calibration(scores, y)
 
     def probabilities(self, rule: str, scores: Tensor) -> Tensor:
         """A rule's scores `[B, K]` as calibrated probabilities `[B, K]`, of the classes that it leaves out too."""
-        return filled(scores, self.temperatures[rule], self.gaps.get(rule, torch.inf)).softmax(dim=1)
+        return calibrated(scores, self.temperatures[rule], self.left_out.get(rule, NEVER))
 
     def standardised(self, gradient: Tensor) -> Tensor:
         """Gradients `[B, K]` with every class' own mean and deviation taken out."""
@@ -85,7 +88,8 @@ class Standards:
             standards = cls(**content)
             if len(standards.mean) != classes or len(standards.std) != classes:
                 raise ValueError(f"{len(standards.mean)} classes, not {classes}")
-            numbers = [*standards.mean, *standards.std, *standards.temperatures.values(), *standards.gaps.values()]
+            numbers = [*standards.mean, *standards.std, *standards.temperatures.values()]
+            numbers += [number for intercept, slope in standards.left_out.values() for number in (intercept, slope)]
             torch.tensor(numbers, dtype=torch.float64)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{file} cannot be used ({error}); it can be deleted and made anew by evaluate") from None
@@ -250,38 +254,52 @@ def standardise(flow: TarFlow, x: Tensor, batch_size: int = 256, seed: int = 1) 
     return Standards(scores.mean(dim=0).tolist(), std.tolist(), len(x))
 
 
-def filled(scores: Tensor, temperature: Tensor | float, gap: Tensor | float) -> Tensor:
-    """Logits `[B, K]`: scores over the temperature; classes without a score (-inf) lie `gap` below the last with one."""
-    known = scores.isfinite()
-    logits = torch.where(known, scores, 0) / temperature
-    last = torch.where(known, logits, torch.inf).amin(dim=1, keepdim=True)
-    return torch.where(known, logits, torch.where(last.isfinite(), last - gap, 0))
+def calibrated(scores: Tensor, temperature: float, left_out: tuple[float, float]) -> Tensor:
+    """Probabilities `[B, K]` of scores over a temperature; classes without a score (-inf) share `left_out`'s chance."""
+    among = (scores / temperature).softmax(dim=1)
+    missing = ~scores.isfinite()
+    count = missing.sum(dim=1, keepdim=True)
+    chance = torch.sigmoid(left_out[0] + left_out[1] * among.amax(dim=1, keepdim=True))
+    chance = torch.where(count == 0, 0, chance)
+    return among * (1 - chance) + missing * chance / count.clamp(min=1)
 
 
-def fit_calibration(scores: Tensor, y: Tensor) -> tuple[float, float]:
-    """The temperature and the gap of `filled` that make labels `y [B]` likeliest.
+def fit_calibration(scores: Tensor, y: Tensor) -> tuple[float, tuple[float, float]]:
+    """The temperature and the chance of `calibrated` that make labels `y [B]` likeliest.
 
-    After Guo et al. (arXiv 1706.04599), who have a temperature alone: without a gap a rule that scores only some classes
-    would be as sure as if the right one were always among them.
+    After Guo et al. (arXiv 1706.04599), who have a temperature alone. A rule that scores only some classes would then be
+    as sure as if the right one were always among them; a logistic regression says how likely that is, and the temperature
+    is fitted where it is so.
     """
     scores = scores.double()
-    known = scores.isfinite()
+    known = scores.gather(1, y[:, None])[:, 0].isfinite()
     if not known.any():
-        return 1.0, 0.0
-    start = (scores[known].std(correction=0) + 1e-12).log()
-    log_t, gap = torch.zeros(2, dtype=torch.float64).unbind()
-    log_t, gap = log_t.clone().requires_grad_(), gap.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([log_t, gap], max_iter=100, line_search_fn="strong_wolfe")
+        return 1.0, (-NEVER[0], 0.0)
+    listed = scores[known].clamp(min=-1e30)  # -inf has no gradient in T
+    start = (scores[scores.isfinite()].std(correction=0) + 1e-12).log()
+    (log_t,) = _minimum(lambda v: F.cross_entropy(listed / (start + v).exp(), y[known]), 1)
+    temperature = float((start + log_t).exp())
+    if known.all():
+        return temperature, NEVER
+    sure = (scores / temperature).softmax(dim=1).amax(dim=1)
+    missed = (~known).double()
+    fit = _minimum(lambda v: F.binary_cross_entropy_with_logits(v[0] + v[1] * sure, missed) + 1e-3 * v[1] ** 2, 2)
+    return temperature, (float(fit[0]), float(fit[1]))
+
+
+def _minimum(loss: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Where a convex function of `size` numbers is smallest."""
+    values = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([values], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        # a weak pull to zero: where every label has a score, the gap would go to infinity
-        loss = torch.nn.functional.cross_entropy(filled(scores, (start + log_t).exp(), gap), y) + 1e-4 * gap.square()
-        loss.backward()
-        return loss
+        value = loss(values)
+        value.backward()
+        return value
 
     optimizer.step(closure)  # pyright: ignore[reportArgumentType]
-    return float((start + log_t.detach()).exp()), float(gap.detach())
+    return values.detach()
 
 
 def calibration_error(probabilities: Tensor, y: Tensor, bins: int = 15) -> float:
