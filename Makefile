@@ -10,7 +10,7 @@ help:
 	@echo "make quickstart   set up, train a plain and an aligned flow on digits, write runs/quickstart/report.html"
 	@echo "make test         set up, run the tests"
 	@echo "make soak         the tests that take long, such as a scan of a million files"
-	@echo "make lint         ruff check, ruff format --check, pyright"
+	@echo "make lint         ruff check, ruff format --check, pyright, pip-audit of what is installed"
 	@echo "make bench        the benchmarks, as tables and JSON"
 	@echo "make setup        only make .venv        make clean   remove .venv and caches (runs/ stays)"
 
@@ -36,6 +36,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 bench: setup
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

@@ -1,6 +1,7 @@
 """Several processes, and what goes wrong: a run ends as it would have ended undisturbed, or says why not."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,26 @@ def test_killed_at_any_moment_and_resumed_a_run_ends_as_if_undisturbed(folder, w
         process.kill()
         process.wait()
         process = start(folder, "killed", *options, "--train.resume")
+    finish(process)
+    assert same(run, whole)
+
+
+@pytest.mark.soak
+def test_killed_at_thirty_random_moments_a_run_ends_as_if_undisturbed(folder):
+    options = ["--train.steps=1000", "--train.checkpoint_every=2", "--train.keep=3"]
+    whole, run = train(folder, "long", *options), folder / "often killed"
+    generator = random.Random(0)
+    process = start(folder, run.name, *options)
+    for kill in range(30):
+        if kill % 5 != 4:  # every fifth one comes while the process starts or resumes, the others between checkpoints
+            before = checkpoint.newest(run)
+            while process.poll() is None and checkpoint.newest(run) == before:
+                time.sleep(0.002)
+        time.sleep(generator.uniform(0, 0.2 if kill % 5 != 4 else 5))
+        assert process.poll() is None, "the run ended before it was killed"
+        process.kill()
+        process.wait()
+        process = start(folder, run.name, *options, "--train.resume")
     finish(process)
     assert same(run, whole)
 
