@@ -113,7 +113,8 @@ def draw_cost_accuracy(evaluation: dict[str, Any]) -> Figure:
     for i, row in enumerate(rows):
         panel.plot(row["passes"], 100 * row["accuracy"], "o", color=COLOURS[1])
         name, at = row["rule"].replace("_", " "), (row["passes"], 100 * row["accuracy"])
-        panel.annotate(name, at, (6, -3 if i % 2 else 6), textcoords="offset points", fontsize=7.5)
+        place, side = ((6, -9), "left") if i % 2 else ((-4, 6), "right")  # close ones would cover each other's names
+        panel.annotate(name, at, place, textcoords="offset points", fontsize=7.5, ha=side)
     _finish(panel, f"accuracy, % of {rows[0]['images']} held-out images")
     panel.set_xlabel("forward passes an image", fontsize=9)
     panel.margins(x=0.25, y=0.15)
