@@ -4,7 +4,7 @@
 
 JPEGs are crops of scikit-learn's two photographs, 500x375 and 375x500. All is bound to one core and counted in that core's
 seconds, of user and system, so that other work beside it hardly matters; files are in the page cache unless a row says
-otherwise. Indices are made of sparse files, in processes of their own, whose peak memory is theirs alone. `--rate` is the
+otherwise. Indices are made of empty images, in processes of their own, whose peak memory is theirs alone. `--rate` is the
 images that one GPU is taken to consume in a second: nothing here measures a GPU.
 """
 
@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,7 +44,7 @@ BATCH = 32  # of one of 8 processes that share 256
 DINO_DIM = 768  # of the features of DINOv2-B
 DOWNSAMPLE, CHANNELS = 8, 4  # of the latents of sd-vae-ft-ema
 IMAGENET = 1_281_167
-TREE_CLASSES, FILE_BYTES = 1000, 108 * 2**10
+TREE_CLASSES, FILE_BYTES, MEMBER_BYTES = 1000, 108 * 2**10, 2**10
 Row = dict[str, Any]
 
 
@@ -201,16 +202,15 @@ def make_tree(root: Path, count: int) -> None:
 
 
 def make_tars(root: Path, count: int, each: int = 10_000) -> None:
-    """Samples of an image, which is a hole, and a class number; an index does not look into the images."""
+    """Samples of a kilobyte of zeros and a class number; an index does not look into the images."""
     root.mkdir()
     for first in range(0, count, each):
         with (root / f"train-{first // each:04d}.tar").open("wb") as stream:
             for number in range(first, min(first + each, count)):
                 image, label = (tarfile.TarInfo(f"{number:09d}{suffix}") for suffix in (".jpg", ".cls"))
                 text = str(number % TREE_CLASSES).encode()
-                image.size, label.size = FILE_BYTES, len(text)
-                stream.write(image.tobuf(tarfile.USTAR_FORMAT))
-                stream.seek(FILE_BYTES, os.SEEK_CUR)
+                image.size, label.size = MEMBER_BYTES, len(text)
+                stream.write(image.tobuf(tarfile.USTAR_FORMAT) + bytes(MEMBER_BYTES))
                 stream.write(label.tobuf(tarfile.USTAR_FORMAT) + text.ljust(512, b"\0"))
             stream.write(bytes(1024))
 
@@ -221,12 +221,16 @@ def measure_indices(root: Path, o: argparse.Namespace) -> list[Row]:
     make_tree(root / "many", o.files)
     make_tars(root / "many_tars", o.files)
     time.sleep(2.5)  # folders that changed just now are not remembered
-    rows = []
+    rows: list[Row] = []
     for name, path in (("folder", root / "many"), ("shards", root / "many_tars")):
         for start in ("first", "later"):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(index, (name, str(path), o.core))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found = pool.submit(index, name, str(path), o.core).result()
             rows.append({"what": f"{name}, {start} start", **found})
+            columns = list(found)
+            if len(rows) == 1:
+                print(f"\n{o.files:,} images:", *(column.replace("_", " ") for column in columns), sep="  ")
+            print(f"{rows[-1]['what']:24}", *(f"{found[c]:>{len(c)}.1f}" for c in columns), sep="  ", flush=True)
         shutil.rmtree(path)
     return rows
 
@@ -288,14 +292,6 @@ def print_rates(rows: list[Row], o: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def print_indices(rows: list[Row], o: argparse.Namespace) -> None:
-    """The table of finding images."""
-    columns = list(rows[0])[1:]
-    print(f"\n{o.files:,} images:", *(name.replace("_", " ") for name in columns), sep="  ")
-    for row in rows:
-        print(f"{row['what']:24}", *(f"{row[name]:>{len(name)}.1f}" for name in columns), sep="  ", flush=True)
-
-
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,7 +314,6 @@ def main() -> None:
         rows = measure_images(root, o) + measure_caches(root, o)
         print_rates(rows, o)
         found = measure_indices(root, o)
-        print_indices(found, o)
     if o.json:
         given = {name: getattr(o, name) for name in ("images", "quality", "files", "gpus", "rate", "repeats")}
         facts = {"machine": machine(), "mean_bytes": mean, **given}
