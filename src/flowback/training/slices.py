@@ -47,7 +47,7 @@ class Reader:
         for path in sorted(folder.glob(f"{stem}*.safetensors")):
             file = safe_open(path, "pt")
             begins = json.loads((file.metadata() or {}).get("begins", "{}"))
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118  (not a dictionary)
                 self.slices.setdefault(name, []).append((begins.get(name, 0), file))
         if not self.slices:
             raise FileNotFoundError(f"{folder} has no {stem}.safetensors")
