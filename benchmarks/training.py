@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from flowback.alignment import Alignment
-from flowback.devices import autocast, pick_device
+from flowback.devices import autocast, keep_freed_memory, pick_device
 from flowback.flows import TarFlow
 from flowback.quickstart import machine, recipe
 from flowback.training import RunConfig, train
@@ -79,7 +79,8 @@ def training_step(
     targets = None
     if strategy != "none":
         encoder = FixedEncoder(flow.grid, 320)
-        objective = Alignment(flow, encoder, a.at, strategy, a.gradient, a.weight, a.projector_width).to(device)
+        projector = a.projector_width, a.projector, a.spatial_norm
+        objective = Alignment(flow, encoder, a.at, strategy, a.gradient, a.weight, *projector).to(device)
         targets = torch.randn(c.batch_size, flow.token_shape[0], 320, device=device)
     parameters = list(objective.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -167,6 +168,7 @@ def main() -> None:
     config = replace(config, flow=replace(config.flow, width=o.width or config.flow.width))
     config = replace(config, train=replace(config.train, batch_size=o.batch or config.train.batch_size))
     device = pick_device("auto")
+    keep_freed_memory(device)
     print(f"{o.recipe}, width {config.flow.width}, {config.train.batch_size} images, on {machine()}")
     facts = {"machine": machine(), "threads": torch.get_num_threads(), "recipe": o.recipe}
     facts |= {"width": config.flow.width, "batch": config.train.batch_size}

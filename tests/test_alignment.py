@@ -8,7 +8,9 @@ from torch import nn
 from builders import PatchEncoder, attributes, flat, gradients, images, labels, normal_, random_flow
 from flowback import InputError
 from flowback.alignment import Alignment, strategies
+from flowback.alignment.alignment import spatially_normalised
 from flowback.alignment.encoders import match_grid
+from flowback.units import nll_per_dim
 
 AT = [(2, 1), (3, 2)]
 KINDS = [
@@ -289,6 +291,51 @@ def test_projector_fits_between_flow_and_encoder():
     assert align.projector(h).shape == (2, 9, align.encoder.dim)
     linear = [m for m in align.projector if isinstance(m, nn.Linear)]
     assert [m.out_features for m in linear] == [8, 8, 5]
+
+
+def variant(strategy="reverse", gradient="one_step", **options):
+    flow = random_flow(torch.float64, std=0.12)
+    align = Alignment(flow, PatchEncoder(flow), AT, strategy, gradient, 0.7, projector_width=8, **options)
+    normal_(align.projector.double(), 0.4)
+    return align
+
+
+def test_spatially_normalised_targets_have_mean_0_and_deviation_1_over_patches():
+    align = variant(spatial_norm=True)
+    x, y, clean = batch(align)
+    v = align.targets(clean)
+    expected = (v - v.mean(1, keepdim=True)) / (v.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+    _, _, trace = align.flow.encode(x, y, trace=AT)
+    cosines = [F.cosine_similarity(align.projector(h), expected, dim=-1) for h in trace.hidden.values()]
+    assert abs(align.loss(x, y, clean)[1]["align"] + torch.stack(cosines).mean()) < 1e-12
+    assert torch.allclose(spatially_normalised(v), spatially_normalised(v + 5), atol=1e-9)
+
+
+def test_spatially_normalised_targets_are_finite_where_all_patches_are_equal():
+    assert torch.equal(spatially_normalised(torch.full((2, 9, 4), 3.0)), torch.zeros(2, 9, 4))
+
+
+@pytest.mark.parametrize("projector", ["mlp", "conv"])
+def test_exact_equals_the_sequential_oracle_with_every_projector(projector):
+    exact, oracle = (variant(gradient=g, projector=projector, spatial_norm=True) for g in ("exact", "sequential"))
+    oracle.load_state_dict(exact.state_dict())
+    assert_close(total_gradients(exact, *batch(exact)), total_gradients(oracle, *batch(exact)), 1e-9)
+
+
+@kinds
+def test_inactive_alignment_is_the_plain_likelihood(strategy, gradient):
+    align = make(strategy, gradient)
+    x, y, _ = batch(align)
+    align.active = False
+    found = total_gradients(align, x, y)
+    loss, parts = align.loss(x, y)
+    assert parts.keys() == {"nll"}
+    assert loss.item() == parts["nll"].item()
+    align.zero_grad()
+    nll_per_dim(*align.flow.encode(x, y)).backward()
+    expected = gradients(align.flow)
+    assert all(torch.equal(found[f"flow.{name}"], g) for name, g in expected.items())
+    assert not any(g.any() for name, g in found.items() if name.startswith("projector"))
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

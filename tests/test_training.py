@@ -17,7 +17,7 @@ from flowback.devices import autocast
 from flowback.errors import InputError
 from flowback.flows import FlowConfig, TarFlow
 from flowback.training import AlignmentConfig, RunConfig, TrainConfig, checkpoint, train
-from flowback.training.build import build_flow
+from flowback.training.build import build_flow, make_alignment
 from flowback.training.checkpoint import load_flow
 from flowback.training.inputs import Inputs
 from flowback.training.log import MetricsLog, read_metrics
@@ -90,6 +90,44 @@ def test_resumed_equals_undisturbed_bit_for_bit(whole, tmp_path, stops):
     expected, found = tensors(whole), tensors(run)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_alignment_that_ends_goes_on_as_a_plain_run(whole, tmp_path):
+    aligned = config(tmp_path / "ends", aligned=True)
+    train(replace(aligned, alignment=replace(aligned.alignment, until=6)))
+    rows = [row for row in read_metrics(tmp_path / "ends" / "metrics.csv") if "loss" in row]
+    assert [row["step"] for row in rows if "align" in row] == [3, 6]
+    assert all(row["loss"] == pytest.approx(row["nll"]) for row in rows if row["step"] > 6)
+    before = [row for row in read_metrics(whole / "metrics.csv") if "loss" in row]
+    assert [row["loss"] for row in rows[:2]] == [row["loss"] for row in before[:2]]
+    assert [row["nll"] for row in rows[2:]] != [row["nll"] for row in before[2:]]
+
+
+def test_alignment_that_ended_resumes_bit_for_bit(tmp_path):
+    for name, stops in (("whole", []), ("cut", [4, 9])):
+        for i, stop in enumerate([*stops, None]):
+            one = config(tmp_path / name, aligned=True, until=stop, resume=i > 0)
+            train(replace(one, alignment=replace(one.alignment, until=7)))
+    assert all(torch.equal(tensors(tmp_path / "whole")[name], value) for name, value in tensors(tmp_path / "cut").items())
+
+
+def test_shuffled_targets_are_those_of_another_image_the_same_in_all_steps(tmp_path):
+    plain = config(tmp_path / "run", aligned=True, steps=4, batch_size=64)  # every step has all images
+    targets = {}
+    for shuffled in (False, True):
+        one = replace(plain, alignment=replace(plain.alignment, shuffled=shuffled))
+        data = load_data(one.data)
+        flow = build_flow(one.flow, data)
+        inputs = Inputs(one, data, flow, make_alignment(one.alignment, flow), torch.device("cpu"))
+        for step, raw in enumerate(inputs.stream(0, 2)):
+            order = raw[0].argsort()
+            targets[shuffled, step] = inputs.prepare(raw, step).targets[order]
+    assert torch.equal(targets[False, 0], targets[False, 1])
+    assert torch.equal(targets[True, 0], targets[True, 1])
+    own, others = targets[False, 0].flatten(1), targets[True, 0].flatten(1)
+    matches = (others[:, None] == own).all(dim=2)
+    assert matches.sum(dim=0).ge(1).all()  # the same features
+    assert matches.diagonal().float().mean() < 0.2
 
 
 def test_finished_run_is_not_trained_further(whole):
@@ -297,6 +335,9 @@ BAD_CONFIGS = [
     (AlignmentConfig, {"gradient": "two_step"}, "alignment.gradient is 'two_step'"),
     (AlignmentConfig, {"at": [[1, 2, 3]]}, "allowed are pairs of block and layer"),
     (AlignmentConfig, {"projector_width": 0}, "alignment.projector_width is 0"),
+    (AlignmentConfig, {"projector": "tree"}, "alignment.projector is 'tree'; allowed: mlp, conv"),
+    (AlignmentConfig, {"until": 0}, "alignment.until is 0; allowed is a whole number of at least 1, or null"),
+    (AlignmentConfig, {"shuffled": True, "cache": False}, "alignment.shuffled needs features that are kept"),
     (AlignmentConfig, {"encoder_precision": "fp8"}, "alignment.encoder_precision is 'fp8'"),
 ]
 

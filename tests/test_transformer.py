@@ -1,3 +1,4 @@
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -6,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from builders import attributes, normal_
-from flowback.nn import CausalTransformer, Projector
-from flowback.nn.transformer import GeluMLP, SwiGLU, rotate, rotations
+from flowback.nn import CausalTransformer, ConvProjector, Projector
+from flowback.nn.transformer import GeluMLP, SwiGLU, causal_products, rotate, rotations, slow_attention_gradient
 
 N, WIDTH, LAYERS, HEAD_DIM = 7, 16, 3, 8
 KINDS = {"learned, gelu": {}, "rotary, swiglu": {"rotary": N, "mlp": "swiglu"}}
@@ -195,3 +196,46 @@ def test_projector_is_three_layers_token_by_token():
     assert projector(h).shape == (2, 4, 3)
     assert torch.allclose(projector(h), expected, atol=1e-12)
     assert torch.allclose(projector(h[:, 2]), projector(h)[:, 2], atol=1e-12)
+
+
+def test_conv_projector_sees_the_eight_neighbours_on_the_grid():
+    rows, columns = 4, 3
+    projector = normal_(ConvProjector(6, 5, (rows, columns)).double(), 0.5)
+    h = torch.randn(2, 3, rows * columns, 6, dtype=torch.float64)
+    found = projector(h)
+    assert found.shape == (2, 3, rows * columns, 5)
+    padded = F.pad(h.view(2, 3, rows, columns, 6), (0, 0, 1, 1, 1, 1))
+    for n, (row, column) in enumerate(itertools.product(range(rows), range(columns))):
+        near = padded[:, :, row : row + 3, column : column + 3]
+        expected = torch.einsum("abrci,oirc->abo", near, projector.weight) + projector.bias
+        assert torch.allclose(found[:, :, n], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 7, 49])
+def test_causal_products_equal_the_fused_attention(n):
+    q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    cotangent = torch.randn(3, 2, n, 8, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    found = causal_products(q, k, v)
+    assert torch.allclose(found, expected, atol=1e-12)
+    grads = (torch.autograd.grad(out, (q, k, v), cotangent) for out in (found, expected))
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_products_are_taken_for_bfloat16_gradients_on_a_cpu_only():
+    trained = torch.zeros(1, 1, 49, 8, dtype=torch.bfloat16, requires_grad=True)
+    assert slow_attention_gradient(trained)
+    others = [trained.detach(), trained.float(), trained.to("meta"), trained.expand(1, 1, 49, 8).repeat(1, 1, 3, 1)]
+    assert [slow_attention_gradient(q) for q in others] == [False] * 4
+
+
+def test_bfloat16_gradients_keep_the_direction():
+    torch.manual_seed(0)
+    model, x = normal_(CausalTransformer(WIDTH, LAYERS, HEAD_DIM), 0.2), torch.randn(8, N, WIDTH)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, _ = model(x)
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.float().square().mean(), model.parameters())]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.999

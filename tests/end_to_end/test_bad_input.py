@@ -400,6 +400,9 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("ALIGNED --alignment.weight=-1", "alignment weight -1.0 is not usable; allowed is a number of at least 0"),
         ("ALIGNED --alignment.weight=nan", "alignment.weight"),
         ("ALIGNED --alignment.projector_width=0", "alignment.projector_width is 0; allowed is at least 1"),
+        ("ALIGNED --alignment.projector=tree", "alignment.projector is 'tree'; allowed: mlp, conv"),
+        ("ALIGNED --alignment.until=0", "alignment.until is 0; allowed is a whole number of at least 1, or null"),
+        ("ALIGNED --alignment.shuffled=true --alignment.cache=false", "alignment.shuffled needs features that are kept"),
         ("ALIGNED --alignment.encoder_precision=8", "alignment.encoder_precision is '8'; allowed: 32-true, bf16-mixed"),
     ],
     "runs": [

@@ -11,7 +11,19 @@ from flowback.alignment import strategies
 from flowback.alignment.encoders import Encoder, match_grid
 from flowback.errors import InputError
 from flowback.flows import TarFlow
-from flowback.nn import Projector
+from flowback.nn import ConvProjector, Projector
+from flowback.units import nll_per_dim
+
+PROJECTORS = ("mlp", "conv")
+
+
+def spatially_normalised(features: Tensor) -> Tensor:
+    """Features `[B, P, F]`, every channel of every image with mean 0 and deviation 1 over the patches (arXiv 2512.10794).
+
+    What all patches of an image share is gone: only how they differ is left to align with.
+    """
+    centred = features - features.mean(dim=1, keepdim=True)
+    return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
 
 
 class Alignment(nn.Module):
@@ -24,7 +36,9 @@ class Alignment(nn.Module):
         strategy: "forward", "detach" or "reverse": where the alignment's gradient flows.
         gradient: of "reverse": "cached", "one_step", an int k (terms of the adjoint), "exact" or "sequential".
         weight: of `L_align`.
-        projector_width: hidden size of the projector.
+        projector_width: hidden size of the MLP.
+        projector: a key of `PROJECTORS`: "mlp", token by token (REPA), or "conv", over the grid (iREPA).
+        spatial_norm: take mean and deviation over an image's patches out of every channel of the targets (iREPA).
         tolerance: of "exact": the adjoint's series ends where a term is smaller than this share of the sum. None for
             1e-12 in float64, and 1e-3 in lower precisions, of which bfloat16 products know no more and training feels
             no less.
@@ -42,6 +56,8 @@ class Alignment(nn.Module):
         gradient: str | int = "one_step",
         weight: float = 0.1,
         projector_width: int = 1024,
+        projector: str = "mlp",
+        spatial_norm: bool = False,
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
@@ -56,13 +72,18 @@ class Alignment(nn.Module):
             raise InputError(f"gradient {gradient!r} does not exist; allowed: {allowed}")
         if not 0 <= weight < float("inf"):
             raise InputError(f"alignment weight {weight} is not usable; allowed is a number of at least 0")
+        if projector not in PROJECTORS:
+            raise InputError(f"projector {projector!r} does not exist; allowed: {', '.join(PROJECTORS)}")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise InputError(f"tolerance {tolerance} is not usable; allowed is a number from 0 to 1, 1 excluded")
         self.flow, self.encoder, self.tolerance = flow, encoder, tolerance
         if isinstance(encoder, nn.Module):
             encoder.requires_grad_(False)
         self.strategy, self.gradient, self.weight = strategy, gradient, weight
-        self.projector = Projector(flow.config.width, encoder.dim, projector_width)
+        self.spatial_norm = spatial_norm
+        self.active = True  # False: `loss` is the likelihood's alone from now on, and needs no targets
+        sizes = flow.config.width, encoder.dim
+        self.projector = ConvProjector(*sizes, flow.grid) if projector == "conv" else Projector(*sizes, projector_width)
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +113,10 @@ class Alignment(nn.Module):
         Raises:
             InputError: if neither clean images nor targets are given, or shapes do not fit.
         """
+        if not self.active:
+            nll = nll_per_dim(*self.flow.encode(x_noisy, y))
+            idle = torch.stack([p.sum() for p in self.projector.parameters()]).sum()  # wrappers expect its gradients
+            return nll + 0 * idle, {"nll": nll.detach()}
         if targets is None:
             if x_clean is None:
                 raise InputError("alignment needs the clean images or the targets made from them; neither was given")
@@ -99,7 +124,8 @@ class Alignment(nn.Module):
         expected = (len(x_noisy), self.flow.token_shape[0], self.encoder.dim)
         if targets.shape != expected:
             raise InputError(f"targets of shape {list(targets.shape)} do not fit; allowed is {list(expected)}")
-        unit = F.normalize(targets.float() if targets.dtype != x_noisy.dtype else targets, dim=-1)
+        targets = targets.float() if targets.dtype != x_noisy.dtype else targets
+        unit = F.normalize(spatially_normalised(targets) if self.spatial_norm else targets, dim=-1)
 
         def align(hidden: dict[tuple[int, int], Tensor]) -> Tensor:
             # every pair has as many patches, so the mean over pairs of means is the mean over all

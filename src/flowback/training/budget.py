@@ -147,7 +147,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
             encoder = load_encoder(a.encoder, "random", grid=flow.grid)
         gradient = EXACT_TERMS if a.gradient == "exact" else a.gradient
         with fake:
-            alignment = Alignment(flow, encoder, a.at, a.strategy, gradient, a.weight, a.projector_width)
+            variant = a.projector_width, a.projector, a.spatial_norm
+            alignment = Alignment(flow, encoder, a.at, a.strategy, gradient, a.weight, *variant)
     if c.checkpoint_activations:
         checkpoint_layers(flow)
     objective = alignment or Likelihood(flow)

@@ -37,4 +37,5 @@ def make_alignment(config: AlignmentConfig, flow: TarFlow) -> Alignment:
         torch.manual_seed(0)
         encoder = load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)
     where = config.at, config.strategy, config.gradient
-    return Alignment(flow, encoder, *where, config.weight, config.projector_width)
+    projector = config.projector_width, config.projector, config.spatial_norm
+    return Alignment(flow, encoder, *where, config.weight, *projector)

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from flowback.alignment.alignment import PROJECTORS
 from flowback.alignment.strategies import GRADIENTS, STRATEGIES
 from flowback.data import DataConfig
 from flowback.errors import InputError
@@ -29,7 +30,11 @@ class AlignmentConfig:
             timm model name.
         encoder_weights: a local file of weights, or random; null for the shipped ones or the hub.
         encoder_precision: 32-true, or bf16-mixed (autocast).
-        projector_width: hidden size of the projector.
+        projector: mlp (REPA's, token by token) or conv (iREPA's, one 3x3 convolution over the grid).
+        projector_width: hidden size of the MLP.
+        spatial_norm: take what all patches of an image share out of the targets (iREPA).
+        until: the step after which the flow is trained on likelihood alone; null for never.
+        shuffled: a control: every training image gets the features of another one, the same in all steps.
         cache: compute the encoder's features once and keep them on disk.
 
     Raises:
@@ -43,7 +48,11 @@ class AlignmentConfig:
     encoder: str = "efficientnet_lite0"
     encoder_weights: str | None = None
     encoder_precision: str = "32-true"
+    projector: str = "mlp"
     projector_width: int = 1024
+    spatial_norm: bool = False
+    until: int | None = None
+    shuffled: bool = False
     cache: bool = True
 
     def __post_init__(self) -> None:
@@ -56,6 +65,12 @@ class AlignmentConfig:
         if self.encoder_precision not in PRECISIONS:
             allowed = ", ".join(PRECISIONS)
             raise InputError(f"alignment.encoder_precision is {self.encoder_precision!r}; allowed: {allowed}")
+        if self.projector not in PROJECTORS:
+            raise InputError(f"alignment.projector is {self.projector!r}; allowed: {', '.join(PROJECTORS)}")
+        if self.until is not None and self.until < 1:
+            raise InputError(f"alignment.until is {self.until}; allowed is a whole number of at least 1, or null")
+        if self.shuffled and not self.cache:
+            raise InputError("alignment.shuffled needs features that are kept; allowed is alignment.cache true with it")
         if self.projector_width < 1:
             raise InputError(f"alignment.projector_width is {self.projector_width}; allowed is at least 1")
 

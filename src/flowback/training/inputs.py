@@ -71,6 +71,10 @@ class Inputs:
         plans = cache_plans(config, data, flow, alignment, device)
         caches = {plan.kind: open_cache(plan, config, data) for plan in plans}
         self.latents, self.features = caches.get("latents"), caches.get("features")
+        self.others: Tensor | None = None  # the image whose features an image gets instead of its own
+        if config.alignment.shuffled:
+            generator = torch.Generator().manual_seed(config.train.seed)
+            self.others = torch.randperm(len(data.train), generator=generator)
         self.autoencoder: Autoencoder | None = None
         if flow.config.autoencoder is not None:
             self.autoencoder = load_autoencoder(flow.config)
@@ -106,9 +110,10 @@ class Inputs:
         return Batch(self.flow.perturb(x, generators), y, self._targets(indices, flipped, x_clean))
 
     def _targets(self, indices: Tensor, flipped: Tensor, x_clean: Tensor | None) -> Tensor | None:
-        if self.alignment is None:
+        if self.alignment is None or not self.alignment.active:
             return None
         if self.features is not None:
+            indices = indices if self.others is None else self.others[indices]
             return self.features(indices, flipped).to(self.device)
         assert x_clean is not None
         with autocast(self.device, self.config.alignment.encoder_precision):

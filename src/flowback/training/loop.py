@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowback.data import ImageSet, load_data
-from flowback.devices import autocast, deterministic
+from flowback.devices import autocast, deterministic, keep_freed_memory
 from flowback.errors import InputError
 from flowback.evaluation.metrics import accuracies, density, seen
 from flowback.evaluation.pictures import class_grid, save_grid
@@ -89,6 +89,7 @@ def train(config: RunConfig) -> RunResult:
     # nothing is written before everything that was asked for exists
     with deterministic(c.deterministic), open_run(config, data.classes, first=is_first()) as found:
         fabric = launch(c)
+        keep_freed_memory(fabric.device)
         with peers(fabric):
             resume_from = fabric.broadcast(found)
             with fabric.rank_zero_first():  # which makes the caches that are missing
@@ -134,18 +135,22 @@ def _take_steps(
     with _interruptible() as interrupted, Bar(str(run), c.steps, state.step, shown=writes) as bar:
         ready = time.perf_counter()
         for raw in inputs.stream(state.step, stop):
+            if inputs.alignment is not None and config.alignment.until is not None:
+                inputs.alignment.active = state.step < config.alignment.until
             batch = inputs.prepare(raw, state.step)
             waited += time.perf_counter() - ready
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, c.lr, c.warmup, c.steps)
-            values = dict.fromkeys(("loss", "nll", "align"), torch.zeros((), device=fabric.device))
+            aligned = inputs.alignment is not None and inputs.alignment.active
+            names = ("loss", "nll", "align") if aligned else ("loss", "nll")
+            values = dict.fromkeys(names, torch.zeros((), device=fabric.device))
             for i, piece in enumerate(batch.split(c.accumulate), start=1):
                 with fabric.no_backward_sync(model, enabled=i < c.accumulate):
                     with autocast(fabric.device, c.precision):
                         loss, parts = model(piece.x, piece.y, targets=piece.targets)
                     fabric.backward(loss / c.accumulate)
                 found = {"loss": loss.detach(), **parts}
-                values = {name: value + found.get(name, 0) / c.accumulate for name, value in values.items()}
+                values = {name: value + found[name] / c.accumulate for name, value in values.items()}
             norm = whole(nn.utils.clip_grad_norm_(parameters, c.clip or float("inf")))  # the same in all processes
             state.step += 1
             if torch.isfinite(norm):
@@ -171,8 +176,6 @@ def _take_steps(
                 seconds = max(state.seconds - last_seconds, 1e-9)
                 row["images_per_second"] = (state.step - last_log) * c.batch_size / seconds
                 row["data_wait"] = waited / seconds
-                if config.alignment.strategy == "none":
-                    del row["align"]
                 if log is not None:
                     log.write(state.step, seconds=state.seconds, skipped=state.skipped, **row)
                 bar.update(state.step, _status(row))
