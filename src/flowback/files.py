@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,11 @@ def read_json(file: Path) -> Any:
         ValueError: as `parse_json`.
     """
     return parse_json(file.read_bytes())
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside the file, then rename: the name always means a whole one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".partial.{file.name}")
+    write(partial)
+    partial.replace(file)

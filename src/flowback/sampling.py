@@ -14,7 +14,6 @@ import queue
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.evaluation.pictures import save_grid, save_png, to_uint8
+from flowback.files import write_whole
 from flowback.flows import Guidance, TarFlow
 from flowback.refinement import OBJECTIVES, rank, refine
 from flowback.seeds import keyed_normal
@@ -186,7 +186,7 @@ class Store:
         if needed > free:
             raise InputError(f"{self.request.num} images may take {needed} bytes; allowed in {there} are {free}, its room")
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, lambda path: path.write_text(text))
+        write_whole(file, lambda path: path.write_text(text))
 
     def missing(self) -> list[int]:
         """Parts that are not on disk."""
@@ -199,7 +199,7 @@ class Store:
                 save_png(image, self.output / f"{number:06d}.png")
         else:
             np.save(self.folder / f"part_{note.part:06d}.npy", images.permute(0, 2, 3, 1).numpy())
-        _write_whole(self._note(note.part), lambda path: path.write_text(json.dumps(asdict(note)) + "\n"))
+        write_whole(self._note(note.part), lambda path: path.write_text(json.dumps(asdict(note)) + "\n"))
 
     def notes(self) -> list[Note]:
         """The notes of all parts on disk."""
@@ -211,11 +211,11 @@ class Store:
             return
         suffix = self.output.suffix.lower()
         if suffix == ".npz":
-            _write_whole(self.output, self._write_npz)
+            write_whole(self.output, self._write_npz)
         else:
             images = torch.from_numpy(np.concatenate([self._load(part) for part in self.parts]))
             columns = max(1, round(self.request.num**0.5))
-            _write_whole(self.output, lambda path: save_grid(images.permute(0, 3, 1, 2), path, columns))
+            write_whole(self.output, lambda path: save_grid(images.permute(0, 3, 1, 2), path, columns))
         old = self.folder.with_name(f".{self.folder.name}")
         shutil.rmtree(old, ignore_errors=True)
         self.folder.rename(old)  # at once: half a store would mislead
@@ -348,11 +348,3 @@ def _prepare(request: Request, method: str, device: str, turn: int) -> TarFlow:
 
 def _images(parts: list[int], num: int) -> int:
     return sum(min(num, (part + 1) * PART) - part * PART for part in parts)
-
-
-def _write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file, then rename: the name always means a whole one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial.{file.name}")
-    write(partial)
-    partial.replace(file)

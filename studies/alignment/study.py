@@ -1,0 +1,313 @@
+"""Runs the study of README.md, run by run; what is finished is skipped, what was cut off goes on where it was.
+
+    python studies/alignment/study.py [--jobs 2] [--only plain,one_step] [--hours 12] [--list]
+
+A run is an arm and a seed. It is trained up to each of its measuring points, measured there, and trained on; a finished one
+leaves results/ARM-SEED.json here, with all that tables.py reads. Checkpoints stand in runs/studies/alignment meanwhile.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from judge import right, trained
+
+from flowback.classify import classify_by_all, standardise
+from flowback.data import ImageSet, load_data
+from flowback.devices import autocast, pick_device
+from flowback.evaluation.convergence import errors_by_sweep, sweeps_until
+from flowback.evaluation.fidelity import TensorImages, fidelity, reference_of
+from flowback.evaluation.metrics import density, seen, spread
+from flowback.evaluation.pictures import to_uint8
+from flowback.evaluation.probe import probe_layers
+from flowback.files import file_hash, write_whole
+from flowback.flows import FlowConfig, TarFlow
+from flowback.quickstart import machine
+from flowback.training import AlignmentConfig, RunConfig, TrainConfig, checkpoint, train
+from flowback.training.caches import make_caches
+from flowback.training.checkpoint import load_flow
+from flowback.training.config import DataConfig
+from flowback.training.log import read_metrics
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+RUNS = Path("runs/studies/alignment")
+JUDGE = RUNS / "judge.pth"
+
+STEPS, LONG_STEPS, SAME_SECONDS = 800, 2500, 1256  # the last: plain steps in the seconds of an aligned run
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100  # of the learning rate's choice, and of nothing else
+RATES = (1e-3, 2e-3, 4e-3)
+RULES = ("single_gradient", "z_score", "shortlist_3", "exact")
+CURVE_IMAGES, FINAL_IMAGES, STANDARD_IMAGES = 1000, 2000, 512
+CURVE_SAMPLES, FINAL_SAMPLES, REFERENCE = 1000, 2000, 5000
+SWEEP_TARGET = 1e-4
+
+BASE = RunConfig(
+    data=DataConfig(name="fashion_mnist", limit=20_000),
+    flow=FlowConfig(patch_size=4, width=96, blocks=4, layers=3, head_dim=32, noise_std=0.1),
+    alignment=AlignmentConfig(encoder_precision="bf16-mixed", projector_width=256),
+    train=TrainConfig(
+        steps=STEPS,
+        batch_size=64,
+        warmup=50,
+        ema=0.99,
+        precision="bf16-mixed",
+        log_every=20,
+        eval_every=10**6,
+        eval_images=100,
+        sample_every=10**6,
+        checkpoint_every=10**6,
+        keep=1,
+    ),
+)
+LATE = [[3, 2], [4, 2]]
+REVERSE: dict[str, Any] = {"strategy": "reverse", "gradient": "one_step", "at": LATE, "weight": 0.5}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        name: of the arm.
+        alignment: options of the alignment; none for a plain flow.
+        steps: of the run.
+        curve: measure at a quarter, a half and three quarters, too.
+        seeds: which are run.
+        train: options of the training.
+    """
+
+    name: str
+    alignment: dict[str, Any] = field(default_factory=dict)
+    steps: int = STEPS
+    curve: bool = False
+    seeds: tuple[int, ...] = (0,)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def points(self) -> list[int]:
+        """Steps at which it is measured."""
+        return [self.steps * quarter // 4 for quarter in (range(1, 5) if self.curve else (4,))]
+
+    def config(self, seed: int) -> RunConfig:
+        """The run's configuration."""
+        c = replace(BASE, run=str(RUNS / f"{self.name}-{seed}"), alignment=replace(BASE.alignment, **self.alignment))
+        options = {"lr": None if seed == TUNING_SEED else chosen_rate(), "steps": self.steps, "seed": seed} | self.train
+        return replace(c, train=replace(c.train, **options))
+
+
+def reverse(**options: Any) -> dict[str, Any]:
+    """The aligned arms' common options, but for these."""
+    return REVERSE | options
+
+
+MAIN = {
+    "plain": {},
+    "one_step": reverse(),
+    "detach": reverse(strategy="detach"),
+    "forward": reverse(strategy="forward"),
+    "neumann_2": reverse(gradient=2),
+    "exact": reverse(gradient="exact"),
+}
+CONTROLS = {"random_encoder": reverse(encoder_weights="random"), "shuffled_targets": reverse(shuffled=True)}
+SINGLE = {
+    "cached": reverse(gradient="cached"),
+    "weight_0.03": reverse(weight=0.03),
+    "weight_0.1": reverse(weight=0.1),
+    "weight_1": reverse(weight=1.0),
+    "weight_3": reverse(weight=3.0),
+    "early_blocks": reverse(at=[[1, 2], [2, 2]]),
+    "block_3": reverse(at=[[3, 2]]),
+    "block_4": reverse(at=[[4, 2]]),
+    "all_blocks": reverse(at=[[t, 2] for t in (1, 2, 3, 4)]),
+    "layer_1": reverse(at=[[3, 1], [4, 1]]),
+    "layer_3": reverse(at=[[3, 3], [4, 3]]),
+    "conv": reverse(projector="conv"),
+    "spatial_norm": reverse(spatial_norm=True),
+    "irepa": reverse(projector="conv", spatial_norm=True),
+    "ends_halfway": reverse(until=STEPS // 2),
+}
+LONG = {"long_plain": {}, "long_one_step": reverse(), "long_detach": reverse(strategy="detach")}
+
+TUNING = [Arm(f"rate_{rate:g}", seeds=(TUNING_SEED,), train={"lr": rate}) for rate in RATES]
+ARMS = [
+    *(Arm(name, options, curve=True, seeds=SEEDS) for name, options in MAIN.items()),
+    *(Arm(name, options, seeds=SEEDS) for name, options in CONTROLS.items()),
+    Arm("same_seconds", steps=SAME_SECONDS, curve=True, seeds=SEEDS),
+    *(Arm(name, options) for name, options in SINGLE.items()),
+    *(Arm(name, options, LONG_STEPS, curve=True, seeds=SEEDS) for name, options in LONG.items()),
+]
+
+
+def result_file(arm: Arm, seed: int) -> Path:
+    """Where a finished run stands."""
+    return RESULTS / f"{arm.name}-{seed}.json"
+
+
+def order(arms: list[Arm]) -> list[tuple[Arm, int]]:
+    """The runs, so that whatever time there is answers most: whole rounds of seeds first, single runs after them."""
+    short = [arm for arm in arms if arm.steps != LONG_STEPS]
+    runs = [(arm, seed) for seed in SEEDS for arm in short if len(arm.seeds) > 1]
+    runs += [(arm, seed) for arm in short if len(arm.seeds) == 1 for seed in arm.seeds]
+    return runs + [(arm, seed) for seed in SEEDS for arm in arms if arm.steps == LONG_STEPS]
+
+
+def chosen_rate() -> float:
+    """The learning rate with which the *plain* flow has the best held-out likelihood."""
+    nats = {
+        arm.train["lr"]: json.loads(result_file(arm, TUNING_SEED).read_text())["final"]["nats_per_dim"] for arm in TUNING
+    }
+    return min(nats, key=lambda rate: nats[rate])
+
+
+def run(arm: Arm, seed: int) -> None:
+    """Train and measure one run, from where it is."""
+    config = arm.config(seed)
+    notes = config.folder / "measured.json"
+    measured: dict[str, Any] = json.loads(notes.read_text()) if notes.is_file() else {}
+    data = load_data(config.data)
+    for point in arm.points:
+        if str(point) in measured:
+            continue
+        begun = checkpoint.newest(config.folder) is not None
+        state = train(replace(config, train=replace(config.train, until=point, resume=begun))).state
+        flow, _ = load_flow(str(config.folder))
+        started = time.perf_counter()
+        row = {"step": point, "seconds": round(state.seconds, 2), "skipped": state.skipped}
+        row |= measure(flow, data, final=point == arm.points[-1], brief=arm in TUNING)
+        measured[str(point)] = row | {"seconds_of_measuring": round(time.perf_counter() - started, 1)}
+        write_whole(notes, lambda file: file.write_text(json.dumps(measured)))
+    rows = read_metrics(config.folder / "metrics.csv")
+    curve = [{k: row[k] for k in ("step", "nll", "align", "images_per_second") if k in row} for row in rows if "nll" in row]
+    facts = {"arm": arm.name, "seed": seed, "alignment": arm.alignment, "lr": config.train.lr, "steps": arm.steps}
+    facts |= {"machine": machine(), "points": list(measured.values()), "final": measured[str(arm.steps)], "training": curve}
+    write_whole(result_file(arm, seed), lambda file: file.write_text(json.dumps(facts, indent=1) + "\n"))
+
+
+def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool = False) -> dict[str, Any]:
+    """All figures of a flow with averaged weights; accuracies in the precision that it was trained in."""
+    x, y = seen(flow, data.held_out, spread(len(data.held_out), FINAL_IMAGES), data.levels)
+    row: dict[str, Any] = density(flow, x, y)
+    if brief:
+        return row
+    device = next(flow.parameters()).device
+    some = slice(None, None, 1 if final else FINAL_IMAGES // CURVE_IMAGES)
+    with autocast(device, BASE.train.precision):
+        unlabelled, _ = seen(flow, data.train, spread(len(data.train), STANDARD_IMAGES), data.levels)
+        scores = classify_by_all(flow, x[some], RULES, standardise(flow, unlabelled))
+    correct = {rule: (s.argmax(1).cpu() == y[some]).float() for rule, s in scores.items()}
+    if final:
+        row["accuracy"] = {rule: float(c.mean()) for rule, c in correct.items()}
+    thinned = slice(None, None, FINAL_IMAGES // CURVE_IMAGES if final else 1)
+    row["curve_accuracy"] = {rule: float(c[thinned].mean()) for rule, c in correct.items()}
+
+    count = FINAL_SAMPLES if final else CURVE_SAMPLES
+    labels = torch.arange(count) % flow.num_classes
+    samples = flow.sample(labels, generator=torch.Generator().manual_seed(0), batch_size=250)
+    images = to_uint8(samples.float().cpu())
+    row["judge"] = judged(images[:CURVE_SAMPLES], data)
+    row["judge"]["right"] = right(trained(JUDGE), images[:CURVE_SAMPLES], labels[:CURVE_SAMPLES])
+    if final:
+        row["judge_final"], row["encoder_final"] = judged(images, data), judged(images, data, "efficientnet_lite0")
+        row["probe"] = probe_layers(flow, data)
+        errors = errors_by_sweep(flow, 16)
+        row["sweeps"] = {t: sweeps_until(e, SWEEP_TARGET) for t, e in errors.items()}
+        row["errors_by_sweep"] = {t: e[:17] for t, e in errors.items()}
+        row["blocks"] = what_blocks_do(flow, x[:500], y[:500])
+    return row
+
+
+def judged(images: torch.Tensor, data: ImageSet, extractor: str = "judge") -> dict[str, float]:
+    """FID, precision and recall of images uint8 `[n, 1, 28, 28]` against held-out ones."""
+    reference, name = reference_of(data, REFERENCE, training=False)
+    options: dict[str, Any] = {"reference_name": name, "device": pick_device("auto")}
+    if extractor == "judge":
+        options |= {"weights": str(JUDGE), "reference_name": f"{name}-{file_hash(JUDGE)[:8]}"}
+    found = fidelity(TensorImages(images), reference, ("fid", "prc"), extractor, **options)
+    return {k: found[k] for k in ("fid", "precision", "recall")}
+
+
+@torch.no_grad()
+def what_blocks_do(flow: TarFlow, x: torch.Tensor, y: torch.Tensor) -> dict[int, dict[str, float]]:
+    """Block -> RMS of what it changes over that of its input, and its log-determinant a dimension."""
+    noisy = flow.perturb(x, torch.Generator().manual_seed(0))
+    rows = {}
+    for t, x_in, out in flow.run_blocks(noisy, y.to(noisy.device)):
+        moved = (out.z - x_in).square().mean().sqrt() / x_in.square().mean().sqrt()
+        rows[t] = {"moved": float(moved), "log_det": float(out.log_det.mean() / flow.dims)}
+    return rows
+
+
+def prepare() -> None:
+    """What runs share: features, the judge, the reference's features, and how near real images come to it."""
+    for options in (REVERSE, CONTROLS["random_encoder"]):
+        config = replace(BASE, alignment=replace(BASE.alignment, **options))
+        make_caches(config, None)
+    judge, data = trained(JUDGE), load_data(BASE.data)
+    file = RESULTS / "real.json"
+    if not file.is_file():
+        images, y = data.train[spread(len(data.train), FINAL_SAMPLES)]
+        held, held_y = data.held_out[list(range(len(data.held_out)))]
+        facts: dict[str, Any] = {"judge": judged(images[:CURVE_SAMPLES], data), "judge_final": judged(images, data)}
+        facts["encoder_final"] = judged(images, data, "efficientnet_lite0")
+        facts["judge_right"], facts["judge_held_out"] = right(judge, images, y), right(judge, held, held_y)
+        write_whole(file, lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
+    for extractor in ("judge", "efficientnet_lite0"):  # so that runs side by side find the reference's features
+        judged(data.train[range(8)][0], data, extractor)
+
+
+def main() -> None:
+    """Run what is missing."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    options.add_argument("--only", default=None, help="names of arms, with commas")
+    options.add_argument("--hours", type=float, default=12.0, help="start no run after so many")
+    options.add_argument("--list", action="store_true", help="only say what is finished and what is not")
+    options.add_argument("--run", default=None, help=argparse.SUPPRESS)
+    o = options.parse_args()
+    named = {arm.name: arm for arm in [*TUNING, *ARMS]}
+    if o.run:
+        name, seed = o.run.rsplit("-", 1)
+        return run(named[name], int(seed))
+    unknown = set((o.only or "plain").split(",")) - set(named)
+    if unknown:
+        sys.exit(f"arms {', '.join(sorted(unknown))} do not exist; allowed: {', '.join(named)}")
+    wanted = ARMS if o.only is None else [named[name] for name in o.only.split(",")]
+    stages = [[(arm, TUNING_SEED) for arm in TUNING], order(wanted)]
+    missing = [[(arm, seed) for arm, seed in stage if not result_file(arm, seed).is_file()] for stage in stages]
+    for arm, seed in [pair for stage in stages for pair in stage]:
+        if o.list:
+            print(f"{arm.name}-{seed}", "finished" if result_file(arm, seed).is_file() else "missing")
+    if o.list or not any(missing):
+        return None
+    prepare()
+    end = time.monotonic() + 3600 * o.hours
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(pair: tuple[Arm, int]) -> int:
+        name = f"{pair[0].name}-{pair[1]}"
+        if time.monotonic() > end:
+            return 0
+        (RUNS / "logs").mkdir(parents=True, exist_ok=True)
+        with (RUNS / "logs" / f"{name}.txt").open("a") as log:
+            code = subprocess.call([sys.executable, __file__, "--run", name], env=environment, stdout=log, stderr=log)
+        print(f"{time.strftime('%H:%M:%S')}  {name}  {'finished' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
+        return code
+
+    with ThreadPoolExecutor(o.jobs) as pool:
+        if any(code for stage in missing for code in list(pool.map(start, stage))):
+            sys.exit(1)
+    return None
+
+
+if __name__ == "__main__":
+    main()
