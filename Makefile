@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+TRAINED := runs/quickstart
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test soak lint bench clean
@@ -38,8 +39,14 @@ lint: setup
 	$(BIN)/pyright
 	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
-bench: setup
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+$(TRAINED)/report.json: | $(READY)
+	$(BIN)/flowback quickstart
+
+bench: setup $(TRAINED)/report.json
+	for file in benchmarks/*.py; do \
+		case $$file in */convergence.py|*/decoding.py|*/refinement.py) run=$(TRAINED)/aligned;; *) run=;; esac; \
+		$(BIN)/python $$file $$run || exit 1; \
+	done
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """How many parallel sweeps each block needs, plotted: error of Jacobi decoding by sweep, for one or more trained flows.
 
-    python benchmarks/convergence.py RUN... [--batch 16] [--output convergence.png] [--json FILE]
+    python benchmarks/convergence.py RUN... [--batch 16] [--output runs/convergence.png] [--json FILE]
 
 The error is the largest difference of any number of any of the batch's images from the sequential loop's.
 """
@@ -22,7 +22,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("runs", nargs="+")
     options.add_argument("--batch", type=int, default=16)
-    options.add_argument("--output", default="convergence.png")
+    options.add_argument("--output", default="runs/convergence.png")
     options.add_argument("--json", default=None)
     o = options.parse_args()
     figure = Figure(figsize=(3.8 * len(o.runs), 3.4), layout="constrained")

@@ -180,6 +180,8 @@ def run(arm: Arm, seed: int) -> None:
             continue
         begun = checkpoint.newest(config.folder) is not None
         state = train(replace(config, train=replace(config.train, until=point, resume=begun))).state
+        if state.step < point:
+            sys.exit(f"interrupted at step {state.step}; the same command goes on from there")
         flow, _ = load_flow(str(config.folder))
         started = time.perf_counter()
         row = {"step": point, "seconds": round(state.seconds, 2), "skipped": state.skipped}

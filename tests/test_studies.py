@@ -1,0 +1,120 @@
+"""The alignment study: what it would run is possible, its arithmetic is right, and its page says what its results say."""
+
+import copy
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "studies" / "alignment"))
+
+import study  # noqa: E402
+import tables  # noqa: E402
+
+from builders import random_flow  # noqa: E402
+from flowback.evaluation.convergence import errors_by_sweep, sweeps_until  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def results():
+    return tables.Results(tables.HERE / "results")
+
+
+def made(values: dict[str, list[float]]) -> tables.Results:
+    """Results whose only figure is the exact accuracy, a value a seed."""
+    results = copy.copy(tables.Results(Path("nowhere")))
+    results.arms = {
+        arm: {seed: {"final": {"accuracy": {"exact": value / 100}}} for seed, value in enumerate(found)}
+        for arm, found in values.items()
+    }
+    return results
+
+
+def test_every_arm_is_a_configuration_that_can_be_trained(monkeypatch):
+    monkeypatch.setattr(study, "chosen_rate", lambda: 2e-3)
+    for arm in [*study.TUNING, *study.ARMS]:
+        config = arm.config(arm.seeds[0])
+        assert config.train.steps == arm.points[-1] == arm.steps
+        assert config.train.lr
+        assert sorted(set(arm.points)) == arm.points
+
+
+def test_arms_differ_from_plain_in_the_alignment_alone(monkeypatch):
+    monkeypatch.setattr(study, "chosen_rate", lambda: 2e-3)
+    plain = study.ARMS[0].config(1)
+    for arm in study.ARMS:
+        own = arm.config(1)
+        same = replace(own, run=plain.run, alignment=plain.alignment, train=replace(own.train, steps=plain.train.steps))
+        assert same == plain
+
+
+def test_whole_rounds_of_seeds_come_first():
+    runs = [(arm.name, seed) for arm, seed in study.order(study.ARMS)]
+    assert len(set(runs)) == len(runs) == sum(len(arm.seeds) for arm in study.ARMS)
+    first = runs[:9]
+    assert {seed for _, seed in first} == {0}
+    assert {name for name, _ in first} == {*study.MAIN, *study.CONTROLS, "same_seconds"}
+    assert runs[-1] == ("long_detach", 2)
+
+
+def test_learning_rate_is_that_of_the_best_plain_likelihood(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    for arm, nats in zip(study.TUNING, (-0.2, -0.4, -0.3), strict=True):
+        study.result_file(arm, study.TUNING_SEED).write_text(f'{{"final": {{"nats_per_dim": {nats}}}}}')
+    assert study.chosen_rate() == study.RATES[1]
+
+
+def test_a_difference_is_a_yes_a_no_or_open():
+    plain = [70.0, 71.0, 72.0]
+    shifts = {"yes": [3.0, 3.2, 2.8], "no": [-3.0, -3.2, -2.8], "equal": [0.1, 0.0, -0.1], "open": [5.0, 0.0, 1.0]}
+    shifted = {arm: [p + d for p, d in zip(plain, shift, strict=True)] for arm, shift in shifts.items()}
+    results = made({"plain": plain} | shifted)
+    found = {arm: tables.verdict(results, arm, "plain", tables.EXACT) for arm in shifts}
+    assert found == {"yes": "yes", "no": "no", "equal": "no", "open": "open"}
+    assert tables.difference(results, "yes", "plain", tables.EXACT) == "+3.0 ± 0.5 yes"
+
+
+def test_a_single_seed_is_judged_by_the_spread_of_the_aligned_arm():
+    base = {"plain": [70.0, 71.0, 72.0], "one_step": [72.0, 73.1, 73.9]}  # differences 2.0, 2.1, 1.9
+    results = made(base | {"far": [71.0], "near": [70.3], "below": [69.0]})
+    verdicts = [tables.verdict(results, arm, "plain", tables.EXACT) for arm in ("far", "near", "below")]
+    assert verdicts == ["yes", "open", "no"]
+
+
+@pytest.mark.parametrize(("target", "expected"), [(50.0, 100.0), (60.0, 150.0), (70.0, 200.0), (75.0, 300.0), (81.0, None)])
+def test_crossing_is_linear_between_points(target, expected):
+    points = [{"step": s, "curve_accuracy": {"exact": a / 100}} for s, a in ((100, 50), (200, 70), (300, 75), (400, 80))]
+    found = tables.crossing({"points": points}, target, tables.EXACT, "step")
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_crossing_of_a_figure_that_should_fall():
+    points = [{"step": s, "judge": {"fid": f}} for s, f in ((100, 90.0), (200, 50.0))]
+    assert tables.crossing({"points": points}, 60.0, tables.FID, "step") == pytest.approx(175)
+
+
+def test_page_says_what_the_results_say(results):
+    page = tables.PAGE.read_text()
+    named = re.findall(r"<!-- ([a-z -]+) -->\n", page)
+    assert set(named) - {"end"} == set(tables.TABLES)
+    assert tables.filled(page, results) == page
+
+
+def test_figures_of_the_page_can_be_drawn(results):
+    names = re.findall(r"\(results_([a-z_]+)\.png\)", tables.PAGE.read_text())
+    assert set(names) == set(tables.FIGURES)
+    for name in names:
+        assert tables.FIGURES[name](results).axes
+        assert (tables.DOCS / f"results_{name}.png").is_file()
+
+
+def test_sweeps_end_where_the_error_stays_small():
+    assert sweeps_until([3.0, 1e-5, 0.1, 1e-6, 1e-7], 1e-4) == 3
+    errors = errors_by_sweep(random_flow(torch.float32, std=0.1), 3)
+    for found in errors.values():
+        assert found[0] > found[-1]
+        assert found[-1] < 1e-4
