@@ -120,21 +120,21 @@ MAIN = {
 }
 CONTROLS = {"random_encoder": reverse(encoder_weights="random"), "shuffled_targets": reverse(shuffled=True)}
 SINGLE = {
-    "cached": reverse(gradient="cached"),
-    "weight_0.03": reverse(weight=0.03),
     "weight_0.1": reverse(weight=0.1),
-    "weight_1": reverse(weight=1.0),
-    "weight_3": reverse(weight=3.0),
     "early_blocks": reverse(at=[[1, 2], [2, 2]]),
-    "block_3": reverse(at=[[3, 2]]),
-    "block_4": reverse(at=[[4, 2]]),
-    "all_blocks": reverse(at=[[t, 2] for t in (1, 2, 3, 4)]),
-    "layer_1": reverse(at=[[3, 1], [4, 1]]),
-    "layer_3": reverse(at=[[3, 3], [4, 3]]),
-    "conv": reverse(projector="conv"),
-    "spatial_norm": reverse(spatial_norm=True),
     "irepa": reverse(projector="conv", spatial_norm=True),
     "ends_halfway": reverse(until=STEPS // 2),
+    "weight_1": reverse(weight=1.0),
+    "layer_3": reverse(at=[[3, 3], [4, 3]]),
+    "layer_1": reverse(at=[[3, 1], [4, 1]]),
+    "conv": reverse(projector="conv"),
+    "block_4": reverse(at=[[4, 2]]),
+    "weight_3": reverse(weight=3.0),
+    "spatial_norm": reverse(spatial_norm=True),
+    "block_3": reverse(at=[[3, 2]]),
+    "all_blocks": reverse(at=[[t, 2] for t in (1, 2, 3, 4)]),
+    "weight_0.03": reverse(weight=0.03),
+    "cached": reverse(gradient="cached"),
 }
 LONG = {"long_plain": {}, "long_one_step": reverse(), "long_detach": reverse(strategy="detach")}
 
@@ -142,7 +142,7 @@ TUNING = [Arm(f"rate_{rate:g}", seeds=(TUNING_SEED,), train={"lr": rate}) for ra
 ARMS = [
     *(Arm(name, options, curve=True, seeds=SEEDS) for name, options in MAIN.items()),
     *(Arm(name, options, seeds=SEEDS) for name, options in CONTROLS.items()),
-    Arm("same_seconds", steps=SAME_SECONDS, curve=True, seeds=SEEDS),
+    Arm("same_seconds", steps=SAME_SECONDS, seeds=SEEDS),
     *(Arm(name, options) for name, options in SINGLE.items()),
     *(Arm(name, options, LONG_STEPS, curve=True, seeds=SEEDS) for name, options in LONG.items()),
 ]
@@ -185,7 +185,7 @@ def run(arm: Arm, seed: int) -> None:
         flow, _ = load_flow(str(config.folder))
         started = time.perf_counter()
         row = {"step": point, "seconds": round(state.seconds, 2), "skipped": state.skipped}
-        row |= measure(flow, data, final=point == arm.points[-1], brief=arm in TUNING)
+        row |= measure(flow, data, final=point == arm.points[-1], brief=arm in TUNING, inside=len(arm.seeds) > 1)
         measured[str(point)] = row | {"seconds_of_measuring": round(time.perf_counter() - started, 1)}
         write_whole(notes, lambda file: file.write_text(json.dumps(measured)))
     rows = read_metrics(config.folder / "metrics.csv")
@@ -195,8 +195,8 @@ def run(arm: Arm, seed: int) -> None:
     write_whole(result_file(arm, seed), lambda file: file.write_text(json.dumps(facts, indent=1) + "\n"))
 
 
-def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool = False) -> dict[str, Any]:
-    """All figures of a flow with averaged weights; accuracies in the precision that it was trained in."""
+def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool, inside: bool) -> dict[str, Any]:
+    """The figures of a flow with averaged weights; accuracies in the precision that it was trained in."""
     x, y = seen(flow, data.held_out, spread(len(data.held_out), FINAL_IMAGES), data.levels)
     row: dict[str, Any] = density(flow, x, y)
     if brief:
@@ -220,6 +220,7 @@ def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool = False) -> 
     row["judge"]["right"] = right(trained(JUDGE), images[:CURVE_SAMPLES], labels[:CURVE_SAMPLES])
     if final:
         row["judge_final"], row["encoder_final"] = judged(images, data), judged(images, data, "efficientnet_lite0")
+    if final and inside:
         row["probe"] = probe_layers(flow, data)
         errors = errors_by_sweep(flow, 16)
         row["sweeps"] = {t: sweeps_until(e, SWEEP_TARGET) for t, e in errors.items()}
