@@ -48,8 +48,9 @@ def test_arms_differ_from_plain_in_the_alignment_alone(monkeypatch):
     plain = study.ARMS[0].config(1)
     for arm in study.ARMS:
         own = arm.config(1)
-        same = replace(own, run=plain.run, alignment=plain.alignment, train=replace(own.train, steps=plain.train.steps))
-        assert same == plain
+        free = {"steps": plain.train.steps, "lr": arm.train.get("lr", plain.train.lr)}
+        expected = replace(own, run=plain.run, alignment=plain.alignment, train=replace(own.train, **free))
+        assert expected == replace(plain, train=replace(plain.train, lr=free["lr"]))
 
 
 def test_whole_rounds_of_seeds_come_first():

@@ -45,7 +45,7 @@ JUDGE = RUNS / "judge.pth"
 STEPS, LONG_STEPS, SAME_SECONDS = 800, 2500, 1256  # the last: plain steps in the seconds of an aligned run
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # of the learning rate's choice, and of nothing else
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 RULES = ("single_gradient", "z_score", "shortlist_3", "exact")
 CURVE_IMAGES, FINAL_IMAGES, STANDARD_IMAGES = 1000, 2000, 512
 CURVE_SAMPLES, FINAL_SAMPLES, REFERENCE = 1000, 2000, 5000
@@ -143,6 +143,7 @@ ARMS = [
     *(Arm(name, options, curve=True, seeds=SEEDS) for name, options in MAIN.items()),
     *(Arm(name, options, seeds=SEEDS) for name, options in CONTROLS.items()),
     Arm("same_seconds", steps=SAME_SECONDS, seeds=SEEDS),
+    *(Arm(name, MAIN[name[:-6]], curve=True, train={"lr": 4e-3}) for name in ("plain_0.004", "one_step_0.004")),
     *(Arm(name, options) for name, options in SINGLE.items()),
     *(Arm(name, options, LONG_STEPS, curve=True, seeds=SEEDS) for name, options in LONG.items()),
 ]
