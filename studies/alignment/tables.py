@@ -288,10 +288,12 @@ FAMILY = [
     ("exact", "one_step"),
     ("cached", "detach"),
 ]
+RATES = [("one_step", "plain"), ("one_step_0.004", "plain_0.004"), ("plain_0.004", "plain")]
 LATER = [("one_step", "early_blocks"), ("block_4", "block_3"), ("one_step", "block_4"), ("one_step", "all_blocks")]
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "rates": rates,
+    "rate differences": lambda r: relative(r, RATES, (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS)),
     "real": real,
     "main quality": lambda r: absolute(r, ("plain", *MAIN, "cached"), QUALITY),
     "main samples": lambda r: absolute(r, ("plain", *MAIN, "cached"), SAMPLES),
