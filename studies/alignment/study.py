@@ -118,6 +118,7 @@ MAIN = {
     "neumann_2": reverse(gradient=2),
     "exact": reverse(gradient="exact"),
 }
+DEAR = ("neumann_2", "exact")
 CONTROLS = {"random_encoder": reverse(encoder_weights="random"), "shuffled_targets": reverse(shuffled=True)}
 SINGLE = {
     "weight_0.1": reverse(weight=0.1),
@@ -155,11 +156,16 @@ def result_file(arm: Arm, seed: int) -> Path:
 
 
 def order(arms: list[Arm]) -> list[tuple[Arm, int]]:
-    """The runs, so that whatever time there is answers most: whole rounds of seeds first, single runs after them."""
+    """The runs, so that whatever time there is answers most.
+
+    A round of seed 0, the other seeds of the cheap arms, single runs, the other seeds of the dear arms, long runs.
+    """
     short = [arm for arm in arms if arm.steps != LONG_STEPS]
-    runs = [(arm, seed) for seed in SEEDS for arm in short if len(arm.seeds) > 1]
-    runs += [(arm, seed) for arm in short if len(arm.seeds) == 1 for seed in arm.seeds]
-    return runs + [(arm, seed) for seed in SEEDS for arm in arms if arm.steps == LONG_STEPS]
+    rounds = [(arm, seed) for seed in SEEDS for arm in short if len(arm.seeds) > 1]
+    late = [(arm, seed) for arm, seed in rounds if arm.name in DEAR and seed != SEEDS[0]]
+    single = [(arm, seed) for arm in short if len(arm.seeds) == 1 for seed in arm.seeds]
+    long = [(arm, seed) for seed in SEEDS for arm in arms if arm.steps == LONG_STEPS]
+    return [pair for pair in rounds if pair not in late] + single + late + long
 
 
 def chosen_rate() -> float:
