@@ -23,6 +23,7 @@ from judge import right, trained
 from flowback.classify import classify_by_all, standardise
 from flowback.data import ImageSet, load_data
 from flowback.devices import autocast, pick_device
+from flowback.errors import InputError
 from flowback.evaluation.convergence import errors_by_sweep, sweeps_until
 from flowback.evaluation.fidelity import TensorImages, fidelity, reference_of
 from flowback.evaluation.metrics import density, seen, spread
@@ -186,7 +187,12 @@ def run(arm: Arm, seed: int) -> None:
         if str(point) in measured:
             continue
         begun = checkpoint.newest(config.folder) is not None
-        state = train(replace(config, train=replace(config.train, until=point, resume=begun))).state
+        try:
+            state = train(replace(config, train=replace(config.train, until=point, resume=begun))).state
+        except InputError as error:
+            if "not finite" not in str(error):
+                raise
+            return keep(arm, seed, {"failed": str(error)})  # it would come out so again
         if state.step < point:
             sys.exit(f"interrupted at step {state.step}; the same command goes on from there")
         flow, _ = load_flow(str(config.folder))
@@ -197,9 +203,15 @@ def run(arm: Arm, seed: int) -> None:
         write_whole(notes, lambda file: file.write_text(json.dumps(measured)))
     rows = read_metrics(config.folder / "metrics.csv")
     curve = [{k: row[k] for k in ("step", "nll", "align", "images_per_second") if k in row} for row in rows if "nll" in row]
-    facts = {"arm": arm.name, "seed": seed, "alignment": arm.alignment, "lr": config.train.lr, "steps": arm.steps}
+    facts = {"alignment": arm.alignment, "lr": config.train.lr, "steps": arm.steps}
     facts |= {"machine": machine(), "points": list(measured.values()), "final": measured[str(arm.steps)], "training": curve}
-    write_whole(result_file(arm, seed), lambda file: file.write_text(json.dumps(facts, indent=1) + "\n"))
+    return keep(arm, seed, facts)
+
+
+def keep(arm: Arm, seed: int, facts: dict[str, Any]) -> None:
+    """Write a result."""
+    text = json.dumps({"arm": arm.name, "seed": seed} | facts, indent=1) + "\n"
+    write_whole(result_file(arm, seed), lambda file: file.write_text(text))
 
 
 def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool, inside: bool) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def accuracy(rule: str, title: str) -> Metric:
 
 
 SINGLE = accuracy("single_gradient", "single gradient, %")
+Z_SCORE = accuracy("z_score", "z_score, %")
 DEFAULT = accuracy("shortlist_3", "shortlist_3, %")
 EXACT = accuracy("exact", "exact, %")
 FID = Metric("FID, judge", lambda r: r["judge_final"]["fid"], lambda p: p["judge"]["fid"], False, 0.02, 1, relative=True)
@@ -82,8 +83,12 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.arms: dict[str, dict[int, Result]] = {}
+        self.failed: list[Result] = []
         for file in sorted(folder.glob("*-*.json")):
             result = json.loads(file.read_text())
+            if "failed" in result:
+                self.failed.append(result)
+                continue
             self.arms.setdefault(result["arm"], {})[result["seed"]] = result
         real = folder / "real.json"
         self.real: Result = json.loads(real.read_text()) if real.is_file() else {}
@@ -268,6 +273,11 @@ def rates(results: Results) -> str:
     )
 
 
+def failed(results: Results) -> str:
+    """Runs without an end."""
+    return table(["run without an end", "why"], [[f"`{r['arm']}`, seed {r['seed']}", r["failed"]] for r in results.failed])
+
+
 def real(results: Results) -> str:
     """What real images get."""
     r = results.real
@@ -279,7 +289,8 @@ def real(results: Results) -> str:
     return table(["real training images", "FID", "precision", "recall"], [[titles[row[0]], *row[1:]] for row in rows])
 
 
-QUALITY = (SINGLE, DEFAULT, EXACT, NATS)
+QUALITY = (SINGLE, Z_SCORE, DEFAULT, EXACT, NATS)
+SHOWN = (SINGLE, Z_SCORE, EXACT, FID, FID_ENCODER, NATS)
 SAMPLES = (FID, FID_ENCODER, PRECISION, RECALL, SEEN)
 FAMILY = [
     ("one_step", "detach"),
@@ -293,35 +304,28 @@ LATER = [("one_step", "early_blocks"), ("block_4", "block_3"), ("one_step", "blo
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "rates": rates,
-    "rate differences": lambda r: relative(r, RATES, (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS)),
+    "rate differences": lambda r: relative(r, RATES, SHOWN),
+    "failed": failed,
     "real": real,
     "main quality": lambda r: absolute(r, ("plain", *MAIN, "cached"), QUALITY),
     "main samples": lambda r: absolute(r, ("plain", *MAIN, "cached"), SAMPLES),
-    "main differences": lambda r: relative(
-        r, [(arm, "plain") for arm in MAIN], (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS)
-    ),
-    "family": lambda r: relative(r, FAMILY, (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS)),
+    "main differences": lambda r: relative(r, [(arm, "plain") for arm in MAIN], SHOWN),
+    "family": lambda r: relative(r, FAMILY, SHOWN),
     "points": lambda r: by_point(r, ("plain", *MAIN)),
     "speed-up": lambda r: sooner(r, MAIN),
     "costs": lambda r: costs(r, ("plain", *MAIN, "same_seconds", "ends_halfway", "conv")),
-    "weights": lambda r: relative(
-        r, [(arm, "plain") for arm in STRENGTH], (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS)
-    ),
-    "places": lambda r: relative(r, [(arm, "plain") for arm in PLACES], (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS)),
-    "later": lambda r: relative(r, LATER, (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS)),
-    "variants": lambda r: relative(
-        r, [(arm, "plain") for arm in VARIANTS], (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS)
-    ),
+    "weights": lambda r: relative(r, [(arm, "plain") for arm in STRENGTH], SHOWN),
+    "places": lambda r: relative(r, [(arm, "plain") for arm in PLACES], SHOWN),
+    "later": lambda r: relative(r, LATER, SHOWN),
+    "variants": lambda r: relative(r, [(arm, "plain") for arm in VARIANTS], SHOWN),
     "controls": lambda r: relative(
         r,
         [(arm, "plain") for arm in ("one_step", *CONTROLS)] + [("one_step", arm) for arm in CONTROLS],
-        (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS),
+        SHOWN,
     ),
     "inside": lambda r: inside(r, ("plain", *MAIN, *CONTROLS)),
     "long": lambda r: absolute(r, ("long_plain", *LONG), (*QUALITY, FID, FID_ENCODER)),
-    "long differences": lambda r: relative(
-        r, [(arm, "long_plain") for arm in LONG], (SINGLE, DEFAULT, EXACT, FID, FID_ENCODER, NATS)
-    ),
+    "long differences": lambda r: relative(r, [(arm, "long_plain") for arm in LONG], SHOWN),
     "long points": lambda r: by_point(r, ("long_plain", *LONG)),
     "long speed-up": lambda r: sooner(r, LONG),
 }
