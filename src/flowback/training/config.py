@@ -91,7 +91,7 @@ class TrainConfig:
         label_drop: share of the samples that are trained without their label, for guidance.
         flip: mirror half of the images.
         seed: of weights, order, noise, flips and dropped labels.
-        precision: 32-true, or bf16-mixed (autocast; pays from a width of about 256 on CPUs with bfloat16 units).
+        precision: 32-true, or bf16-mixed (autocast; about twice as fast on CPUs with bfloat16 units, slower on others).
         compile: compile the blocks with torch.compile; needs a C++ compiler on CPUs.
         accelerator: where to run, as in Lightning Fabric; auto takes what is there.
         devices: processes on each node, one a device, that share every batch; torchrun's number where it starts them.
