@@ -427,7 +427,9 @@ def draw_inside(results: Results, arms: Sequence[str]) -> Figure:
     finish(panels[0], "linear probe, %", "block.layer")
     finish(panels[1], "Jacobi sweeps until within 1e-4", "block")
     finish(panels[2], "how far a block moves its input", "block")
-    panels[0].legend(fontsize=7.5, frameon=False)
+    for panel in panels[1:]:
+        panel.set_xticks([1, 2, 3, 4])
+    panels[0].legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.17, 0))
     return figure
 
 
