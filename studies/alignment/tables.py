@@ -429,7 +429,7 @@ def draw_inside(results: Results, arms: Sequence[str]) -> Figure:
     finish(panels[2], "how far a block moves its input", "block")
     for panel in panels[1:]:
         panel.set_xticks([1, 2, 3, 4])
-    panels[0].legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0.17, 0))
+    panels[1].legend(*panels[0].get_legend_handles_labels(), fontsize=7.5, frameon=False, loc="upper left")
     return figure
 
 
