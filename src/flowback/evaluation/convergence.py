@@ -1,5 +1,7 @@
 """How fast parallel decoding closes in on the sequential loop, block by block."""
 
+from typing import Any
+
 import torch
 
 from flowback.flows import Guidance, TarFlow
@@ -18,7 +20,8 @@ def errors_by_sweep(flow: TarFlow, batch: int) -> dict[int, list[float]]:
     classes = flow.class_weights(torch.arange(batch) % flow.num_classes if flow.num_classes else None, batch)
     errors = {}
     for t in range(flow.config.blocks, 0, -1):
-        F = CausalMap(flow.blocks[t - 1], tokens, classes, Guidance())
+        block: Any = flow.blocks[t - 1]
+        F = CausalMap(block, tokens, classes, Guidance())
         tokens, _ = solve(F, Solver("sequential"), 0.0)
         true, x = F.block.reorder(tokens), F.start()
         errors[t] = [float((x - true).abs().max())]
