@@ -313,7 +313,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "family": lambda r: relative(r, FAMILY, SHOWN),
     "points": lambda r: by_point(r, ("plain", *MAIN)),
     "speed-up": lambda r: sooner(r, MAIN),
-    "costs": lambda r: costs(r, ("plain", *MAIN, "same_seconds", "ends_halfway", "conv")),
+    "costs": lambda r: costs(r, ("plain", *MAIN, "same_seconds")),
     "weights": lambda r: relative(r, [(arm, "plain") for arm in STRENGTH], SHOWN),
     "places": lambda r: relative(r, [(arm, "plain") for arm in PLACES], SHOWN),
     "later": lambda r: relative(r, LATER, SHOWN),
