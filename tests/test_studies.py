@@ -2,21 +2,16 @@
 
 import copy
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import study
+import tables
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "studies" / "alignment"))
-
-import study  # noqa: E402
-import tables  # noqa: E402
-
-from builders import random_flow  # noqa: E402
-from flowback.evaluation.convergence import errors_by_sweep, sweeps_until  # noqa: E402
+from builders import random_flow
+from flowback.evaluation.convergence import errors_by_sweep, sweeps_until
 
 
 @pytest.fixture(scope="module")
