@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -141,15 +142,16 @@ def show(rows: list[dict[str, Any]]) -> None:
 def waits(config: RunConfig) -> list[dict[str, Any]]:
     """Short runs, with features of a random encoder in a cache."""
     rows = []
-    for strategy in ("none", "reverse"):
+    for precision, strategy in product(("32-true", "bf16-mixed"), ("none", "reverse")):
         with tempfile.TemporaryDirectory() as folder:
             often = dict.fromkeys(("eval_every", "sample_every", "checkpoint_every"), 1000)
-            t = replace(config.train, steps=1000, until=40, log_every=10, eval_images=10, **often)
+            t = replace(config.train, precision=precision, steps=1000, until=40, log_every=10, eval_images=10, **often)
             a = replace(config.alignment, strategy=strategy, encoder_weights="random")
             data = replace(config.data, limit=512)
             train(replace(config, run=folder, train=t, alignment=a, data=data))
             logged = [row for row in read_metrics(Path(folder) / "metrics.csv") if "data_wait" in row][1:]
-        row = {"strategy": strategy, "images_per_second": round(median(row["images_per_second"] for row in logged), 1)}
+        row = {"precision": precision, "strategy": strategy}
+        row |= {"images_per_second": round(median(row["images_per_second"] for row in logged), 1)}
         rows.append(row | {"data_wait": round(median(row["data_wait"] for row in logged), 4)})
         show(rows)
     return rows
