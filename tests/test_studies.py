@@ -38,14 +38,16 @@ def test_every_arm_is_a_configuration_that_can_be_trained(monkeypatch):
         assert sorted(set(arm.points)) == arm.points
 
 
-def test_arms_differ_from_plain_in_the_alignment_alone(monkeypatch):
+def test_arms_differ_from_the_plain_arm_beside_them_in_the_alignment_alone(monkeypatch):
     monkeypatch.setattr(study, "chosen_rate", lambda: 2e-3)
-    plain = study.ARMS[0].config(1)
-    for arm in study.ARMS:
-        own = arm.config(1)
-        free = {"steps": plain.train.steps, "lr": arm.train.get("lr", plain.train.lr)}
-        expected = replace(own, run=plain.run, alignment=plain.alignment, train=replace(own.train, **free))
-        assert expected == replace(plain, train=replace(plain.train, lr=free["lr"]))
+    arms = {arm.name: arm.config(1) for arm in study.ARMS}
+    for name, own in arms.items():
+        plain = arms["plain_0.004" if name.endswith("_0.004") else tables.base_of(name)]
+        assert plain.alignment.strategy == "none"
+        expected = replace(own, run=plain.run, alignment=plain.alignment)
+        if name == "same_seconds":
+            expected = replace(expected, train=replace(expected.train, steps=plain.train.steps))
+        assert expected == plain
 
 
 def test_whole_rounds_of_seeds_come_first():
@@ -54,7 +56,13 @@ def test_whole_rounds_of_seeds_come_first():
     first = runs[:9]
     assert {seed for _, seed in first} == {0}
     assert {name for name, _ in first} == {*study.MAIN, *study.CONTROLS, "same_seconds"}
-    assert runs[-1] == ("long_detach", 2)
+    assert runs[-1] == ("exact", 2)
+
+
+def test_tuning_runs_are_plain_and_share_no_seed_with_the_arms():
+    for arm in (*study.TUNING, study.WARMUP):
+        assert arm.alignment == {}
+        assert not set(arm.seeds) & {seed for other in study.ARMS for seed in other.seeds}
 
 
 def test_learning_rate_is_that_of_the_best_plain_likelihood(tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ STEPS, LONG_STEPS, SAME_SECONDS = 800, 2500, 1256  # the last: plain steps in th
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # of the learning rate's choice, and of nothing else
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+LONG_WARMUP = 200  # with 50 every run at 8e-3 loses likelihood for some 100 steps, and two never came back
 RULES = ("single_gradient", "z_score", "shortlist_3", "exact")
 CURVE_IMAGES, FINAL_IMAGES, STANDARD_IMAGES = 1000, 2000, 512
 CURVE_SAMPLES, FINAL_SAMPLES, REFERENCE = 1000, 2000, 5000
@@ -124,7 +125,6 @@ CONTROLS = {"random_encoder": reverse(encoder_weights="random"), "shuffled_targe
 SINGLE = {
     "weight_0.1": reverse(weight=0.1),
     "early_blocks": reverse(at=[[1, 2], [2, 2]]),
-    "irepa": reverse(projector="conv", spatial_norm=True),
     "ends_halfway": reverse(until=STEPS // 2),
     "weight_1": reverse(weight=1.0),
     "layer_3": reverse(at=[[3, 3], [4, 3]]),
@@ -138,16 +138,20 @@ SINGLE = {
     "weight_0.03": reverse(weight=0.03),
     "cached": reverse(gradient="cached"),
 }
-LONG = {"long_plain": {}, "long_one_step": reverse(), "long_detach": reverse(strategy="detach")}
+IREPA: dict[str, Any] = {"projector": "conv", "spatial_norm": True}
+CANDIDATES = {"irepa": reverse(**IREPA), "irepa_forward": reverse(strategy="forward", **IREPA)}
+LONG = {f"long_{name}": options for name, options in ({"plain": {}} | CANDIDATES | {"one_step": reverse()}).items()}
 
 TUNING = [Arm(f"rate_{rate:g}", seeds=(TUNING_SEED,), train={"lr": rate}) for rate in RATES]
+WARMUP = Arm("warmup_200", seeds=(TUNING_SEED,), train={"lr": RATES[-1], "warmup": LONG_WARMUP})
 ARMS = [
     *(Arm(name, options, curve=True, seeds=SEEDS) for name, options in MAIN.items()),
     *(Arm(name, options, seeds=SEEDS) for name, options in CONTROLS.items()),
     Arm("same_seconds", steps=SAME_SECONDS, seeds=SEEDS),
     *(Arm(name, MAIN[name[:-6]], curve=True, train={"lr": 4e-3}) for name in ("plain_0.004", "one_step_0.004")),
     *(Arm(name, options) for name, options in SINGLE.items()),
-    *(Arm(name, options, LONG_STEPS, curve=True, seeds=SEEDS) for name, options in LONG.items()),
+    *(Arm(name, options, seeds=SEEDS) for name, options in CANDIDATES.items()),
+    *(Arm(name, options, LONG_STEPS, True, SEEDS, {"warmup": LONG_WARMUP}) for name, options in LONG.items()),
 ]
 
 
@@ -159,14 +163,15 @@ def result_file(arm: Arm, seed: int) -> Path:
 def order(arms: list[Arm]) -> list[tuple[Arm, int]]:
     """The runs, so that whatever time there is answers most.
 
-    A round of seed 0, the other seeds of the cheap arms, single runs, the other seeds of the dear arms, long runs.
+    A round of seed 0, the other seeds of the cheap arms, single runs, candidates, long runs, then what is dear.
     """
-    short = [arm for arm in arms if arm.steps != LONG_STEPS]
-    rounds = [(arm, seed) for seed in SEEDS for arm in short if len(arm.seeds) > 1]
-    late = [(arm, seed) for arm, seed in rounds if arm.name in DEAR and seed != SEEDS[0]]
-    single = [(arm, seed) for arm in short if len(arm.seeds) == 1 for seed in arm.seeds]
-    long = [(arm, seed) for seed in SEEDS for arm in arms if arm.steps == LONG_STEPS]
-    return [pair for pair in rounds if pair not in late] + single + late + long
+
+    def stage(arm: Arm, seed: int) -> int:
+        if arm.name in DEAR and seed != SEEDS[0]:
+            return 4
+        return 3 if arm.name in LONG else 2 if arm.name in CANDIDATES else 1 if len(arm.seeds) == 1 else 0
+
+    return sorted([(arm, seed) for arm in arms for seed in arm.seeds], key=lambda run: (stage(*run), run[1]))
 
 
 def chosen_rate() -> float:
@@ -198,7 +203,7 @@ def run(arm: Arm, seed: int) -> None:
         flow, _ = load_flow(str(config.folder))
         started = time.perf_counter()
         row = {"step": point, "seconds": round(state.seconds, 2), "skipped": state.skipped}
-        row |= measure(flow, data, final=point == arm.points[-1], brief=arm in TUNING, inside=len(arm.seeds) > 1)
+        row |= measure(flow, data, final=point == arm.points[-1], brief=seed == TUNING_SEED, inside=len(arm.seeds) > 1)
         measured[str(point)] = row | {"seconds_of_measuring": round(time.perf_counter() - started, 1)}
         write_whole(notes, lambda file: file.write_text(json.dumps(measured)))
     rows = read_metrics(config.folder / "metrics.csv")
@@ -296,7 +301,7 @@ def main() -> None:
     options.add_argument("--list", action="store_true", help="only say what is finished and what is not")
     options.add_argument("--run", default=None, help=argparse.SUPPRESS)
     o = options.parse_args()
-    named = {arm.name: arm for arm in [*TUNING, *ARMS]}
+    named = {arm.name: arm for arm in [*TUNING, WARMUP, *ARMS]}
     if o.run:
         name, seed = o.run.rsplit("-", 1)
         return run(named[name], int(seed))
@@ -304,7 +309,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"arms {', '.join(sorted(unknown))} do not exist; allowed: {', '.join(named)}")
     wanted = ARMS if o.only is None else [named[name] for name in o.only.split(",")]
-    stages = [[(arm, TUNING_SEED) for arm in TUNING], order(wanted)]
+    stages = [[(arm, TUNING_SEED) for arm in (*TUNING, WARMUP)], order(wanted)]
     missing = [[(arm, seed) for arm, seed in stage if not result_file(arm, seed).is_file()] for stage in stages]
     for arm, seed in [pair for stage in stages for pair in stage]:
         if o.list:

@@ -74,8 +74,9 @@ MAIN = ("one_step", "detach", "forward", "neumann_2", "exact")
 CONTROLS = ("random_encoder", "shuffled_targets", "same_seconds")
 STRENGTH = ("weight_0.03", "weight_0.1", "one_step", "weight_1", "weight_3")
 PLACES = ("early_blocks", "block_3", "block_4", "all_blocks", "layer_1", "one_step", "layer_3")
-VARIANTS = ("one_step", "conv", "spatial_norm", "irepa", "ends_halfway")
-LONG = ("long_one_step", "long_detach")
+VARIANTS = ("one_step", "conv", "spatial_norm", "irepa", "irepa_forward", "ends_halfway")
+CANDIDATES = ("irepa", "irepa_forward")
+LONG = ("long_one_step", "long_irepa", "long_irepa_forward")
 
 
 class Results:
@@ -266,11 +267,23 @@ def probe_means(runs: Sequence[Result]) -> dict[tuple[int, int], float]:
 
 def rates(results: Results) -> str:
     """The choice of the learning rate."""
-    found = {run["lr"]: run["final"]["nats_per_dim"] for arm in results.arms.values() for s, run in arm.items() if s == 100}
+    found = {arm: run["final"]["nats_per_dim"] for arm, runs in results.arms.items() for s, run in runs.items() if s == 100}
+    rates = sorted((float(arm.removeprefix("rate_")), nats) for arm, nats in found.items() if arm.startswith("rate_"))
     return table(
-        ["learning rate", *(f"{rate:g}" for rate in sorted(found))],
-        [["nats/dim", *(f"{found[r]:.4f}" for r in sorted(found))]],
+        ["learning rate", *(f"{rate:g}" for rate, _ in rates)],
+        [["nats/dim", *(f"{nats:.4f}" for _, nats in rates)]],
     )
+
+
+def warmups(results: Results) -> str:
+    """The choice of the long runs' warm-up: the training loss around its end, and held-out nats."""
+    steps, rows = (60, 100, 140, 200, 400), []
+    for title, arm in (("50 steps", "rate_0.008"), ("200 steps", "warmup_200")):
+        if results.has(arm):
+            run = results.arms[arm][100]
+            nats = {int(row["step"]): row["nll"] for row in run["training"]}
+            rows.append([title, *(f"{nats[step]:.2f}" for step in steps), f"{run['final']['nats_per_dim']:.4f}"])
+    return table(["warm-up", *(f"loss, step {step}" for step in steps), "nats/dim"], rows)
 
 
 def failed(results: Results) -> str:
@@ -299,11 +312,19 @@ FAMILY = [
     ("exact", "one_step"),
     ("cached", "detach"),
 ]
+CANDIDATE_PAIRS = [
+    ("irepa", "one_step"),
+    ("irepa_forward", "forward"),
+    ("irepa", "irepa_forward"),
+    ("irepa", "same_seconds"),
+    ("irepa_forward", "same_seconds"),
+]
 RATES = [("one_step", "plain"), ("one_step_0.004", "plain_0.004"), ("plain_0.004", "plain")]
 LATER = [("one_step", "early_blocks"), ("block_4", "block_3"), ("one_step", "block_4"), ("one_step", "all_blocks")]
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "rates": rates,
+    "warm-up": warmups,
     "rate differences": lambda r: relative(r, RATES, SHOWN),
     "failed": failed,
     "real": real,
@@ -313,7 +334,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "family": lambda r: relative(r, FAMILY, SHOWN),
     "points": lambda r: by_point(r, ("plain", *MAIN)),
     "speed-up": lambda r: sooner(r, MAIN),
-    "costs": lambda r: costs(r, ("plain", *MAIN, "same_seconds")),
+    "costs": lambda r: costs(r, ("plain", *MAIN, *CANDIDATES, "same_seconds")),
+    "long costs": lambda r: costs(r, ("long_plain", *LONG)),
+    "candidates": lambda r: relative(r, CANDIDATE_PAIRS, SHOWN),
     "weights": lambda r: relative(r, [(arm, "plain") for arm in STRENGTH], SHOWN),
     "places": lambda r: relative(r, [(arm, "plain") for arm in PLACES], SHOWN),
     "later": lambda r: relative(r, LATER, SHOWN),
@@ -323,7 +346,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
         [(arm, "plain") for arm in ("one_step", *CONTROLS)] + [("one_step", arm) for arm in CONTROLS],
         SHOWN,
     ),
-    "inside": lambda r: inside(r, ("plain", *MAIN, *CONTROLS)),
+    "inside": lambda r: inside(r, ("plain", *MAIN, *CONTROLS, "irepa_forward")),
     "long": lambda r: absolute(r, ("long_plain", *LONG), (*QUALITY, FID, FID_ENCODER)),
     "long differences": lambda r: relative(r, [(arm, "long_plain") for arm in LONG], SHOWN),
     "long points": lambda r: by_point(r, ("long_plain", *LONG)),
