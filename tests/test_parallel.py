@@ -36,11 +36,12 @@ HALF, WHOLE = 3, 6  # steps
 def config(run: Path | str, objective: str = "reverse", **options: Any) -> RunConfig:
     settings = {"steps": WHOLE, "batch_size": 24, "warmup": 2, "log_every": 1, "eval_every": 100, "eval_images": 20}
     settings |= {"sample_every": 100, "checkpoint_every": 100, "flip": True, "accelerator": "cpu"}
+    until = WHOLE - 1 if objective == "detach" else None  # one of the objectives ends before its run does
     return RunConfig(
         run=str(run),
         data=DataConfig(limit=64),
         flow=FlowConfig(patch_size=4, width=32, blocks=2, layers=1, noise_std=0.2),
-        alignment=AlignmentConfig(strategy=objective, at=[[1, 1], [2, 1]], projector_width=16),
+        alignment=AlignmentConfig(strategy=objective, at=[[1, 1], [2, 1]], projector_width=16, until=until),
         train=TrainConfig(**(settings | options)),
     )
 
