@@ -167,7 +167,8 @@ def _take_steps(
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise InputError(
                     f"the gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {state.step}; "
-                    "the last checkpoint is untouched; a smaller train.lr or a flow.log_scale_bound may help"
+                    "the last checkpoint is untouched; a smaller train.lr, a longer train.warmup or a "
+                    "flow.log_scale_bound may help"
                 )
             if state.step % c.log_every == 0 and sums:
                 means = fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="mean")
