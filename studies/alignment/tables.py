@@ -98,14 +98,18 @@ class Results:
         """Those of the arms that have a finished run."""
         return [arm for arm in arms if arm in self.arms]
 
-    def finals(self, arm: str, metric: Metric) -> list[float]:
-        """A figure of all seeds of an arm."""
-        return [metric.final(run["final"]) for run in self.arms[arm].values()]
+    def values(self, arm: str, metric: Metric, at: int | None = None) -> dict[int, float]:
+        """Seed -> a figure of an arm, of its end or of one of its measuring points."""
+        runs = self.arms.get(arm, {}).items()
+        if at is None:
+            return {seed: metric.final(run["final"]) for seed, run in runs}
+        assert metric.point is not None
+        return {seed: metric.point(run["points"][at]) for seed, run in runs}
 
-    def differences(self, arm: str, base: str, metric: Metric) -> list[float]:
+    def differences(self, arm: str, base: str, metric: Metric, at: int | None = None) -> list[float]:
         """Arm minus base, seed by seed."""
-        shared = sorted(set(self.arms.get(arm, {})) & set(self.arms.get(base, {})))
-        return [metric.final(self.arms[arm][s]["final"]) - metric.final(self.arms[base][s]["final"]) for s in shared]
+        own, other = self.values(arm, metric, at), self.values(base, metric, at)
+        return [own[seed] - other[seed] for seed in sorted(set(own) & set(other))]
 
     def noise(self, metric: Metric) -> float:
         """Deviation over seeds of one_step minus plain: what a single difference may be by chance."""
@@ -118,12 +122,12 @@ def base_of(arm: str) -> str:
     return "long_plain" if arm.startswith("long_") else "plain"
 
 
-def verdict(results: Results, arm: str, base: str, metric: Metric) -> str:
+def verdict(results: Results, arm: str, base: str, metric: Metric, at: int | None = None) -> str:
     """Yes, no or open, as README.md says what counts; the promise is that the arm is better."""
-    found = results.differences(arm, base, metric)
+    found = results.differences(arm, base, metric, at)
     centre = mean(found) * (1 if metric.larger else -1)
     half = T95[len(found)] * stdev(found) / math.sqrt(len(found)) if len(found) > 1 else T95[3] * results.noise(metric)
-    margin = metric.margin * (abs(mean(results.finals(base, metric))) if metric.relative else 1)
+    margin = metric.margin * (abs(mean(results.values(base, metric, at).values())) if metric.relative else 1)
     if centre - half > 0:
         return "yes"
     if centre + half < 0 or (abs(centre) + half <= margin and len(found) > 1):
@@ -131,15 +135,15 @@ def verdict(results: Results, arm: str, base: str, metric: Metric) -> str:
     return "open"
 
 
-def difference(results: Results, arm: str, base: str, metric: Metric) -> str:
+def difference(results: Results, arm: str, base: str, metric: Metric, at: int | None = None) -> str:
     """Mean difference with its interval and verdict, as a cell."""
-    found = results.differences(arm, base, metric)
+    found = results.differences(arm, base, metric, at)
     if not found:
         return ""
     text = f"{mean(found):+.{metric.digits}f}"
     if len(found) > 1:
         text += f" ± {T95[len(found)] * stdev(found) / math.sqrt(len(found)):.{metric.digits}f}"
-    return f"{text} {verdict(results, arm, base, metric)}"
+    return f"{text} {verdict(results, arm, base, metric, at)}"
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -156,7 +160,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def absolute(results: Results, arms: Sequence[str], metrics: Sequence[Metric]) -> str:
     """Figures of arms: mean over seeds, deviation in brackets."""
     rows = [
-        [f"`{arm}`", str(len(results.arms[arm])), *(spread(results.finals(arm, m), m.digits) for m in metrics)]
+        [f"`{arm}`", str(len(results.arms[arm])), *(spread([*results.values(arm, m).values()], m.digits) for m in metrics)]
         for arm in results.has(*arms)
     ]
     return table(["arm", "seeds", *(m.title for m in metrics)], rows)
@@ -170,6 +174,22 @@ def relative(results: Results, pairs: Sequence[tuple[str, str]], metrics: Sequen
         if results.has(arm) and results.has(base) and results.differences(arm, base, metrics[0])
     ]
     return table(["difference", *(m.title for m in metrics)], rows)
+
+
+def relative_by_point(results: Results, pairs: Sequence[tuple[str, str]]) -> str:
+    """Differences at each measuring point."""
+    rows = [
+        [f"`{arm}` - `{base}`", str(step), *(difference(results, arm, base, m, i) for m in CURVES)]
+        for arm, base in pairs
+        if results.has(arm) and results.has(base)
+        for i, step in enumerate(steps_of(results, arm))
+    ]
+    return table(["difference", "step", *(m.title for m in CURVES)], rows)
+
+
+def steps_of(results: Results, arm: str) -> list[int]:
+    """The measuring points of an arm."""
+    return [point["step"] for point in next(iter(results.arms[arm].values()))["points"]]
 
 
 def crossing(run: Result, target: float, metric: Metric, against: str) -> float | None:
@@ -202,7 +222,10 @@ CURVES = (SINGLE, DEFAULT, EXACT, FID, NATS)
 
 
 def sooner(results: Results, arms: Sequence[str]) -> str:
-    """Speed-ups of arms, each seed by itself; a dash where the plain flow's figure is never passed."""
+    """Speed-ups of arms, each seed by itself; a dash where the plain flow's figure is never passed.
+
+    A plain flow has one, too, if its figure was as good before its end.
+    """
 
     def cell(arm: str, metric: Metric, against: str) -> str:
         return ", ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in speed_ups(results, arm, metric, against))
@@ -221,7 +244,7 @@ def by_point(results: Results, arms: Sequence[str]) -> str:
     steps: list[int] = []
     for arm in results.has(*arms):
         runs = list(results.arms[arm].values())
-        steps = [point["step"] for point in runs[0]["points"]]
+        steps = steps_of(results, arm)
         cells = [
             " / ".join(f"{mean(m.point(run['points'][i]) for run in runs):.1f}" for m in (SINGLE, EXACT) if m.point)
             for i in range(len(steps))
@@ -333,7 +356,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "main differences": lambda r: relative(r, [(arm, "plain") for arm in MAIN], SHOWN),
     "family": lambda r: relative(r, FAMILY, SHOWN),
     "points": lambda r: by_point(r, ("plain", *MAIN)),
-    "speed-up": lambda r: sooner(r, MAIN),
+    "speed-up": lambda r: sooner(r, ("plain", *MAIN)),
     "costs": lambda r: costs(r, ("plain", *MAIN, *CANDIDATES, "same_seconds")),
     "long costs": lambda r: costs(r, ("long_plain", *LONG)),
     "candidates": lambda r: relative(r, CANDIDATE_PAIRS, SHOWN),
@@ -347,10 +370,12 @@ TABLES: dict[str, Callable[[Results], str]] = {
         SHOWN,
     ),
     "inside": lambda r: inside(r, ("plain", *MAIN, *CONTROLS, "irepa_forward")),
-    "long": lambda r: absolute(r, ("long_plain", *LONG), (*QUALITY, FID, FID_ENCODER)),
+    "long quality": lambda r: absolute(r, ("long_plain", *LONG), QUALITY),
+    "long samples": lambda r: absolute(r, ("long_plain", *LONG), SAMPLES),
     "long differences": lambda r: relative(r, [(arm, "long_plain") for arm in LONG], SHOWN),
+    "long differences by point": lambda r: relative_by_point(r, [(arm, "long_plain") for arm in LONG]),
     "long points": lambda r: by_point(r, ("long_plain", *LONG)),
-    "long speed-up": lambda r: sooner(r, LONG),
+    "long speed-up": lambda r: sooner(r, ("long_plain", *LONG)),
 }
 
 
