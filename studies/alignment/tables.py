@@ -272,7 +272,7 @@ def inside(results: Results, arms: Sequence[str]) -> str:
     """Best probe and where it is, sweeps and movement block by block."""
     rows = []
     for arm in results.has(*arms):
-        runs = [run["final"] for run in results.arms[arm].values()]
+        runs = [run["final"] for run in results.arms[arm].values() if "probe" in run["final"]]
         probes = probe_means(runs)
         best = max(probes, key=lambda place: probes[place])
         blocks = sorted(runs[0]["sweeps"])
@@ -342,7 +342,7 @@ CANDIDATE_PAIRS = [
     ("irepa", "same_seconds"),
     ("irepa_forward", "same_seconds"),
 ]
-RATES = [("one_step", "plain"), ("one_step_0.004", "plain_0.004"), ("plain_0.004", "plain")]
+RATES = [("one_step", "plain"), ("one_step_0.004", "plain_0.004"), ("plain_0.004", "plain"), ("one_step_0.004", "one_step")]
 LATER = [("one_step", "early_blocks"), ("block_4", "block_3"), ("one_step", "block_4"), ("one_step", "all_blocks")]
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -369,7 +369,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
         [(arm, "plain") for arm in ("one_step", *CONTROLS)] + [("one_step", arm) for arm in CONTROLS],
         SHOWN,
     ),
-    "inside": lambda r: inside(r, ("plain", *MAIN, *CONTROLS, "irepa_forward")),
+    "inside": lambda r: inside(r, ("plain", *MAIN, "irepa", *CONTROLS)),
     "long quality": lambda r: absolute(r, ("long_plain", *LONG), QUALITY),
     "long samples": lambda r: absolute(r, ("long_plain", *LONG), SAMPLES),
     "long differences": lambda r: relative(r, [(arm, "long_plain") for arm in LONG], SHOWN),
@@ -463,7 +463,7 @@ def draw_inside(results: Results, arms: Sequence[str]) -> Figure:
     panels = figure.subplots(1, 3, width_ratios=[1.6, 1, 1])
     arms = results.has(*arms)
     for j, arm in enumerate(arms):
-        runs = [run["final"] for run in results.arms[arm].values()]
+        runs = [run["final"] for run in results.arms[arm].values() if "probe" in run["final"]]
         probes, own = probe_means(runs), colour(arm, arms)
         panels[0].plot(
             [f"{t}.{layer}" for t, layer in probes], [100 * p for p in probes.values()], "o-", ms=3, color=own, label=arm
@@ -487,7 +487,7 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
     "where": lambda r: draw_differences(r, (*STRENGTH, *(arm for arm in PLACES if arm != "one_step"))),
     "variants": lambda r: draw_differences(r, VARIANTS),
     "controls": lambda r: draw_differences(r, ("one_step", *CONTROLS)),
-    "inside": lambda r: draw_inside(r, ("plain", "one_step", "detach", "forward", "random_encoder", "shuffled_targets")),
+    "inside": lambda r: draw_inside(r, ("plain", "one_step", "irepa", "forward", "random_encoder", "shuffled_targets")),
     "long": lambda r: draw_curves(r, ("long_plain", *LONG)),
 }
 
