@@ -98,6 +98,10 @@ class Results:
         """Those of the arms that have a finished run."""
         return [arm for arm in arms if arm in self.arms]
 
+    def timed(self, arm: str) -> dict[int, Result]:
+        """Seed -> run, of those whose seconds count: results in which `"disturbed": true` was written do not."""
+        return {seed: run for seed, run in sorted(self.arms.get(arm, {}).items()) if not run.get("disturbed")}
+
     def values(self, arm: str, metric: Metric, at: int | None = None) -> dict[int, float]:
         """Seed -> a figure of an arm, of its end or of one of its measuring points."""
         runs = self.arms.get(arm, {}).items()
@@ -209,7 +213,8 @@ def speed_ups(results: Results, arm: str, metric: Metric, against: str) -> list[
     """By seed: the plain run's final step (or second) over where the arm passes its final figure."""
     assert metric.point is not None
     base, ratios = base_of(arm), []
-    for seed, run in sorted(results.arms[arm].items()):
+    runs = results.timed(arm) if against == "seconds" else results.arms[arm]
+    for seed, run in sorted(runs.items()):
         plain = results.arms.get(base, {}).get(seed)
         if plain is not None:
             end = plain["points"][-1]
@@ -234,6 +239,7 @@ def sooner(results: Results, arms: Sequence[str]) -> str:
         [f"`{arm}`", against, *(cell(arm, metric, against) for metric in CURVES)]
         for arm in results.has(*arms)
         for against in ("step", "seconds")
+        if against == "step" or results.timed(arm)
     ]
     return table(["arm", "in", *(metric.title for metric in CURVES)], rows)
 
@@ -257,14 +263,12 @@ def costs(results: Results, arms: Sequence[str]) -> str:
     """Seconds of training, and over those of the plain run of the same seed."""
     rows = []
     for arm in results.has(*arms):
-        seconds = [run["final"]["seconds"] for run in results.arms[arm].values()]
-        plain = results.arms[base_of(arm)]
-        ratios = [
-            run["final"]["seconds"] / plain[s]["final"]["seconds"] for s, run in results.arms[arm].items() if s in plain
-        ]
-        rows.append(
-            [f"`{arm}`", f"{results.arms[arm][min(results.arms[arm])]['steps']}", spread(seconds, 0), spread(ratios, 2)]
-        )
+        runs, plain = results.timed(arm), results.timed(base_of(arm))
+        if not runs:
+            continue
+        seconds = {seed: run["final"]["seconds"] for seed, run in runs.items()}
+        ratios = [s / plain[seed]["final"]["seconds"] for seed, s in seconds.items() if seed in plain]
+        rows.append([f"`{arm}`", f"{runs[min(runs)]['steps']}", spread([*seconds.values()], 0), spread(ratios, 2)])
     return table(["arm", "steps", "seconds of training", "times the plain run's"], rows)
 
 
@@ -342,6 +346,7 @@ CANDIDATE_PAIRS = [
     ("irepa", "same_seconds"),
     ("irepa_forward", "same_seconds"),
 ]
+LONG_PAIRS = [*((arm, "long_plain") for arm in LONG), ("long_irepa", "long_one_step")]
 RATES = [("one_step", "plain"), ("one_step_0.004", "plain_0.004"), ("plain_0.004", "plain"), ("one_step_0.004", "one_step")]
 LATER = [("one_step", "early_blocks"), ("block_4", "block_3"), ("one_step", "block_4"), ("one_step", "all_blocks")]
 
@@ -372,7 +377,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "inside": lambda r: inside(r, ("plain", *MAIN, "irepa", *CONTROLS)),
     "long quality": lambda r: absolute(r, ("long_plain", *LONG), QUALITY),
     "long samples": lambda r: absolute(r, ("long_plain", *LONG), SAMPLES),
-    "long differences": lambda r: relative(r, [(arm, "long_plain") for arm in LONG], SHOWN),
+    "long differences": lambda r: relative(r, LONG_PAIRS, SHOWN),
     "long differences by point": lambda r: relative_by_point(r, [(arm, "long_plain") for arm in LONG]),
     "long points": lambda r: by_point(r, ("long_plain", *LONG)),
     "long speed-up": lambda r: sooner(r, ("long_plain", *LONG)),
@@ -403,7 +408,9 @@ def draw_curves(results: Results, arms: Sequence[str]) -> Figure:
             panel: Axes = figure.add_subplot(2, len(shown), row * len(shown) + column + 1)
             assert metric.point is not None
             for arm in results.has(*arms):
-                runs = list(results.arms[arm].values())
+                runs = list((results.arms[arm] if against == "step" else results.timed(arm)).values())
+                if not runs:
+                    continue
                 x = [mean(run["points"][i][against] for run in runs) for i in range(len(runs[0]["points"]))]
                 y = [[metric.point(run["points"][i]) for run in runs] for i in range(len(x))]
                 own = colour(arm, arms)
