@@ -101,6 +101,22 @@ def test_crossing_of_a_figure_that_should_fall():
     assert tables.crossing({"points": points}, 60.0, tables.FID, "step") == pytest.approx(175)
 
 
+def test_seconds_of_a_disturbed_run_are_left_out_and_its_steps_are_not():
+    def run(seconds: tuple[float, ...], **facts: bool) -> dict:
+        points = zip((100, 200), seconds, (0.5, 0.7), strict=True)
+        rows = [{"step": s, "seconds": t, "curve_accuracy": {"exact": a}} for s, t, a in points]
+        return {"points": rows, "final": rows[-1], "steps": 200} | facts
+
+    results = tables.Results(Path("nowhere"))
+    results.arms = {
+        "plain": {0: run((10, 20)), 1: run((10, 20))},
+        "one_step": {0: run((20, 40)), 1: run((50, 99), disturbed=True)},
+    }
+    assert tables.speed_ups(results, "one_step", tables.EXACT, "step") == pytest.approx([1, 1])
+    assert tables.speed_ups(results, "one_step", tables.EXACT, "seconds") == pytest.approx([0.5])
+    assert tables.costs(results, ("one_step",)).splitlines()[-1] == "| `one_step` | 200 | 40 | 2.00 |"
+
+
 def test_page_says_what_the_results_say(results):
     page = tables.PAGE.read_text()
     named = re.findall(r"<!-- ([a-z -]+) -->\n", page)
