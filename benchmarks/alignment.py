@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from flowback.alignment import Alignment
+from flowback.devices import machine
 from flowback.flows import TarFlow
-from flowback.quickstart import machine
 from flowback.units import nll_per_dim
 
 MEMBERS = ["none", "forward", "detach", "cached", "one_step", 1, 2, 4, "exact", "sequential"]

@@ -17,8 +17,8 @@ from statistics import median
 import torch
 
 from flowback.classify import classify, rule_named, standardise
+from flowback.devices import machine
 from flowback.flows import TarFlow
-from flowback.quickstart import machine
 
 CLASSES = (10, 100, 1000)
 RULES = ("single_gradient", "z_score", "shortlist_3", "exact")

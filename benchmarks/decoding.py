@@ -22,22 +22,21 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowback.devices import pick_device
+from flowback.devices import machine, pick_device
 from flowback.flows import TarFlow
 from flowback.flows.block import affine_decode
 from flowback.flows.calibration import calibrate, machine_name
 from flowback.flows.patches import unpatchify
-from flowback.quickstart import machine
+from flowback.nn import Cache
 from flowback.training.checkpoint import load_flow
 
 
-class ListCache:
+class ListCache(Cache):
     """Keys and values as the published code keeps them: lists, concatenated whenever they are read."""
 
     def __init__(self) -> None:
         self.keys: dict[int, list[Tensor]] = {}
         self.values: dict[int, list[Tensor]] = {}
-        self.filled = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store `k, v [B, heads, 1, head_dim]`; return those of all tokens so far."""

@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from flowback.quickstart import machine, recipe
+from flowback.devices import machine
+from flowback.quickstart import recipe
 from flowback.training.log import read_metrics
 
 # processes, threads of each, strategy

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flowback.quickstart import machine
+from flowback.devices import machine
 from flowback.training.checkpoint import newest
 from flowback.training.log import read_metrics
 

@@ -21,8 +21,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from flowback.data import load_data
+from flowback.devices import machine
 from flowback.evaluation.fidelity import SplitImages, fidelity, open_images, pooled_features, reference_of
-from flowback.quickstart import machine
 from flowback.sampling import Request, sample_to_disk
 from flowback.training import RunConfig
 from flowback.training.checkpoint import load_flow

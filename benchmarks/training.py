@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 from flowback.alignment import Alignment
-from flowback.devices import autocast, keep_freed_memory, pick_device
+from flowback.devices import autocast, keep_freed_memory, machine, pick_device
 from flowback.flows import TarFlow
-from flowback.quickstart import machine, recipe
+from flowback.quickstart import recipe
 from flowback.training import RunConfig, train
 from flowback.training.apply import checkpoint_layers, compile_blocks
 from flowback.training.log import read_metrics

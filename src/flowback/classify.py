@@ -206,7 +206,7 @@ def classify(
         standards: of this flow; None for those that were stored with it.
 
     Returns:
-        Scores `[B, K]`, larger is likelier.
+        Scores `[B, K]`, larger is likelier, where the flow is.
 
     Raises:
         InputError: if the flow is unconditional, the rule does not exist or lacks its standards, or there are no draws.
@@ -219,6 +219,7 @@ def classify(
     score, _, rows = rule_named(rule, flow.num_classes)
     standards = standards or flow.standards
     generator = torch.Generator().manual_seed(seed)
+    x = flow.enter(x)
     noisy = [flow.perturb(x, generator).split(max(1, batch_size // rows)) for _ in range(draws)]
     return torch.cat([score(flow, parts, standards) for parts in zip(*noisy, strict=True)])
 

@@ -2,33 +2,105 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+import platform
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowback.errors import InputError
 
+CPU = torch.device("cpu")
 
-def pick_device(name: str, turn: int = 0) -> torch.device:
-    """A device by name; auto is the accelerator that is there, of several the one whose turn it is, or else the CPU.
+
+def pick_device(name: str | torch.device, turn: int = 0) -> torch.device:
+    """A device by name, as it names itself (cuda is cuda:0); auto takes an accelerator, or else the CPU.
+
+    Args:
+        name: auto, gpu (an accelerator, whatever its name), or PyTorch's name of a device.
+        turn: which one auto takes where there are several, counted round.
 
     Raises:
         InputError: if there is no such device.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        if found is None:
-            return torch.device("cpu")
+    if name == "auto" and found is None:
+        return torch.device("cpu")
+    if name in ("auto", "gpu") and found is not None:
         return torch.device(found.type, turn % torch.accelerator.device_count())
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device).tolist()
+        device = torch.empty(0, device=torch.device(name)).device
     except Exception as error:  # each backend raises its own
         known = "cpu" if found is None else f"cpu, {found.type}"
-        raise InputError(f"device {name!r} is not here ({str(error).splitlines()[0]}); allowed: auto, {known}") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {str(name)!r} is not here ({reason}); allowed: auto, {known}") from None
     return device
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. From the CPU it is copied through pinned memory, for which the host does not wait."""
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type == "cpu" and device.type not in ("cpu", "meta"):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def machine(device: torch.device = CPU) -> str:
+    """What made a figure, in a few words: the device, the processor's kind, PyTorch's version."""
+    return f"{device_name(device)}, {platform.machine()}, torch {torch.__version__.split('+')[0]}"
+
+
+def device_name(device: torch.device) -> str:
+    """A device's name as its maker gives it, or else its type; of a CPU the number of cores."""
+    if device.type == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if named is None else str(named(device))
+
+
+def for_few_rows(weight: Tensor) -> Tensor:
+    """A matrix `[out, in]`, laid out for products with few rows, whose time is that of reading it.
+
+    CPU libraries read it more than twice as fast with its columns contiguous, which they then need not pack anew for
+    every product; from some hundred rows on the layout makes no difference.
+    """
+    return weight.t().contiguous().t() if weight.device.type == "cpu" else weight
+
+
+def repeatable(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """A step that reads and writes the same memory whenever it runs; on CUDA it is replayed as one graph."""
+    if device.type != "cuda":
+        return step
+    stream, graph, runs = torch.cuda.Stream(device), torch.cuda.CUDAGraph(), 0
+
+    def run() -> None:
+        nonlocal runs
+        runs += 1
+        if runs > 2:
+            graph.replay()
+            return
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            if runs == 1:  # compiles, and sets up the libraries
+                step()
+            else:  # which only records it
+                graph.capture_begin()
+                step()
+                graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        if runs == 2:
+            graph.replay()
+
+    return run
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

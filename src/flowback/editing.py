@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowback.devices import put
 from flowback.errors import InputError
 from flowback.flows import TarFlow
 from flowback.seeds import draw
@@ -116,6 +117,7 @@ def inpaint(
         mask = mask.expand_as(x)
     except RuntimeError:
         raise InputError(f"a mask of shape {list(mask.shape)} does not fit images of shape {list(x.shape)}") from None
+    x, mask = flow.enter(x), put(mask, flow.device)
     noisy = flow.perturb(torch.where(mask, torch.zeros_like(x), x), generator)
     current = _likeliest_guess(flow, noisy, mask, y, tries, generator)
     log_prob, score = _score(flow, current, y, mask)

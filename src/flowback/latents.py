@@ -5,13 +5,13 @@ about unit variance (Rombach et al., arXiv 2112.10752). They, the hash of the we
 the flow and travel in its checkpoint: an autoencoder that is not the one it was trained with is refused.
 """
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from flowback.devices import put
 from flowback.errors import InputError, only_errors
 from flowback.files import file_hash, read_json
 from flowback.flows.config import FlowConfig
@@ -24,7 +24,7 @@ BATCH = 16  # images at once; an autoencoder's first layers are the largest thin
 
 
 class Autoencoder:
-    """Images to latents and back, by a frozen model that is loaded where it is first needed.
+    """Images to latents and back, by a frozen model. Images and latents are moved to where it is.
 
     Args:
         model: a diffusers AutoencoderKL.
@@ -36,6 +36,9 @@ class Autoencoder:
         self.model: nn.Module = model.requires_grad_(False).eval()
         self.scale, self.shift, self.posterior = scale, shift, posterior
 
+    def __deepcopy__(self, memo: Any) -> "Autoencoder":
+        return self  # frozen, so copies of a flow share it
+
     @torch.no_grad()
     def encode(self, images: Tensor, generator: Generators = None) -> Tensor:
         """Images `[B, C, H, W]` in [-1, 1] to latents `[B, channels, H/downsample, W/downsample]`, as a flow sees them."""
@@ -43,10 +46,10 @@ class Autoencoder:
 
     def moments(self, images: Tensor) -> Tensor:
         """The posterior's mean `[B, channels, …]`, and where latents are samples as many channels of its deviation."""
-        model: Any = self.model.to(images.device)
+        model: Any = self.model
         parts = []
         with torch.no_grad():
-            for part in images.split(BATCH):
+            for part in put(images, model.device).split(BATCH):
                 posterior = model.encode(part.to(model.dtype)).latent_dist
                 both = [posterior.mean] if self.posterior == "mean" else [posterior.mean, posterior.std]
                 parts.append(torch.cat(both, dim=1).to(images.dtype))
@@ -63,8 +66,8 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents as a flow sees them to images `[B, C, H, W]`, nearly in [-1, 1]."""
-        model: Any = self.model.to(latents.device)
-        parts = (latents / self.scale + self.shift).split(BATCH)
+        model: Any = self.model
+        parts = (put(latents, model.device) / self.scale + self.shift).split(BATCH)
         return torch.cat([model.decode(part.to(model.dtype)).sample.to(latents.dtype) for part in parts])
 
 
@@ -95,8 +98,8 @@ def facts(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_autoencoder(config: FlowConfig) -> Autoencoder:
-    """The autoencoder of a flow; loaded once in a process.
+def load_autoencoder(config: FlowConfig, device: torch.device) -> Autoencoder:
+    """The autoencoder of a flow, on a device; flows keep theirs (`TarFlow.autoencoder`).
 
     Raises:
         InputError: if it cannot be had, or its weights are not those that the flow was trained with.
@@ -110,10 +113,9 @@ def load_autoencoder(config: FlowConfig) -> Autoencoder:
             f"the autoencoder {config.autoencoder} has weights {weights}; allowed are {config.latent_weights}, "
             "in whose latents the flow was trained"
         )
-    return Autoencoder(model, config.latent_scale, config.latent_shift, config.latent_posterior)
+    return Autoencoder(model.to(device), config.latent_scale, config.latent_shift, config.latent_posterior)
 
 
-@lru_cache(maxsize=2)
 def _load(name: str) -> tuple[Any, str]:
     folder = _folder(name)
     _config(folder)

@@ -1,14 +1,11 @@
 """The main job, small: a plain and an aligned flow on digits, with the same seed and steps, and a report on both."""
 
 import json
-import os
-import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from flowback.devices import machine
 from flowback.evaluation.metrics import Measured, measure
 from flowback.evaluation.report import write_report
 from flowback.training import RunConfig, checkpoint, train
@@ -52,11 +49,5 @@ def quickstart(config: RunConfig) -> dict[str, Any]:
         title = "plain flow" if name == "plain" else f"aligned flow ({alignment.strategy}, {alignment.gradient})"
         measured.append(Measured(name, title, result.flow, read_metrics(run / "metrics.csv"), figures))
         data = result.data
-    write_report(folder, data, measured, machine(), GUIDANCE)
+    write_report(folder, data, measured, machine(result.flow.device), GUIDANCE)
     return json.loads((folder / "report.json").read_text())
-
-
-def machine() -> str:
-    """The machine in a few words, for figures that depend on it."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{where}, {platform.machine()}, torch {torch.__version__.split('+')[0]}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowback.classify import Standards, class_log_probs, rule_named
+from flowback.devices import put
 from flowback.errors import InputError
 from flowback.flows import Guidance, TarFlow
 from flowback.flows.adjoint import latent_gradient
@@ -59,9 +60,9 @@ def agreement(
     """
     _check_conditional(flow)
     score, _, rows = rule_named(rule, flow.num_classes)
-    parts = x.split(max(1, batch_size // rows))
+    parts = flow.enter(x).split(max(1, batch_size // rows))
     scores = torch.cat([score(flow, [part], standards or flow.standards) for part in parts])
-    return scores.log_softmax(dim=1).gather(1, y[:, None].to(scores.device))[:, 0]
+    return scores.log_softmax(dim=1).gather(1, put(y, scores.device)[:, None])[:, 0]
 
 
 @torch.no_grad()
@@ -73,6 +74,7 @@ def rank(
     rule: str = "exact",
     method: str | Sequence[str] = "auto",
     batch_size: int = 64,
+    compile: bool = False,
 ) -> Tensor:
     """Of several noises for each image, the one whose image the flow takes most surely for its label.
 
@@ -84,18 +86,20 @@ def rank(
         rule: as in `agreement`.
         method: as in `TarFlow.decode`.
         batch_size: images at once; bounds the memory.
+        compile: as in `TarFlow.decode`.
 
     Returns:
         The best z of each image, `[B, N, D]`.
     """
     R = z.shape[1]
-    flat, labels = z.flatten(0, 1), y.repeat_interleave(R)
+    z, y = flow.enter(z), put(y, flow.device)
+    flat, labels = z.flatten(0, 1), y[:, None].expand(-1, R).flatten()
     scores = [
-        agreement(flow, flow.decode(z_part, y_part, guidance, method), y_part, rule)
+        agreement(flow, flow.decode(z_part, y_part, guidance, method, compile=compile), y_part, rule)
         for z_part, y_part in zip(flat.split(batch_size), labels.split(batch_size), strict=True)
     ]
     best = torch.cat(scores).view(-1, R).nan_to_num(-torch.inf).argmax(dim=1)
-    return z[torch.arange(len(z)), best]
+    return z[torch.arange(len(z), device=z.device), best]
 
 
 def refine(
@@ -107,6 +111,7 @@ def refine(
     objective: str = "posterior",
     guidance: float | Guidance = 0.0,
     batch_size: int = 64,
+    compile: bool = False,
 ) -> Tensor:
     """Turn z so that the flow takes the image for its label more surely.
 
@@ -123,6 +128,7 @@ def refine(
         objective: a key of `OBJECTIVES`.
         guidance: as the images will be decoded.
         batch_size: images at once; bounds the memory.
+        compile: as in `TarFlow.decode`.
 
     Returns:
         The new z `[B, N, D]`.
@@ -135,24 +141,33 @@ def refine(
         raise InputError(f"{steps} steps of angle {angle} cannot be taken; allowed: at least 0, and 0 to 1.57 radians")
     if objective not in OBJECTIVES:
         raise InputError(f"objective {objective!r} does not exist; allowed: {', '.join(OBJECTIVES)}")
-    if len(y) and int(y.min()) < 0:
+    if y.device.type == "cpu" and (y < 0).any():
         raise InputError("label -1 cannot be refined towards; allowed are labels of classes")
+    z, y = flow.enter(z), put(y, flow.device)
     parts = zip(z.split(batch_size), y.split(batch_size), strict=True)
-    return torch.cat([_refine(flow, *part, steps, angle, OBJECTIVES[objective], guidance) for part in parts])
+    return torch.cat([_refine(flow, *part, steps, angle, OBJECTIVES[objective], guidance, compile) for part in parts])
 
 
 def _refine(
-    flow: TarFlow, z: Tensor, y: Tensor, steps: int, angle: float, objective: Objective, guidance: float | Guidance
+    flow: TarFlow,
+    z: Tensor,
+    y: Tensor,
+    steps: int,
+    angle: float,
+    objective: Objective,
+    guidance: float | Guidance,
+    compile: bool,
 ) -> Tensor:
     angles = z.new_full((len(z), 1, 1), angle)
-    value, gradient = _value_and_gradient(flow, z, y, objective, guidance)
+    options = {"objective": objective, "guidance": guidance, "compile": compile}
+    value, gradient = _value_and_gradient(flow, z, y, **options)
     for step in range(steps):
         length = z.norm(dim=(1, 2), keepdim=True)
         tangent = gradient - (gradient * z).sum(dim=(1, 2), keepdim=True) * z / length.square()
         tangent = tangent / tangent.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
         turned = torch.cos(angles) * z + torch.sin(angles) * length * tangent
         turned = torch.where(turned.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True), turned, z)
-        new_value, new_gradient = _value_and_gradient(flow, turned, y, objective, guidance, last=step == steps - 1)
+        new_value, new_gradient = _value_and_gradient(flow, turned, y, **options, last=step == steps - 1)
         better = (new_value > value)[:, None, None]
         z, gradient = torch.where(better, turned, z), torch.where(better, new_gradient, gradient)
         value, angles = torch.where(better[:, 0, 0], new_value, value), torch.where(better, angles, angles / 2)
@@ -160,10 +175,16 @@ def _refine(
 
 
 def _value_and_gradient(
-    flow: TarFlow, z: Tensor, y: Tensor, objective: Objective, guidance: float | Guidance, last: bool = False
+    flow: TarFlow,
+    z: Tensor,
+    y: Tensor,
+    objective: Objective,
+    guidance: float | Guidance,
+    compile: bool,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The objective `[B]` of what z is decoded to, and its gradient with respect to z, or zeros if it is the last."""
-    x = flow.decode(z, y, guidance)
+    x = flow.decode(z, y, guidance, compile=compile)
     with torch.inference_mode(False), torch.set_grad_enabled(not last):
         x = x.clone().requires_grad_()
         value = objective(flow, x, y)

@@ -14,7 +14,6 @@ import queue
 import shutil
 import time
 import zipfile
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowback.devices import pick_device
+from flowback.devices import autocast, pick_device
 from flowback.errors import InputError
 from flowback.evaluation.pictures import save_grid, save_png, to_uint8
 from flowback.files import write_whole
@@ -105,28 +104,31 @@ class Note:
     not_finite: int  # images with numbers that are not finite, drawn grey where they are
 
 
-def draw(flow: TarFlow, request: Request, part: int, method: str, batch_size: int) -> tuple[Tensor, Note]:
+def draw(
+    flow: TarFlow, request: Request, part: int, method: str, batch_size: int, compile: bool = False
+) -> tuple[Tensor, Note]:
     """Draw one part: images, uint8 `[n, C, H, W]`, and a note on them."""
     started = time.perf_counter()
-    device = next(flow.parameters()).device
     numbers = range(part * PART, min((part + 1) * PART, request.num))
     guidance = Guidance(request.guidance, request.schedule, request.guide)
-    low = request.precision == "bf16-mixed"
     images, residual, fell_back = [], 0.0, 0
     for start in range(0, len(numbers), batch_size):
         batch = numbers[start : start + batch_size]
-        y = torch.tensor([request.labels[i % len(request.labels)] for i in batch], device=device)
-        z = request.temperature * torch.stack([noise(flow, request.seed, i, request.rank) for i in batch]).to(device)
-        with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
-            chosen = rank(flow, z, y, guidance, method=method, batch_size=batch_size) if request.rank > 1 else z[:, 0]
+        y = torch.tensor([request.labels[i % len(request.labels)] for i in batch])
+        z = flow.enter(torch.stack([noise(flow, request.seed, i, request.rank) for i in batch]))
+        z = request.temperature * flow.to_prior(z)
+        chosen = z[:, 0]
+        with autocast(flow.device, request.precision):
+            if request.rank > 1:
+                chosen = rank(flow, z, y, guidance, method=method, batch_size=batch_size, compile=compile)
             if request.refine:
                 options = {"objective": request.objective, "guidance": guidance, "batch_size": batch_size}
-                chosen = refine(flow, chosen, y, request.refine, **options)
-            x, report = flow.decode_with_report(chosen, y, guidance, method)
+                chosen = refine(flow, chosen, y, request.refine, **options, compile=compile)
+            x, report = flow.decode_with_report(chosen, y, guidance, method, compile=compile)
             x = flow.denoise(x, y, batch_size) if request.denoise else x
         residual = max([residual, *(solved.residual for solved in report)])
         fell_back += sum(solved.fell_back for solved in report)
-        images.append(flow.to_images(x.float()).cpu())
+        images.append(flow.to_images(x.float()).float().cpu())
     x = torch.cat(images)
     bad = ~x.isfinite()
     note = Note(part, time.perf_counter() - started, residual, fell_back, int(bad.flatten(1).any(dim=1).sum()))
@@ -134,16 +136,15 @@ def draw(flow: TarFlow, request: Request, part: int, method: str, batch_size: in
 
 
 def noise(flow: TarFlow, seed: int, number: int, candidates: int = 1) -> Tensor:
-    """The noise of image `number`, `[candidates, N, D]`, drawn on the CPU so that every device gets the same."""
-    z = torch.stack([keyed_normal(flow.token_shape, seed, number, candidate) for candidate in range(candidates)])
-    return flow.to_prior(z.to(next(flow.parameters()).device)).cpu()
+    """Standard normal noise of image `number`, `[candidates, N, D]`, on the CPU, so that every device gets the same."""
+    return torch.stack([keyed_normal(flow.token_shape, seed, number, candidate) for candidate in range(candidates)])
 
 
 def fingerprint(flow: TarFlow) -> str:
     """A hash of the flow's weights."""
     digest = hashlib.sha256()
     for name, tensor in flow.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -242,7 +243,13 @@ class Store:
 
 
 def sample_to_disk(
-    request: Request, output: Path, method: str = "auto", batch_size: int = 64, processes: int = 1, device: str = "auto"
+    request: Request,
+    output: Path,
+    method: str = "auto",
+    batch_size: int = 64,
+    processes: int = 1,
+    device: torch.device | str = "auto",
+    compile: bool = False,
 ) -> list[Note]:
     """Draw what is missing and put the output together.
 
@@ -252,7 +259,8 @@ def sample_to_disk(
         method: how to decode; it changes the images by less than 1e-4.
         batch_size: images decoded at once by a process.
         processes: they share the cores, or the accelerators, of the machine.
-        device: where to run; auto takes what is there.
+        device: where to run; auto takes the accelerators that are there, one for each process in turn.
+        compile: compile the passes of decoding; pays for many images.
 
     Returns:
         A note on each part.
@@ -272,24 +280,27 @@ def sample_to_disk(
     with Bar(str(output), request.num, request.num - _images(missing, request.num)) as bar:
         if processes == 1:
             for part in list(missing):
-                store.write(*draw(flow, request, part, method, batch_size))
+                store.write(*draw(flow, request, part, method, batch_size, compile))
                 missing.remove(part)
                 bar.update(request.num - _images(missing, request.num))
         elif missing:
-            _share(store, missing, method, batch_size, processes, device, bar)
+            _share(store, missing, (method, batch_size, compile), processes, str(device), bar)
     notes = store.notes()
     store.finish()
     return notes
 
 
-def _share(store: Store, missing: list[int], method: str, batch_size: int, processes: int, device: str, bar: Bar) -> None:
+Way = tuple[str, int, bool]  # method, batch_size and compile of `draw`
+
+
+def _share(store: Store, missing: list[int], way: Way, processes: int, device: str, bar: Bar) -> None:
     context = torch.multiprocessing.get_context("spawn")
     done: Any = context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
     workers = [
         context.Process(
             target=_work,
-            args=(store.output, store.request, missing[k::processes], method, batch_size, device, k, threads, done),
+            args=(store.output, store.request, missing[k::processes], way, device, k, threads, done),
             daemon=True,
         )
         for k in range(min(processes, len(missing)))
@@ -317,8 +328,7 @@ def _work(
     output: Path,
     request: Request,
     parts: list[int],
-    method: str,
-    batch_size: int,
+    way: Way,
     device: str,
     turn: int,
     threads: int,
@@ -327,10 +337,10 @@ def _work(
     """What one process does: its parts, and a word on each."""
     try:
         torch.set_num_threads(threads)
-        flow = _prepare(request, method, device, turn)
+        flow = _prepare(request, way[0], device, turn)
         store = Store(output, request, flow)
         for part in parts:
-            store.write(*draw(flow, request, part, method, batch_size))
+            store.write(*draw(flow, request, part, *way))
             done.put(part)
         done.put(None)
     except Exception as error:
@@ -339,11 +349,11 @@ def _work(
         os._exit(130)
 
 
-def _prepare(request: Request, method: str, device: str, turn: int) -> TarFlow:
-    flow, _ = load_flow(request.run, request.weights)
+def _prepare(request: Request, method: str, device: torch.device | str, turn: int) -> TarFlow:
+    flow, _ = load_flow(request.run, request.weights, pick_device(device, turn))
     flow.class_weights(list(request.labels), len(request.labels))
     flow.solvers(method, 1)
-    return flow.to(pick_device(device, turn))
+    return flow
 
 
 def _images(parts: list[int], num: int) -> int:

@@ -6,16 +6,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowback.devices import put
+
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one for a whole batch, or one for each of its rows
 
 
 def draw(distribution: Callable[..., Tensor], like: Tensor, generator: Generators) -> Tensor:
     """Random numbers (torch.rand, torch.randn) of the shape, type and device of `like`, drawn where the generator lives."""
     if isinstance(generator, Sequence):
-        rows = [draw(distribution, row, own) for row, own in zip(like, generator, strict=True)]
-        return torch.stack(rows) if rows else torch.empty_like(like)
+        rows = [_drawn(distribution, like[0], own) for own in generator]
+        return put(torch.stack(rows), like.device) if rows else torch.empty_like(like)
+    return put(_drawn(distribution, like, generator), like.device)
+
+
+def _drawn(distribution: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = generator.device if generator is not None else like.device
-    return distribution(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    return distribution(like.shape, generator=generator, device=device, dtype=like.dtype)
 
 
 def keyed_generator(*key: int) -> torch.Generator:

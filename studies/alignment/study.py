@@ -22,7 +22,7 @@ from judge import right, trained
 
 from flowback.classify import classify_by_all, standardise
 from flowback.data import ImageSet, load_data
-from flowback.devices import autocast, pick_device
+from flowback.devices import autocast, machine, pick_device
 from flowback.errors import InputError
 from flowback.evaluation.convergence import errors_by_sweep, sweeps_until
 from flowback.evaluation.fidelity import TensorImages, fidelity, reference_of
@@ -31,7 +31,6 @@ from flowback.evaluation.pictures import to_uint8
 from flowback.evaluation.probe import probe_layers
 from flowback.files import file_hash, write_whole
 from flowback.flows import FlowConfig, TarFlow
-from flowback.quickstart import machine
 from flowback.training import AlignmentConfig, RunConfig, TrainConfig, checkpoint, train
 from flowback.training.caches import make_caches
 from flowback.training.checkpoint import load_flow
@@ -210,7 +209,12 @@ def run(arm: Arm, seed: int) -> None:
     rows = read_metrics(config.folder / "metrics.csv")
     curve = [{k: row[k] for k in ("step", "nll", "align", "images_per_second") if k in row} for row in rows if "nll" in row]
     facts = {"alignment": arm.alignment, "lr": config.train.lr, "steps": arm.steps}
-    facts |= {"machine": machine(), "points": list(measured.values()), "final": measured[str(arm.steps)], "training": curve}
+    facts |= {
+        "machine": machine(pick_device("auto")),
+        "points": list(measured.values()),
+        "final": measured[str(arm.steps)],
+        "training": curve,
+    }
     return keep(arm, seed, facts)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowback.alignment import strategies
 from flowback.alignment.encoders import Encoder, match_grid
+from flowback.devices import put
 from flowback.errors import InputError
 from flowback.flows import TarFlow
 from flowback.nn import ConvProjector, Projector
@@ -93,7 +94,7 @@ class Alignment(nn.Module):
     def targets(self, x_clean: Tensor) -> Tensor:
         """The encoder's features of clean images on the flow's grid, `[B, N, F]`, without gradient."""
         with torch.no_grad():
-            return match_grid(self.encoder(x_clean), self.encoder.grid, self.flow.grid)
+            return match_grid(self.encoder(put(x_clean, self.device)), self.encoder.grid, self.flow.grid)
 
     def loss(
         self, x_noisy: Tensor, y: Tensor | None, x_clean: Tensor | None = None, targets: Tensor | None = None
@@ -113,6 +114,7 @@ class Alignment(nn.Module):
         Raises:
             InputError: if neither clean images nor targets are given, or shapes do not fit.
         """
+        x_noisy = self.flow.enter(x_noisy)
         if not self.active:
             nll = nll_per_dim(*self.flow.encode(x_noisy, y))
             idle = torch.stack([p.sum() for p in self.projector.parameters()]).sum()  # wrappers expect its gradients
@@ -124,6 +126,7 @@ class Alignment(nn.Module):
         expected = (len(x_noisy), self.flow.token_shape[0], self.encoder.dim)
         if targets.shape != expected:
             raise InputError(f"targets of shape {list(targets.shape)} do not fit; allowed is {list(expected)}")
+        targets = put(targets, x_noisy.device)
         targets = targets.float() if targets.dtype != x_noisy.dtype else targets
         unit = F.normalize(spatially_normalised(targets) if self.spatial_norm else targets, dim=-1)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from flowback.flows import TarFlow
 from flowback.flows.adjoint import restricted_grad, solve_adjoint
 from flowback.flows.block import BlockOutput, FlowBlock, affine_decode
+from flowback.nn import Cache
 from flowback.units import nll_per_dim
 
 Pairs = list[tuple[int, int]]
@@ -131,14 +132,14 @@ def _carry(value: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return result
 
 
-class _GrowingCache:
+class _GrowingCache(Cache):
     """A KV cache that autograd can follow: it grows by concatenation."""
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.filled = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Cache`."""
         if layer in self.layers:
             old_k, old_v = self.layers[layer]
             k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)

@@ -63,6 +63,12 @@ def build_parser() -> tuple[Parser, dict[str, tuple[Parser, Callable[[Namespace]
 
     def verb(name: str, run: Callable[[Namespace], int], text: str) -> Parser:
         command = Parser(description=text)
+        command.add_argument(
+            "--device",
+            type=str,
+            default="auto",
+            help="where to run: auto (an accelerator, if there is one), cpu, cuda:1, …",
+        )
         verbs.add_subcommand(name, command, help=text.split(". ")[0])
         commands[name] = (command, run)
         return command

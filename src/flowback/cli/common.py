@@ -76,13 +76,13 @@ def say(text: str) -> None:
 
 def flow_and_clean_images(options: Namespace) -> tuple[TarFlow, Tensor]:
     """The flow, and the image files as it sees them, clean, `[B, *data_shape]`."""
-    flow, _ = load_flow(options.run, options.weights)
+    flow, _ = load_flow(options.run, options.weights, options.device)
     pixels = torch.stack([load_image(Path(file), flow.image_size, flow.channels) for file in options.images])
     return flow, flow.to_data(from_levels(pixels), torch.Generator().manual_seed(0))
 
 
 def flow_and_images(options: Namespace) -> tuple[TarFlow, Tensor, Tensor]:
-    """The flow, the images as it sees them, and their labels `[B]`: given, the likeliest, or -1 where there are none."""
+    """The flow, the images as it sees them, and their labels `[B]` (on the CPU): given, the likeliest, or -1 for none."""
     flow, images = flow_and_clean_images(options)
     if options.labels:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(images))
@@ -90,7 +90,7 @@ def flow_and_images(options: Namespace) -> tuple[TarFlow, Tensor, Tensor]:
         y = classify(flow, images, rule="exact").argmax(dim=1)
     else:
         y = torch.full((len(images),), -1)
-    return flow, images, y
+    return flow, images, y.cpu()
 
 
 def one_each(labels: list[int], images: int) -> Tensor:

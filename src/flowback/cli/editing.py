@@ -18,6 +18,7 @@ from flowback.cli.common import (
     say,
 )
 from flowback.data import load_image
+from flowback.devices import put
 from flowback.editing import inpaint, interpolate, swap_class
 from flowback.errors import InputError
 from flowback.evaluation.pictures import save_grid, save_images
@@ -73,7 +74,8 @@ def _encode(options: Namespace) -> int:
     if output.is_dir():
         raise InputError(f"output {output} is a folder; allowed is a file's name")
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"z": z, "log_det": log_det, "log_prob": log_prob, "labels": y}, output)
+    tensors = {"z": z, "log_det": log_det, "log_prob": log_prob, "labels": y}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, output)
     say(f"z {list(z.shape)}, log_det, log_prob and labels of {len(z)} images in {output}")
     return 0
 
@@ -83,10 +85,10 @@ def _decode(options: Namespace) -> int:
     from safetensors.torch import load_file
 
     output = checked_output(options, ".png", "")
-    flow, _ = load_flow(options.run, options.weights)
+    flow, _ = load_flow(options.run, options.weights, options.device)
     try:
         content = load_file(options.file)
-        z, y = content["z"].to(next(flow.parameters()).dtype), content["labels"]
+        z, y = content["z"], content["labels"]
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{options.file} is not a file that encode wrote ({error})") from None
     if not len(z):
@@ -141,7 +143,7 @@ def _inpaint(options: Namespace) -> int:
 def _mask(options: Namespace, flow: TarFlow) -> Tensor:
     """Where to draw, booleans `[1, 1, H, W]` of what the flow sees: a latent is drawn if one of its pixels is."""
     mask = _pixel_mask(options, flow.image_size)
-    return torch.nn.functional.adaptive_max_pool2d(mask.float(), flow.data_shape[1:]) > 0
+    return put(torch.nn.functional.adaptive_max_pool2d(mask.float(), flow.data_shape[1:]) > 0, flow.device)
 
 
 def _pixel_mask(options: Namespace, size: int) -> Tensor:

@@ -39,6 +39,7 @@ def add(verb: Verb) -> None:
     command.add_argument("--extractor-weights", type=str, default=None, help="a local file of the extractor's weights")
     command.add_argument("--reference", type=str, default="train", help="real images: train or held_out")
     command.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    command.add_argument("--compile", action="store_true", help="compile the decoding of the samples; pays for many")
     command.add_argument("--sweep", type=str, default=None, help="guidance scales to measure FID at, like 0,1,2")
 
     command = verb("compare", _compare, "Report on evaluated runs side by side. Writes report.html and report.json.")
@@ -52,7 +53,7 @@ def _classify(options: Namespace) -> int:
     flow, images = flow_and_clean_images(options)
     names = class_names(options.run, flow)
     rule = options.rule or default_rule(flow)
-    scores = classify(flow, images, rule=rule, draws=options.draws)
+    scores = classify(flow, images, rule=rule, draws=options.draws).cpu()
     calibrated = flow.standards is not None and rule in flow.standards.temperatures
     likely = calibrated or rule == "exact" or rule.startswith("shortlist")
     shown = scores.softmax(dim=1) if likely else scores
@@ -70,7 +71,7 @@ def _classify(options: Namespace) -> int:
 def _evaluate(options: Namespace) -> int:
     names = [field.name for field in fields(EvaluationConfig) if field.name != "metrics"]
     config = EvaluationConfig(tuple(options.metrics.split(",")), **{name: options[name] for name in names})
-    results = evaluate(options.run, config, _scales(options.sweep))
+    results = evaluate(options.run, config, _scales(options.sweep), options.device)
     for name, value in results.items():
         if isinstance(value, list):
             for row in value:
@@ -79,13 +80,13 @@ def _evaluate(options: Namespace) -> int:
             say(f"{name:14} {', '.join(f'{k} {_short(v)}' for k, v in value.items())}")
         else:
             say(f"{name:14} {_short(value)}")
-    write_comparison([options.run], Path(options.run))
+    write_comparison([options.run], Path(options.run), options.device)
     say(f"all in {Path(options.run) / 'evaluation.json'} and report.html beside it")
     return 0
 
 
 def _compare(options: Namespace) -> int:
-    write_comparison(options.runs, Path(options.output))
+    write_comparison(options.runs, Path(options.output), options.device)
     say(f"report   {Path(options.output) / 'report.html'}")
     return 0
 

@@ -39,7 +39,7 @@ def add(verb: Verb) -> None:
     command.add_argument("--method", type=str, default="auto", help=f"of decoding: auto, {', '.join(DECODERS)}")
     command.add_argument("--batch-size", type=int, default=64, help="images decoded at once; bounds the memory")
     command.add_argument("--processes", type=int, default=1, help="processes that share the cores or accelerators")
-    command.add_argument("--device", type=str, default="auto", help="where to run; auto takes what is there")
+    command.add_argument("--compile", action="store_true", help="compile decoding; pays for many images")
 
     command = verb(
         "calibrate",
@@ -64,9 +64,8 @@ def _sample(options: Namespace) -> int:
         **{name: options[name] for name in ("guidance", "schedule", "guide", "temperature", "seed", "precision")},
         **{name: options[name] for name in ("rank", "refine", "objective")},
     )
-    notes = sample_to_disk(
-        request, Path(options.output), options.method, options.batch_size, options.processes, options.device
-    )
+    how = (options.method, options.batch_size, options.processes, options.device, options.compile)
+    notes = sample_to_disk(request, Path(options.output), *how)
     say(f"{options.num} images in {options.output}")
     residual, fell_back = max(note.residual for note in notes), sum(note.fell_back for note in notes)
     if residual or fell_back:
@@ -78,7 +77,7 @@ def _sample(options: Namespace) -> int:
 
 
 def _calibrate(options: Namespace) -> int:
-    flow, _ = load_flow(options.run, options.weights)
+    flow, _ = load_flow(options.run, options.weights, options.device)
     try:
         rows = [int(word) for word in options.rows.split(",")]
     except ValueError:

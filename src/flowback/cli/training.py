@@ -1,6 +1,6 @@
 """`flowback quickstart`, `flowback train` and `flowback cache`."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -69,7 +69,9 @@ def _quickstart(options: Namespace) -> int:
     _add_recipe(command)
     changes = [f"--run={options.run}", f"--train.seed={options.seed}"]
     changes += [f"--train.steps={options.steps}"] if options.steps is not None else []
-    config = _run_config(command.instantiate(command.parse_args([f"--config={recipe('digits')}", *changes])))
+    config = _run_config(
+        command.instantiate(command.parse_args([f"--config={recipe('digits')}", *changes])), options.device
+    )
     report = quickstart(config)
     if not report:
         console.print(f"interrupted; go on with: flowback quickstart --run {options.run}", highlight=False)
@@ -88,7 +90,7 @@ def _quickstart(options: Namespace) -> int:
 
 
 def _train(options: Namespace) -> int:
-    config = _run_config(options)
+    config = _run_config(options, options.device)
     if options.dry_run:
         with console.status("counting one step on 1, 8 and 64 devices …"):
             budget = plan(config, Device(options.device_tflops, options.device_gb, options.utilisation))
@@ -114,9 +116,11 @@ def _cache(options: Namespace) -> int:
         raise InputError(f"--part {options.part} is not a share; allowed is something like 1/4") from None
     root = None if options.output is None else Path(options.output)
     task = "plan" if options.plan else "verify" if options.verify else "fill"
-    make_caches(_run_config(options), root, (number, parts), task)
+    make_caches(_run_config(options, options.device), root, (number, parts), task)
     return 0
 
 
-def _run_config(options: Namespace) -> RunConfig:
-    return RunConfig(**{field.name: options[field.name] for field in fields(RunConfig)})
+def _run_config(options: Namespace, device: str) -> RunConfig:
+    """The configuration that the options describe, on a device; auto leaves that to the recipe."""
+    config = RunConfig(**{field.name: options[field.name] for field in fields(RunConfig)})
+    return config if device == "auto" else replace(config, train=replace(config.train, accelerator=device))

@@ -273,7 +273,7 @@ def _write(
     autoencoder = flow.config.autoencoder
     travels = autoencoder is not None and (with_autoencoder or not _on_hub(autoencoder))
     if travels:
-        load_autoencoder(flow.config)  # which refuses another one than that of the training
+        load_autoencoder(flow.config, flow.device)  # which refuses another one than that of the training
     flow.save_pretrained(folder)
     if travels:
         _copy_autoencoder(str(autoencoder), folder)

@@ -15,6 +15,7 @@ from flowback.classify import (
     standardise,
 )
 from flowback.data import ImageSet
+from flowback.devices import synchronize
 from flowback.errors import InputError
 from flowback.evaluation.metrics import seen, spread
 from flowback.flows import TarFlow
@@ -64,10 +65,13 @@ def cost_accuracy(
     found = classify_by_all(flow, x, rules, standards, draws, seed=1)
     rows = []
     for rule, scores in found.items():
+        scores = scores.cpu()  # as the labels; some accelerators have no float64, in which temperatures are fitted
         _, passes, _ = rule_named(rule, flow.num_classes)
-        standards.calibrate(rule, fitted[rule], fit[1])
+        standards.calibrate(rule, fitted[rule].cpu(), fit[1])
+        synchronize(flow.device)
         started = time.perf_counter()
         classify(flow, x[:TIMED], rule, draws, standards=standards)
+        synchronize(flow.device)
         seconds = (time.perf_counter() - started) / len(x[:TIMED])
         rows.append(
             {

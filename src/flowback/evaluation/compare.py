@@ -62,8 +62,8 @@ class Record:
         return [x for x, _ in found], [value for _, value in found]
 
 
-def load_record(run: str) -> Record:
-    """Read a run that was evaluated.
+def load_record(run: str, device: torch.device | str = "cpu") -> Record:
+    """Read a run that was evaluated, its flow on a device.
 
     Raises:
         InputError: if the folder holds no run, or one that was never evaluated.
@@ -73,7 +73,7 @@ def load_record(run: str) -> Record:
         if not (folder / name).is_file():
             raise InputError(f"{run} has no {name}; allowed are runs on which `flowback {what}` was run")
     config = RunConfig.read(folder / "config.yaml")
-    flow, _ = load_flow(run)
+    flow, _ = load_flow(run, device=device)
     try:
         evaluation = read_json(folder / "evaluation.json")
     except ValueError as error:
@@ -168,8 +168,8 @@ def best_and_worst(record: Record, images: int = 300) -> tuple[Tensor, list[str]
     """Held-out images `[2 * SHOWN, C, H, W]`: those taken most surely for what they are, and those least; and captions."""
     x, y = held_out(record.data, images)
     data = record.flow.to_data(x, torch.Generator().manual_seed(0))
-    sure = classify(record.flow, data, "exact").log_softmax(dim=1)
-    own = sure.gather(1, y[:, None])[:, 0]
+    sure = classify(record.flow, data, "exact").log_softmax(dim=1).cpu()
+    own = sure.gather(1, y[:, None])[:, 0]  # labels and pictures are on the CPU
     order = own.argsort(descending=True)
     chosen = torch.cat([order[:SHOWN], order.flip(0)[:SHOWN]])
     names = record.data.classes
@@ -177,8 +177,10 @@ def best_and_worst(record: Record, images: int = 300) -> tuple[Tensor, list[str]
     return x[chosen], captions
 
 
-def write_comparison(runs: list[str], folder: Path) -> dict[str, Any]:
+def write_comparison(runs: list[str], folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Write report.html and report.json on one or several evaluated runs into `folder`. Returns what report.json holds.
+
+    What the page shows is drawn and classified on `device`.
 
     Raises:
         InputError: if a run is not one, was not evaluated, or stands there twice.
@@ -187,7 +189,7 @@ def write_comparison(runs: list[str], folder: Path) -> dict[str, Any]:
 
     if len({Path(run).resolve() for run in runs}) < len(runs):
         raise InputError("a run stands there twice; allowed are different ones")
-    records = [load_record(run) for run in runs]
+    records = [load_record(run, device) for run in runs]
     facts: dict[str, Any] = {
         "runs": {
             record.name: record.evaluation

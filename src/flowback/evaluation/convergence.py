@@ -16,7 +16,7 @@ def errors_by_sweep(flow: TarFlow, batch: int) -> dict[int, list[float]]:
 
     The error is the largest difference of any number of any of the `batch` samples from the sequential loop's.
     """
-    tokens = torch.randn(batch, *flow.token_shape, generator=torch.Generator().manual_seed(0))
+    tokens = flow.enter(torch.randn(batch, *flow.token_shape, generator=torch.Generator().manual_seed(0)))
     classes = flow.class_weights(torch.arange(batch) % flow.num_classes if flow.num_classes else None, batch)
     errors = {}
     for t in range(flow.config.blocks, 0, -1):

@@ -16,15 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowback.data import ImageSet, load_data
-from flowback.devices import pick_device
+from flowback.devices import machine
 from flowback.errors import InputError
 from flowback.evaluation import fidelity as fid
 from flowback.evaluation.classification import CURVE, cost_accuracy
 from flowback.evaluation.metrics import density, importance_weighted_bits, seen, spread
 from flowback.evaluation.probe import probe_layers
 from flowback.flows import Guidance, TarFlow
-from flowback.quickstart import machine
 from flowback.sampling import Request, sample_to_disk
 from flowback.training import RunConfig
 from flowback.training.checkpoint import flow_folder, load_flow
@@ -50,6 +51,7 @@ class EvaluationConfig:
         extractor_weights: a local file of its weights.
         reference: train or held_out: which real images.
         seed: of the samples.
+        compile: compile the decoding of the samples.
 
     Raises:
         InputError: if a value is impossible.
@@ -66,6 +68,7 @@ class EvaluationConfig:
     extractor_weights: str | None = None
     reference: str = "train"
     seed: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in self.metrics:
@@ -84,7 +87,9 @@ class EvaluationConfig:
         Guidance(self.guidance)
 
 
-def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) -> dict[str, Any]:
+def evaluate(
+    run: str, config: EvaluationConfig, sweep: Sequence[float] = (), device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """Measure a run on the data it names; standards and temperatures are stored with the flow.
 
     What an earlier evaluation of the same weights on the same images measured stays in evaluation.json.
@@ -93,6 +98,7 @@ def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) ->
         run: the run's folder.
         config: what to measure.
         sweep: guidance scales at which fidelity is measured too, under "guidance_sweep" (arXiv 2511.22345, figure 5).
+        device: where to run; "auto" for the accelerator that is there. The figures are stamped with it.
 
     Raises:
         InputError: if the run names no data, or something that a metric needs cannot be had.
@@ -103,9 +109,10 @@ def evaluate(run: str, config: EvaluationConfig, sweep: Sequence[float] = ()) ->
     file = Path(run) / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run} has no config.yaml that names its data; allowed is the folder of a run")
-    flow, weights = load_flow(run, config.weights)
+    flow, weights = load_flow(run, config.weights, device)
     data = load_data(RunConfig.read(file).data)
-    results: dict[str, Any] = {"run": Path(run).name, "data": data.name, "weights": weights, "machine": machine()}
+    results: dict[str, Any] = {"run": Path(run).name, "data": data.name, "weights": weights}
+    results["machine"] = machine(flow.device)
     seconds: dict[str, float] = {}
     x, y = seen(flow, data.held_out, spread(len(data.held_out), config.images), data.levels)
     results["held_out_images"] = len(x)
@@ -174,9 +181,9 @@ def _fidelity(run: str, flow: TarFlow, data: ImageSet, config: EvaluationConfig,
         labels = tuple(range(flow.num_classes)) or (-1,)
         request = Request(run, config.weights, config.samples, labels, config.guidance, seed=config.seed)
         file = Path(run) / "evaluation" / f"samples_{config.samples}_guidance_{config.guidance:g}_seed_{config.seed}.npz"
-        sample_to_disk(request, file)
+        sample_to_disk(request, file, device=flow.device, compile=config.compile)
         samples, source = fid.open_images(file), f"drawn with seed {config.seed}"
     reference, name = fid.reference_of(data, len(samples), config.reference == "train")  # pyright: ignore[reportArgumentType]
     options = {"extractor": config.extractor, "weights": config.extractor_weights, "reference_name": name}
-    figures = fid.fidelity(samples, reference, wanted, device=pick_device("auto"), **options)
+    figures = fid.fidelity(samples, reference, wanted, device=flow.device, **options)
     return figures | {"reference": name, "guidance": guidance, "samples_from": source}

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowback.classify import classify
 from flowback.data import ImageSet
 from flowback.data.datasets import Split
+from flowback.devices import put
 from flowback.flows import TarFlow
 from flowback.units import bits_per_dim, from_levels, nats_per_dim, nats_to_bits
 
@@ -40,13 +41,15 @@ def held_out(data: ImageSet, images: int | None = None) -> tuple[Tensor, Tensor]
 
 
 def seen(flow: TarFlow, split: Split, indices: Sequence[int], levels: int, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """Images of a split as the flow sees them, clean, `[B, *data_shape]`, and their labels; no more pixels than a batch."""
+    """Images of a split as the flow sees them, clean, `[B, *data_shape]`, and their labels; no more pixels than a batch.
+
+    The images are where the flow is, the labels on the CPU.
+    """
     generator = torch.Generator().manual_seed(0)
-    device = next(flow.parameters()).device
     parts = []
     for start in range(0, len(indices), batch_size):
         pixels, _ = split[indices[start : start + batch_size]]
-        parts.append(flow.to_data(from_levels(pixels, levels).to(device), generator))
+        parts.append(flow.to_data(from_levels(put(pixels, flow.device), levels), generator))
     return torch.cat(parts), split.labels[torch.as_tensor(indices)]
 
 
@@ -71,7 +74,7 @@ def density(flow: TarFlow, x: Tensor, y: Tensor, seed: int = 0, batch_size: int 
         say nothing of pixels and compare only in the same latents with the same noise.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = y.to(x.device) if flow.num_classes else torch.full_like(y, -1, device=x.device)
+    labels = y if flow.num_classes else torch.full_like(y, -1)
     nats, bits = [], []
     for part, label in zip(x.split(batch_size), labels.split(batch_size), strict=True):
         nats.append(nats_per_dim(flow.log_prob(flow.perturb(part, generator), label), flow.dims))
@@ -94,7 +97,7 @@ def importance_weighted_bits(
     bound, and more come down to the model's own bits.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = y.to(x.device) if flow.num_classes else torch.full_like(y, -1, device=x.device)
+    labels = y if flow.num_classes else torch.full_like(y, -1)
     bits = []
     for part, label in zip(x.split(batch_size), labels.split(batch_size), strict=True):
         log_probs = torch.stack([flow.log_prob(flow.dequantise(part, generator), label) for _ in range(draws)])
@@ -106,7 +109,7 @@ def accuracies(
     flow: TarFlow, x: Tensor, y: Tensor, draws: int = 1, rules: Sequence[str] = ("single_gradient", "exact")
 ) -> dict[str, float]:
     """Share of images whose label scores highest, by the name of the rule."""
-    return {rule: float((predict(flow, x, rule, draws) == y.to(x.device)).float().mean()) for rule in rules}
+    return {rule: float((predict(flow, x, rule, draws).cpu() == y.cpu()).float().mean()) for rule in rules}
 
 
 def predict(flow: TarFlow, x: Tensor, rule: str, draws: int = 1) -> Tensor:

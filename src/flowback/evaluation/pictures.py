@@ -15,10 +15,10 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def class_grid(flow: TarFlow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0) -> Tensor:
-    """Samples `[K * per_class, C, H, W]`, one row a class (or `per_class` rows of unconditional ones)."""
+    """Samples `[K * per_class, C, H, W]`, one row a class (or `per_class` rows of unconditional ones); on the CPU."""
     rows = flow.num_classes or per_class
     y = torch.arange(rows).repeat_interleave(per_class) if flow.num_classes else torch.full((rows * per_class,), -1)
-    return flow.sample(y, guidance=guidance, generator=torch.Generator().manual_seed(seed), batch_size=128)
+    return flow.sample(y, guidance=guidance, generator=torch.Generator().manual_seed(seed), batch_size=128).cpu()
 
 
 def save_grid(x: Tensor, file: Path, columns: int, smallest: int = 28) -> None:

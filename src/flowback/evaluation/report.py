@@ -33,7 +33,8 @@ def write_report(folder: Path, data: ImageSet, runs: list[Measured], machine: st
     x, y = held_out(data)
     sections, guided = [], x
     for run in runs:
-        predicted = predict(run.flow, run.flow.to_data(x, torch.Generator().manual_seed(0)), "exact", DRAWS)
+        seen = run.flow.to_data(x, torch.Generator().manual_seed(0))
+        predicted = predict(run.flow, seen, "exact", DRAWS)
         guided = grid_array(class_grid(run.flow, PER_CLASS, guidance), PER_CLASS, smallest=32)
         sections.append(
             {

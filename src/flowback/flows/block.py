@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowback.nn import Cache, CausalTransformer
+from flowback.nn import Cache, CausalTransformer, Places
 
 
 @dataclass
@@ -35,6 +35,11 @@ def affine_encode(x: Tensor, mu: Tensor, a: Tensor) -> Tensor:
 def affine_decode(z: Tensor, mu: Tensor, a: Tensor) -> Tensor:
     """`x = z exp(a) + mu`, elementwise."""
     return z * torch.exp(a) + mu
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A linear layer in the precision of `x`, whatever that of the weights is."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 class FlowBlock(nn.Module):
@@ -101,24 +106,27 @@ class FlowBlock(nn.Module):
         Returns:
             `mu`, `a`, each `[B, n, D]`, and the hidden states, in the block's order.
         """
-        device = x.device.type
+        device, count = x.device.type, x.shape[1]
         with torch.autocast(device, enabled=False):  # tokens and parameters of the map keep full precision
-            h = self.proj_in(x)
+            h = _linear(x, self.proj_in)
             if self.position is not None:
-                h = h + self._positions(self.position, 0 if cache is None else cache.filled, x.shape[1])
+                h = h + self._positions(self.position, slice(0, count) if cache is None else cache.places(count))
             if self.class_embed is not None and classes is not None:
-                h = h + (classes.to(h.dtype) @ self.class_embed)[:, None]
-        h, states = self.transformer(h, hidden=hidden, cache=cache)
+                h = h + (classes.to(h.dtype) @ self.class_embed.to(h.dtype))[:, None]
+        h, states = self.transformer(h.to(self.proj_in.weight.dtype), hidden=hidden, cache=cache)
         with torch.autocast(device, enabled=False):
-            mu, a = self.proj_out(h.to(x.dtype)).chunk(2, dim=-1)
+            mu, a = _linear(h.to(x.dtype), self.proj_out).chunk(2, dim=-1)
             if self.log_scale_bound is not None:
                 a = self.log_scale_bound * torch.tanh(a / self.log_scale_bound)
         return mu, a, states
 
-    def _positions(self, raster: Tensor, start: int, count: int) -> Tensor:
-        """The embeddings of `count` tokens from `start` on, in the block's order."""
-        N, end = len(raster), start + count
-        return raster[N - end : N - start].flip(0) if self.flip else raster[start:end]
+    def _positions(self, raster: Tensor, places: Places) -> Tensor:
+        """The embeddings of the tokens at some places, `[n, width]`, in the block's order."""
+        if not self.flip:
+            return raster[places]
+        if isinstance(places, Tensor):
+            return raster[len(raster) - 1 - places]
+        return raster[len(raster) - places.stop : len(raster) - places.start].flip(0)
 
     def predict(
         self, x: Tensor, classes: Tensor | None = None, *, hidden: Collection[int] = ()

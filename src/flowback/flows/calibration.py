@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowback.devices import device_name, synchronize
 from flowback.errors import InputError
 from flowback.files import read_json
 from flowback.flows.decoders import CausalMap, Solved, Solver, default_tolerance, solve
@@ -80,9 +81,8 @@ class Calibration:
 def machine_name(device: torch.device) -> str:
     """What a measured speed depends on."""
     version = torch.__version__.split("+")[0]
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {version}"
-    return f"{device.type}, {torch.get_num_threads()} threads, torch {version}"
+    name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device_name(device)
+    return f"{name}, torch {version}"
 
 
 def choose(flow: "TarFlow", rows: int) -> list[Solver]:
@@ -165,17 +165,17 @@ def _race(F: CausalMap, solvers: list[Solver], repeats: int) -> tuple[Measuremen
 
     With more rows sweeps only lose against the sequential loop, so that what is far behind now is not tried again.
     """
-    tolerance, device = default_tolerance(F.z), F.z.device
+    tolerance, device = default_tolerance(F.z.dtype, F.z.device), F.z.device
     times: dict[Solver, float] = {}
     solved: dict[Solver, Solved] = {}
     exact, sequential = F.z, Solver("sequential")
     for solver in solvers:
         times[solver] = math.inf
         for _ in range(repeats):
-            _synchronise(device)
+            synchronize(device)
             start = time.perf_counter()
             x, solved[solver] = solve(F, solver, tolerance)
-            _synchronise(device)
+            synchronize(device)
             times[solver] = min(times[solver], time.perf_counter() - start)
             exact = x if solver == sequential else exact
             if times[solver] > FAR_BEHIND * min(times.values()):
@@ -188,8 +188,3 @@ def _race(F: CausalMap, solvers: list[Solver], repeats: int) -> tuple[Measuremen
 def _words(solver: Solver) -> str:
     window = f", window {solver.window}" if solver.window else ""
     return f"{solver.method}{window}{', drafted' if solver.draft else ''}"
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

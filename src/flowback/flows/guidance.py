@@ -36,15 +36,19 @@ class Guidance:
         if self.what not in TARGETS:
             raise InputError(f"guidance cannot act on {self.what!r}; allowed: {', '.join(TARGETS)}")
 
-    def apply(self, mu: Tensor, a: Tensor, first: int, tokens: int) -> tuple[Tensor, Tensor]:
+    def weights(self, like: Tensor) -> Tensor:
+        """The scale w of every token of `like [B, N, D]`, in the block's order: `[N, 1]`."""
+        tokens = like.shape[1]
+        if self.schedule == "annealed":
+            place = torch.arange(tokens, device=like.device, dtype=like.dtype)
+            return (self.scale * place / max(tokens - 1, 1))[:, None]
+        return torch.full((tokens, 1), self.scale, device=like.device, dtype=like.dtype)
+
+    def apply(self, mu: Tensor, a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """Combine the parameters of n tokens, `[2B, n, D]` (conditional, then unconditional half), to `[B, n, D]`.
 
-        `first` is the number of the first of them, from 0 in the block's order, of `tokens` in all.
+        `w [n, 1]` is that of these tokens.
         """
-        w: Tensor | float = self.scale
-        if self.schedule == "annealed":
-            place = torch.arange(first, first + mu.shape[1], device=mu.device, dtype=mu.dtype)
-            w = (self.scale * place / max(tokens - 1, 1))[:, None]
         (mu, mu_uncond), (a, a_uncond) = mu.chunk(2), a.chunk(2)
         if self.what != "a":
             mu = mu + w * (mu - mu_uncond)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from flowback.errors import InputError
@@ -58,7 +59,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(module: nn.Module, file: Path) -> None:
-    """Load a safetensors file into a module, strictly; the module takes the precision of the file.
+    """Load a safetensors file into a module, strictly; the module takes the precision of the file, at least float32.
+
+    Half precision saves room on disk. Exact inverses and likelihoods need more, and `torch.autocast` is there for speed.
 
     Raises:
         InputError: naming the first tensor that is missing, superfluous or of another shape, or an unreadable file.
@@ -80,7 +83,8 @@ def load_tensors(module: nn.Module, file: Path) -> None:
             raise InputError(
                 f"{file} has {name} of shape {list(found[name].shape)}; allowed is {list(expected[name].shape)}"
             )
-    module.to(next(iter(found.values())).dtype).load_state_dict(found)
+    dtype = torch.promote_types(next(iter(found.values())).dtype, torch.float32)
+    module.to(dtype).load_state_dict(found)
 
 
 def pretrained_folder(path_or_hub_id: str, files: Sequence[str] = FILES) -> Path:

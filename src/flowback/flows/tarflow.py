@@ -7,6 +7,7 @@ A flow with an autoencoder models its latents: there `sample` and `classify` sti
 latents, `x [B, *data_shape]`, to which `to_data` leads, and from which `to_images`.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowback.devices import pick_device, put
 from flowback.errors import InputError
 from flowback.flows.block import BlockOutput, FlowBlock
 from flowback.flows.calibration import Calibration, choose
@@ -88,6 +89,7 @@ class TarFlow(nn.Module):
         self.prior_std: Tensor | None
         self.register_buffer("prior_std", torch.ones(self.token_shape) if c.prior == "scaled" else None)
         self.calibration: Calibration | None = None  # which decoder suits which block on this machine
+        self._autoencoder: Any = None  # `flowback.latents.Autoencoder`, from when it is first needed
         self.standards: Any = None  # of classification, `flowback.classify.Standards`
         self.blocks = nn.ModuleList(
             FlowBlock(
@@ -110,26 +112,59 @@ class TarFlow(nn.Module):
         """Numbers in an image, or in its latents, `N D`."""
         return self.token_shape[0] * self.token_shape[1]
 
+    # ---- where it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are. What enters is moved there, and what comes out is there."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def data_dtype(self) -> torch.dtype:
+        """Of images, z and likelihoods: as the parameters, but at least float32, since sums of them need it."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Images or z where the flow is, in the precision it computes them in."""
+        return put(x, self.device).to(self.data_dtype)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "TarFlow":
+        super()._apply(*args, **kwargs)
+        if self._autoencoder is not None:
+            self._autoencoder.model.to(self.device)
+        return self
+
     # ---- images and what the flow sees of them ------------------------------------------------------------------
+
+    @property
+    def autoencoder(self) -> Any:
+        """The autoencoder of a flow in latents, `flowback.latents.Autoencoder`, where the flow is; None in pixels.
+
+        Raises:
+            InputError: if it cannot be had, or its weights are not those that the flow was trained with.
+        """
+        if self._autoencoder is None and self.config.autoencoder is not None:
+            from flowback.latents import load_autoencoder
+
+            self._autoencoder = load_autoencoder(self.config, self.device)
+        return self._autoencoder
 
     def to_data(self, images: Tensor, generator: Generators = None) -> Tensor:
         """Images `[B, C, H, W]` in [-1, 1] as the flow sees them, `[B, *data_shape]`: unchanged, or their latents.
 
         `generator`, one for all images or one for each, is the source of noise where latents are samples.
         """
-        if self.config.autoencoder is None:
-            return images
-        from flowback.latents import load_autoencoder
-
-        return load_autoencoder(self.config).encode(images, generator)
+        images = self.enter(images)
+        return images if self.autoencoder is None else self.autoencoder.encode(images, generator)
 
     def to_images(self, x: Tensor) -> Tensor:
         """What the flow sees, `[B, *data_shape]`, as images `[B, C, H, W]`, nearly in [-1, 1]; in chunks."""
-        if self.config.autoencoder is None:
-            return x
-        from flowback.latents import load_autoencoder
-
-        return load_autoencoder(self.config).decode(x)
+        return x if self.autoencoder is None else self.autoencoder.decode(self.enter(x))
 
     def to_prior(self, noise: Tensor) -> Tensor:
         """Standard normal numbers `[..., N, D]` as z of the prior: unchanged, or scaled."""
@@ -147,10 +182,13 @@ class TarFlow(nn.Module):
             what = "images" if self.config.autoencoder is None else "latents"
             allowed = ", ".join(map(str, self.data_shape))
             raise InputError(f"{what} of shape {list(x.shape)} do not fit; allowed is [B, {allowed}]")
-        return patchify(x, self.config.patch_size)
+        return patchify(self.enter(x), self.config.patch_size)
 
     def class_weights(self, y: Tensor | Sequence[int] | None, batch: int) -> Tensor | None:
         """Labels as weights of the class embeddings, `[B, K]`: one-hot, or the mean where there is no label.
+
+        Labels on an accelerator are not checked, because the host would wait for them: one that is out of range gives
+        weights, and so results, that are not numbers.
 
         Args:
             y: labels `[B]` with -1 for none; or weights `[B, K]`, which pass unchanged; or None, no label at all.
@@ -160,23 +198,31 @@ class TarFlow(nn.Module):
             InputError: if a label is out of range, or `y` has another length than the batch.
         """
         K = self.num_classes
-        like = next(self.parameters())
-        y = torch.as_tensor(-1 if y is None else y, device=like.device)
+        if y is None:
+            return torch.full((batch, K), 1 / K, dtype=self.data_dtype, device=self.device) if K else None
+        y = torch.as_tensor(y)
         if y.is_floating_point():
             if y.shape != (batch, K):
                 raise InputError(f"class weights of shape {list(y.shape)} do not fit; allowed is [{batch}, {K}]")
-            return y
+            return self.enter(y)
         y = y.expand(batch) if y.dim() == 0 else y
         if y.shape != (batch,):
             raise InputError(f"labels of shape {list(y.shape)} do not fit {batch} images; allowed is [{batch}]")
-        if batch and not (int(y.min()) >= -1 and int(y.max()) < max(K, 0)):
-            bad = int(y.min()) if int(y.min()) < -1 else int(y.max())
-            allowed = f"0 to {K - 1}, or -1 for no label" if K else "only -1 or None, since the flow is unconditional"
-            raise InputError(f"label {bad} is out of range; allowed: {allowed}")
+        if y.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_labels(y)
         if not K:
             return None
-        one_hot = F.one_hot(y.clamp(min=0), K).to(like.dtype)
-        return torch.where((y < 0)[:, None], 1 / K, one_hot)
+        y = put(y, self.device)[:, None]
+        one_hot = (y == torch.arange(K, device=self.device)).to(self.data_dtype)
+        weights = torch.where(y == -1, 1 / K, one_hot)
+        return weights if y.device.type == "cpu" else torch.where((y < -1) | (y >= K), math.nan, weights)
+
+    def _check_labels(self, y: Tensor) -> None:
+        bad = y[(y < -1) | (y >= self.num_classes)].tolist()
+        if bad:
+            allowed = f"0 to {self.num_classes - 1}, or -1 for no label"
+            allowed = allowed if self.num_classes else "only -1 or None, since the flow is unconditional"
+            raise InputError(f"label {bad[0]} is out of range; allowed: {allowed}")
 
     def check_pairs(self, pairs: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
         """(block, layer) pairs, both counted from 1, as a sorted list without repeats.
@@ -242,12 +288,13 @@ class TarFlow(nn.Module):
         Raises:
             InputError: if shapes, labels, blocks or layers do not fit the flow.
         """
-        record = Trace()
-        z, log_det = x, torch.zeros((), dtype=x.dtype, device=x.device)
+        record, log_dets, z = Trace(), [], x
         for t, tokens, out in self.run_blocks(x, y, self.check_pairs(trace or ())):
             record.inputs[t] = tokens
             record.hidden.update({(t, layer): h for layer, h in out.hidden.items()})
-            log_det, z = log_det + out.log_det, out.z
+            log_dets.append(out.log_det)
+            z = out.z
+        log_det = torch.stack(log_dets).sum(0)
         return (z, log_det) if trace is None else (z, log_det, record)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -268,6 +315,7 @@ class TarFlow(nn.Module):
         """Add the noise of training to clean images or latents: Gaussian of `noise_std`, or uniform over a pixel's bin."""
         if self.config.noise == "uniform":
             return self.dequantise(x, generator)
+        x = self.enter(x)
         return x + self.config.noise_std * draw(torch.randn, x, generator)
 
     def dequantise(self, x: Tensor, generator: Generators = None) -> Tensor:
@@ -278,6 +326,7 @@ class TarFlow(nn.Module):
         """
         if self.config.autoencoder is not None:
             raise InputError("latents have no bins to be spread over; allowed is a flow of pixels")
+        x = self.enter(x)
         return x + bin_width(self.levels) * (draw(torch.rand, x, generator) - 0.5)
 
     # ---- generation ---------------------------------------------------------------------------------------------
@@ -290,6 +339,7 @@ class TarFlow(nn.Module):
         method: str | Sequence[str] = "auto",
         tolerance: float | None = None,
         known: tuple[Tensor, Tensor] | None = None,
+        compile: bool = False,
     ) -> Tensor:
         """Map noise to images; without guidance the inverse of `encode`.
 
@@ -302,6 +352,8 @@ class TarFlow(nn.Module):
             tolerance: update at which the parallel methods stop; None for 1e-5 in float32, 1e-10 in float64.
             known: images `[B, C, H, W]` and, as booleans, which of their pixels block 1 is given instead of decoding
                 them: every other pixel then follows from them as the model has it (`flowback.editing.inpaint`).
+            compile: compile the passes with torch.compile, on CUDA as graphs: pays from the second batch of a shape on.
+                Needs a C++ compiler on CPUs.
 
         Returns:
             Images `[B, C, H, W]`.
@@ -309,7 +361,7 @@ class TarFlow(nn.Module):
         Raises:
             InputError: if shapes or labels do not fit, the method does not exist, or an unconditional flow is guided.
         """
-        return self.decode_with_report(z, y, guidance, method, tolerance, known)[0]
+        return self.decode_with_report(z, y, guidance, method, tolerance, known, compile)[0]
 
     def decode_with_report(
         self,
@@ -319,16 +371,19 @@ class TarFlow(nn.Module):
         method: str | Sequence[str] = "auto",
         tolerance: float | None = None,
         known: tuple[Tensor, Tensor] | None = None,
+        compile: bool = False,
     ) -> tuple[Tensor, list[Solved]]:
         """`decode`, and how each block was decoded, block 1 first, with its residual."""
         if z.dim() != 3 or z.shape[1:] != self.token_shape:
             N, D = self.token_shape
             raise InputError(f"z of shape {list(z.shape)} does not fit; allowed is [B, {N}, {D}]")
+        z = self.enter(z)
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         if guidance.scale and not self.num_classes:
             raise InputError(f"guidance {guidance.scale} needs a class-conditional flow; allowed here: 0")
         if tolerance is not None and not 0 < tolerance < float("inf"):
             raise InputError(f"tolerance {tolerance} is not usable; allowed is a number above 0")
+        tolerance = tolerance or default_tolerance(self.dtype, self.device)
         classes = self.class_weights(y, len(z))
         if guidance.scale and classes is not None:
             classes = torch.cat([classes, torch.full_like(classes, 1 / self.num_classes)])
@@ -337,8 +392,8 @@ class TarFlow(nn.Module):
         tokens, report = z, []
         for t in range(self.config.blocks, 0, -1):
             block: Any = self.blocks[t - 1]
-            F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None)
-            tokens, solved = solve(F, solvers[t - 1], tolerance or default_tolerance(z))
+            F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None, compile)
+            tokens, solved = solve(F, solvers[t - 1], tolerance)
             report.insert(0, solved)
         return unpatchify(tokens, self.config.patch_size, self.data_shape[-1]), report
 
@@ -346,7 +401,7 @@ class TarFlow(nn.Module):
         tokens = self.tokenize(x)
         if len(x) != batch or where.dtype != torch.bool:
             raise InputError(f"{len(x)} known images, their places as {where.dtype}; allowed: {batch}, and booleans")
-        return tokens, self.tokenize(where.expand_as(x))
+        return tokens, patchify(put(where, self.device).expand_as(x), self.config.patch_size)
 
     def solvers(self, method: str | Sequence[str], rows: int) -> list[Solver]:
         """The solver of each block, block 1 first, for `method` as in `decode`; `rows` are images, twice if guided.
@@ -376,8 +431,8 @@ class TarFlow(nn.Module):
             batch_size: images that one backward pass takes; bounds the memory.
         """
         if self.config.noise != "gaussian" or not self.config.noise_std:
-            return x.detach().clone()
-        classes = self.class_weights(y, len(x))
+            return self.enter(x).detach().clone()
+        x, classes = self.enter(x), self.class_weights(y, len(x))
         parts = []
         for start in range(0, len(x), batch_size):
             with torch.inference_mode(False), torch.enable_grad():
@@ -399,6 +454,7 @@ class TarFlow(nn.Module):
         method: str | Sequence[str] = "auto",
         batch_size: int = 64,
         return_log_prob: bool = False,
+        compile: bool = False,
     ) -> Any:
         """Draw images.
 
@@ -411,6 +467,7 @@ class TarFlow(nn.Module):
             method: as in `decode`.
             batch_size: images decoded at once; bounds the memory.
             return_log_prob: also return `log p(x | y) [B]`, nats, of the images before the score step.
+            compile: as in `decode`.
 
         Returns:
             Images `[B, C, H, W]`, nearly in [-1, 1], whatever the flow sees; with `return_log_prob` a pair.
@@ -422,22 +479,22 @@ class TarFlow(nn.Module):
             raise InputError(f"temperature {temperature} is not usable; allowed is a number above 0")
         if batch_size < 1:
             raise InputError(f"batch_size {batch_size} is not usable; allowed is a whole number of at least 1")
-        like = next(self.parameters())
         if isinstance(y, Tensor) and y.dim() == 0:
             y = int(y)
         if isinstance(y, Integral):
             y = int(y)
             if y < 1:
                 raise InputError(f"{y} samples cannot be drawn; allowed is a whole number of at least 1")
-            source = generator.device if generator is not None else like.device
+            source = generator.device if generator is not None else self.device
             y = torch.randint(self.num_classes, (y,), generator=generator, device=source) if self.num_classes else [-1] * y
-        labels = torch.as_tensor(y, device=like.device)
+        labels = torch.as_tensor(y)
         if not len(labels):
             raise InputError("no labels were given; allowed is at least one, or a count")
-        z = temperature * self.to_prior(draw(torch.randn, like.new_empty(len(labels), *self.token_shape), generator))
+        empty = torch.empty(len(labels), *self.token_shape, dtype=self.data_dtype, device=self.device)
+        z = temperature * self.to_prior(draw(torch.randn, empty, generator))
         images, log_probs = [], []
         for z_part, y_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
-            x = self.decode(z_part, y_part, guidance, method)
+            x = self.decode(z_part, y_part, guidance, method, compile=compile)
             if return_log_prob:
                 log_probs.append(self.log_prob(x, y_part))
             images.append(self.to_images(self.denoise(x, y_part, batch_size) if denoise else x))
@@ -482,12 +539,20 @@ class TarFlow(nn.Module):
         return push_to_hub(self, repo_id, private, token)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path) -> "TarFlow":
+    def from_pretrained(cls, path_or_hub_id: str | Path, device: torch.device | str = "cpu") -> "TarFlow":
         """Load a flow from a folder written by `save_pretrained`, or from the Hugging Face hub by `owner/name`.
 
+        Args:
+            path_or_hub_id: the folder, or the name.
+            device: where to put it; "auto" for the accelerator that is there, or else the CPU.
+
+        Returns:
+            The flow in eval mode, in the precision that it was saved in, but at least float32.
+
         Raises:
-            InputError: if there is no such folder or hub entry, or what is there is not a whole flow.
+            InputError: if there is no such folder, hub entry or device, or what is there is not a whole flow.
         """
+        where = pick_device(device)
         folder = pretrained_folder(str(path_or_hub_id))
         config = read_config(folder)
         if (folder / "autoencoder").is_dir():  # that travels with the flow
@@ -496,4 +561,4 @@ class TarFlow(nn.Module):
         load_tensors(flow, folder / "model.safetensors")
         flow.calibration = Calibration.load(folder)
         flow.standards = load_standards(folder, flow.num_classes)
-        return flow.eval()
+        return flow.eval().to(where)

@@ -10,8 +10,8 @@ distances "so many tokens ago", the same in every block, and a cache that is app
 order of the channels of q and k.
 """
 
-from collections.abc import Callable, Collection
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,30 +65,47 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-class Cache(Protocol):
-    """What attention needs of a cache: how many tokens it holds, and a place for those of the next ones."""
-
-    filled: int
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k, v [B, heads, n, head_dim]` of the next n tokens; return those of all tokens so far."""
-        ...
+Places = slice | Tensor  # of consecutive tokens, in the order of reading: from start to stop, or their numbers [n]
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once for `length` tokens and filled from the front.
+class Cache(ABC):
+    """What attention needs of a cache: where the next tokens stand, what they may see, and room for their keys and values.
 
-    `length` tokens of a batch are decoded with one cache; it belongs to that call and to no module. Whoever lowers
-    `filled` takes tokens back: the next ones are written over them.
+    A cache belongs to one call and to no module. `filled` tokens are in it. Whoever lowers that number takes tokens back:
+    the next ones are written over them.
     """
 
-    def __init__(
-        self, layers: int, batch: int, heads: int, length: int, head_dim: int, like: Tensor, dtype: torch.dtype
-    ) -> None:
-        shape = (layers, batch, heads, length, head_dim)
-        self.keys = torch.empty(shape, device=like.device, dtype=dtype)
-        self.values = torch.empty(shape, device=like.device, dtype=dtype)
-        self.filled = 0
+    filled: int = 0
+
+    def places(self, count: int) -> Places:
+        """Of the next `count` tokens."""
+        return slice(self.filled, self.filled + count)
+
+    def mask(self, count: int, device: torch.device) -> Tensor | None:
+        """Which of the tokens that `append` returns the next `count` may see, `[count, all]`; None for those before."""
+        if not self.filled or count == 1:
+            return None
+        return torch.ones(count, self.filled + count, dtype=torch.bool, device=device).tril(self.filled)
+
+    @abstractmethod
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `k, v [B, heads, n, head_dim]` of the next n tokens; return those of all tokens so far."""
+
+    def advance(self, count: int) -> None:
+        """Note that all layers have stored the next `count` tokens."""
+        self.filled += count
+
+
+class KVCache(Cache):
+    """Keys and values of every layer, allocated once for all tokens, of which attention sees a slice that grows.
+
+    Args:
+        shape: layers, batch, heads, tokens, head_dim.
+        device, dtype: of the keys.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+        self.keys, self.values = (torch.empty(*shape, device=device, dtype=dtype) for _ in range(2))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store `k, v [B, heads, n, head_dim]` of the next n tokens; return those of all tokens so far."""
@@ -96,6 +113,39 @@ class KVCache:
         self.keys[layer, :, :, self.filled : end] = k
         self.values[layer, :, :, self.filled : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class StaticCache(Cache):
+    """The same with shapes that never change, so that a compiler sees one program for every token.
+
+    The places of the next tokens are a tensor on the device, and attention sees all keys under a mask.
+
+    Args:
+        shape: layers, batch, heads, tokens, head_dim.
+        device, dtype: of the keys.
+        count: how many tokens are appended at once, always.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, count: int = 1) -> None:
+        # zeros: what no token has written yet is multiplied by a weight of zero, and must be a number
+        self.keys, self.values = (list(torch.zeros(*shape, device=device, dtype=dtype)) for _ in range(2))
+        self.all = torch.arange(shape[3], device=device)
+        self.at = self.all[:count].clone()
+
+    def places(self, count: int) -> Places:
+        """Of the next tokens."""
+        return self.at
+
+    def mask(self, count: int, device: torch.device) -> Tensor:
+        """Every token and those before it."""
+        return self.all <= self.at[:, None]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `k, v [B, heads, n, head_dim]` of the next n tokens; return those of all tokens, seen or not."""
+        return self.keys[layer].index_copy_(2, self.at, k), self.values[layer].index_copy_(2, self.at, v)
+
+    def advance(self, count: int) -> None:
+        """Do nothing: whoever appends moves `at`."""
 
 
 def slow_attention_gradient(q: Tensor) -> bool:
@@ -208,25 +258,29 @@ class CausalTransformer(nn.Module):
         Returns:
             The output `[B, n, C]`, and the states `[B, n, C]` after each layer named in `hidden`.
         """
-        states = {}
-        mask = None
-        start = 0 if cache is None else cache.filled
-        end = start + x.shape[1]
-        turn = (self.cos[start:end], self.sin[start:end]) if self.rotary else None
-        if cache is not None and cache.filled and x.shape[1] > 1:  # several tokens after a prefix
-            n, before = x.shape[1], cache.filled
-            mask = torch.ones(n, before + n, dtype=torch.bool, device=x.device).tril(before)
+        states, count = {}, x.shape[1]
+        places = slice(0, count) if cache is None else cache.places(count)
+        mask = None if cache is None else cache.mask(count, x.device)
+        turn = (self.cos[places], self.sin[places]) if self.rotary else None
         for i, layer in enumerate(self.layers):
             x = layer(x, i, cache, mask, turn)
             if i + 1 in hidden:
                 states[i + 1] = x
         if cache is not None:
-            cache.filled += x.shape[1]
+            cache.advance(count)
         return x, states
 
     def new_cache(self, like: Tensor, length: int) -> KVCache:
         """An empty cache for `length` tokens of the batch and device of `like [B, ...]`, in the dtype of the keys."""
+        return KVCache(*self._room(like, length))
+
+    def new_static_cache(self, like: Tensor, length: int, count: int = 1) -> StaticCache:
+        """The same with shapes that never change, to which `count` tokens are appended at once."""
+        return StaticCache(*self._room(like, length), count)
+
+    def _room(self, like: Tensor, length: int) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
         device = like.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
-        return KVCache(len(self.layers), like.shape[0], self.heads, length, self.head_dim, like, dtype)
+        dtype = next(self.parameters()).dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return (len(self.layers), like.shape[0], self.heads, length, self.head_dim), like.device, dtype

@@ -17,7 +17,6 @@ from flowback.devices import autocast, pick_device
 from flowback.errors import InputError
 from flowback.files import file_hash
 from flowback.flows import TarFlow
-from flowback.latents import load_autoencoder
 from flowback.training.build import build_flow, make_alignment
 from flowback.training.config import AlignmentConfig, RunConfig
 from flowback.training.log import Bar, console
@@ -70,7 +69,7 @@ def cache_plans(
     if "latents" in shapes:
         facts = {"kind": "latents", **images, "autoencoder": flow.config.latent_weights}
         facts["moments"] = 2 if flow.config.latent_posterior == "sample" else 1
-        plans.append(CachePlan(facts, shapes["latents"], lambda x: load_autoencoder(flow.config).moments(x.to(device))))
+        plans.append(CachePlan(facts, shapes["latents"], lambda x: flow.autoencoder.moments(x)))
     if alignment is not None and "features" in shapes:
         a = config.alignment
         facts = {
@@ -84,7 +83,7 @@ def cache_plans(
 
         def targets(x: Tensor) -> Tensor:
             with autocast(device, a.encoder_precision):
-                return alignment.targets(x.to(device))
+                return alignment.targets(x)
 
         plans.append(CachePlan(facts, shapes["features"], targets))
     return plans
@@ -135,7 +134,7 @@ def make_caches(
     """
     data = load_data(config.data)
     device = pick_device(config.train.accelerator)
-    flow = build_flow(config.flow, data)
+    flow = build_flow(config.flow, data).to(device)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow).to(device)
     plans = cache_plans(config, data, flow, alignment, device)
     if not plans:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.files import file_hash
 from flowback.flows import TarFlow
@@ -206,24 +207,26 @@ def load(checkpoint: Path, average: TarFlow, trained: dict[str, nn.Module], opti
     return state
 
 
-def load_flow(run: str | Path, weights: str = "ema") -> tuple[TarFlow, str]:
+def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> tuple[TarFlow, str]:
     """The flow of a run (its newest checkpoint), of a checkpoint, or of any folder or hub id of a flow.
 
     Args:
         run: folder or hub id.
         weights: "ema" for the averaged weights, "raw" for those of the last step.
+        device: where to put the flow; "auto" for the accelerator that is there, or else the CPU.
 
     Returns:
         The flow, and which weights of which checkpoint it has, to be stamped into what is measured with it.
 
     Raises:
-        InputError: if there is no flow, or `weights` is something else.
+        InputError: if there is no flow or no such device, or `weights` is something else.
     """
     if weights not in ("ema", "raw"):
         raise InputError(f"weights {weights!r} do not exist; allowed: ema, raw")
     source = newest(Path(run)) or run
     if Path(run).is_dir() and source == run and not (Path(run) / "config.json").exists():
         raise InputError(f"{run} holds no checkpoint and no flow; allowed is a run's folder, a checkpoint or a flow")
+    where = pick_device(device)
     flow = TarFlow.from_pretrained(source)
     if weights == "raw":
         try:
@@ -238,7 +241,7 @@ def load_flow(run: str | Path, weights: str = "ema") -> tuple[TarFlow, str]:
         except (KeyError, ValueError) as error:
             raise InputError(f"{source} has raw weights of another flow ({error}); allowed here: ema") from None
     name = source.name if isinstance(source, Path) else str(source)
-    return flow, f"{weights} weights of {name}"
+    return flow.to(where), f"{weights} weights of {name}"
 
 
 def flow_folder(run: str | Path) -> Path:

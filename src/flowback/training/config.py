@@ -93,7 +93,8 @@ class TrainConfig:
         seed: of weights, order, noise, flips and dropped labels.
         precision: 32-true, or bf16-mixed (autocast; about twice as fast on CPUs with bfloat16 units, slower on others).
         compile: compile the blocks with torch.compile; needs a C++ compiler on CPUs.
-        accelerator: where to run, as in Lightning Fabric; auto takes what is there.
+        accelerator: where to run: auto (an accelerator, if there is one), cpu, or another device by PyTorch's name, like
+            cuda; `--device` on the command line comes before it.
         devices: processes on each node, one a device, that share every batch; torchrun's number where it starts them.
         nodes: machines, each of which runs this command with its NODE_RANK, MASTER_ADDR and MASTER_PORT, or torchrun.
         strategy: of several processes: ddp has the whole flow in each; fsdp shares weights, gradients and the optimiser's

@@ -15,9 +15,9 @@ from torch import Tensor
 from flowback.alignment import Alignment
 from flowback.data import ImageSet, batches, step_generator
 from flowback.data.batches import Raw, Tolerance, sample_generators
-from flowback.devices import autocast
+from flowback.devices import autocast, put
 from flowback.flows import TarFlow
-from flowback.latents import Autoencoder, load_autoencoder
+from flowback.latents import Autoencoder
 from flowback.training.caches import cache_plans, open_cache
 from flowback.training.config import RunConfig
 from flowback.training.log import console
@@ -66,8 +66,7 @@ class Inputs:
         self.config, self.data, self.flow, self.alignment, self.device = config, data, flow, alignment, device
         self.share = share
         self.tolerance = Tolerance(config.data.unreadable, len(data.train))
-        if alignment is not None:
-            alignment.to(device)
+        (alignment or flow).to(device)
         plans = cache_plans(config, data, flow, alignment, device)
         caches = {plan.kind: open_cache(plan, config, data) for plan in plans}
         self.latents, self.features = caches.get("latents"), caches.get("features")
@@ -77,7 +76,7 @@ class Inputs:
             self.others = torch.randperm(len(data.train), generator=generator)
         self.autoencoder: Autoencoder | None = None
         if flow.config.autoencoder is not None:
-            self.autoencoder = load_autoencoder(flow.config)
+            self.autoencoder = flow.autoencoder
 
     def stream(self, start: int, stop: int) -> Iterator[Raw]:
         """What the steps `start` … `stop - 1` read; `prepare` makes batches of it."""
@@ -98,15 +97,15 @@ class Inputs:
         generators = sample_generators(c.seed, step, first, count)
         x_clean = None
         if images is not None:
-            x_clean = from_levels(images.to(self.device), self.data.levels)
-            x_clean = torch.where(flipped.to(self.device)[:, None, None, None], x_clean.flip(-1), x_clean)
+            x_clean = from_levels(put(images, self.device), self.data.levels)
+            x_clean = torch.where(put(flipped, self.device)[:, None, None, None], x_clean.flip(-1), x_clean)
         if self.autoencoder is not None and self.latents is not None:
-            moments = self.latents(indices, flipped).to(self.device, torch.get_default_dtype())
+            moments = put(self.latents(indices, flipped), self.device).to(torch.get_default_dtype())
             x = self.autoencoder.from_moments(moments, generators)
         else:
             assert x_clean is not None
             x = self.flow.to_data(x_clean, generators)
-        y = torch.where(dropped, -1, labels).to(self.device) if self.flow.num_classes else None
+        y = put(torch.where(dropped, -1, labels), self.device) if self.flow.num_classes else None
         return Batch(self.flow.perturb(x, generators), y, self._targets(indices, flipped, x_clean))
 
     def _targets(self, indices: Tensor, flipped: Tensor, x_clean: Tensor | None) -> Tensor | None:
@@ -114,7 +113,7 @@ class Inputs:
             return None
         if self.features is not None:
             indices = indices if self.others is None else self.others[indices]
-            return self.features(indices, flipped).to(self.device)
+            return put(self.features(indices, flipped), self.device)
         assert x_clean is not None
         with autocast(self.device, self.config.alignment.encoder_precision):
             return self.alignment.targets(x_clean)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowback.data import ImageSet, load_data
-from flowback.devices import autocast, deterministic, keep_freed_memory
+from flowback.devices import autocast, deterministic, keep_freed_memory, pick_device
 from flowback.errors import InputError
 from flowback.evaluation.metrics import accuracies, density, seen
 from flowback.evaluation.pictures import class_grid, save_grid
@@ -25,7 +25,7 @@ from flowback.training.checkpoint import State
 from flowback.training.config import RunConfig
 from flowback.training.inputs import Inputs
 from flowback.training.log import Bar, MetricsLog, console
-from flowback.training.optim import learning_rate, update_ema
+from flowback.training.optim import GuardedStep, learning_rate, update_ema
 from flowback.training.parallel import (
     any_says,
     check_batch,
@@ -35,7 +35,6 @@ from flowback.training.parallel import (
     shard_like,
     unshard,
     unsharded,
-    whole,
 )
 from flowback.training.run import open_run
 from flowback.units import LOG_2PI, nll_per_dim
@@ -52,6 +51,39 @@ class RunResult:
     data: ImageSet
     state: State
     interrupted: bool
+
+
+class Tally:
+    """What the steps since the last row of the log add up to, kept on the device until it is asked for.
+
+    Args:
+        state: with the steps skipped so far.
+        device: where the training runs.
+    """
+
+    def __init__(self, state: State, device: torch.device) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.skipped = torch.full((), state.skipped, dtype=torch.float32, device=device)
+        self.in_a_row = torch.full((), state.skipped_in_a_row, dtype=torch.float32, device=device)
+
+    def add(self, values: dict[str, Tensor], skipped: Tensor) -> None:
+        """Add a step's values, or, where `skipped` is 1 and not 0, count it as skipped."""
+        values = values | {"count": torch.ones_like(skipped)}
+        kept = {name: torch.where(skipped > 0, 0, value) for name, value in values.items()}
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in kept.items()}
+        self.skipped, self.in_a_row = self.skipped + skipped, (self.in_a_row + 1) * skipped
+
+    def read(self, state: State) -> None:
+        """Write into the state how many steps were skipped."""
+        state.skipped, state.skipped_in_a_row = (int(n) for n in torch.stack([self.skipped, self.in_a_row]).tolist())
+
+    def means(self, fabric: Any) -> dict[str, float]:
+        """The means over the steps added since the last call, and over all processes; empty if all were skipped."""
+        sums, self.sums = self.sums, {}
+        means = fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="mean")
+        found = dict(zip(sums, means.tolist(), strict=True))
+        count = found.pop("count")
+        return {name: value / count for name, value in found.items()} if count else {}
 
 
 class Likelihood(nn.Module):
@@ -78,6 +110,7 @@ def train(config: RunConfig) -> RunResult:
     """
     c, run = config.train, config.folder
     check_batch(c)
+    pick_device(c.accelerator)
     data = load_data(config.data)
     torch.manual_seed(c.seed)
     flow = build_flow(config.flow, data)
@@ -125,11 +158,11 @@ def _take_steps(
     state, writes = State(), fabric.is_global_zero
     if resume_from is not None:
         state = checkpoint.load(resume_from, average, trained, optimizer.optimizer)
+    step, tally = GuardedStep(optimizer.optimizer, c.clip), Tally(state, fabric.device)
     if resume_from is not None and writes:
         console.print(f"resumed from step {state.step}", highlight=False)
     log = MetricsLog(run, state.step) if writes else None
     stop = min(c.steps, c.until or c.steps)
-    sums: dict[str, Tensor] = {}
     last_log, last_seconds, waited = state.step, state.seconds, 0.0
 
     with _interruptible() as interrupted, Bar(str(run), c.steps, state.step, shown=writes) as bar:
@@ -151,17 +184,16 @@ def _take_steps(
                     fabric.backward(loss / c.accumulate)
                 found = {"loss": loss.detach(), **parts}
                 values = {name: value + found[name] / c.accumulate for name, value in values.items()}
-            norm = whole(nn.utils.clip_grad_norm_(parameters, c.clip or float("inf")))  # the same in all processes
+            norm, skipped = step()
             state.step += 1
-            if torch.isfinite(norm):
-                optimizer.step()
-                update_ema(average.parameters(), flow.parameters(), c.ema, state.step)
-                state.skipped_in_a_row = 0
-                values |= {"grad_norm": norm, "count": torch.ones_like(norm)}
-                sums = {name: sums.get(name, 0) + value for name, value in values.items()}
-            else:
-                state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+            update_ema(average.parameters(), flow.parameters(), c.ema, state.step)
             optimizer.zero_grad(set_to_none=True)
+            tally.add(values | {"grad_norm": norm}, skipped)
+            ending = any_says(fabric, interrupted()) or state.step == stop
+            evaluates, samples = (state.step % n == 0 or state.step == c.steps for n in (c.eval_every, c.sample_every))
+            logs, saves = state.step % c.log_every == 0, state.step % c.checkpoint_every == 0 or ending
+            if logs or evaluates or samples or saves:
+                tally.read(state)  # the host waits for the device here, and between two of these not at all
             state.seconds += time.perf_counter() - ready
 
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -170,9 +202,7 @@ def _take_steps(
                     "the last checkpoint is untouched; a smaller train.lr, a longer train.warmup or a "
                     "flow.log_scale_bound may help"
                 )
-            if state.step % c.log_every == 0 and sums:
-                means = fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="mean")
-                row = {name: float(mean / sums["count"]) for name, mean in zip(sums, means, strict=True) if name != "count"}
+            if logs and (row := tally.means(fabric)):
                 row |= {"nats_per_dim": row["nll"] + LOG_2PI / 2, "lr": optimizer.param_groups[0]["lr"]}
                 seconds = max(state.seconds - last_seconds, 1e-9)
                 row["images_per_second"] = (state.step - last_log) * c.batch_size / seconds
@@ -180,20 +210,19 @@ def _take_steps(
                 if log is not None:
                     log.write(state.step, seconds=state.seconds, skipped=state.skipped, **row)
                 bar.update(state.step, _status(row))
-                sums, last_log, last_seconds, waited = {}, state.step, state.seconds, 0.0
-            if state.step % c.eval_every == 0 or state.step == c.steps:
-                with unsharded(average):
+                last_log, last_seconds, waited = state.step, state.seconds, 0.0
+            if evaluates:
+                with unsharded(average), autocast(fabric.device, c.precision):
                     measured = _evaluate(average, data, c.eval_images) if writes else {}
                 if log is not None:
                     state.held_out_nats_per_dim, state.measured_at = measured["held_out_nats_per_dim"], state.step
                     log.write(state.step, seconds=state.seconds, **measured)
-            if state.step % c.sample_every == 0 or state.step == c.steps:
-                with unsharded(average):
+            if samples:
+                with unsharded(average), autocast(fabric.device, c.precision):
                     grid = class_grid(average, per_class=8, seed=c.seed) if writes else None
                 if grid is not None:
                     save_grid(grid, run / "samples" / f"step_{state.step:08d}.png", columns=8)
-            ending = any_says(fabric, interrupted()) or state.step == stop
-            if state.step % c.checkpoint_every == 0 or ending:
+            if saves:
                 checkpoint.save(run, state, average, trained, optimizer.optimizer, c.keep, fabric)
             if ending:
                 break

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flowback.devices import pick_device
 from flowback.errors import InputError
 from flowback.training.config import TrainConfig
 
@@ -68,13 +69,19 @@ def launch(config: TrainConfig) -> Any:
         InputError: if the accelerator or so many devices are not there.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 
     devices, nodes = world(config)
+    device = pick_device(config.accelerator)
     if "LOCAL_RANK" in os.environ:  # another process started this one
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
-        strategy = _strategy(config.strategy, devices * nodes) if devices * nodes > 1 else "auto"
-        fabric = Fabric(accelerator=config.accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
+        if devices * nodes == 1:
+            strategy = SingleDeviceStrategy(device, accelerator=_accelerator(device))
+            fabric = Fabric(strategy=strategy)
+        else:
+            strategy = _strategy(config.strategy, devices * nodes, device)
+            fabric = Fabric(accelerator=_accelerator(device), devices=devices, num_nodes=nodes, strategy=strategy)
     except Exception as error:  # Fabric raises many kinds for what is not there
         reason = " ".join(str(error).split()) or type(error).__name__
         wanted = f"train.accelerator {config.accelerator} with train.devices {devices}"
@@ -83,11 +90,55 @@ def launch(config: TrainConfig) -> Any:
     return fabric
 
 
-def _strategy(name: str, processes: int) -> Any:
+def _accelerator(device: torch.device) -> Any:
+    """Fabric's accelerator of a device. Fabric knows few by name, and would take the CPU for any other."""
+    from lightning_fabric.accelerators.accelerator import Accelerator
+    from lightning_fabric.accelerators.cpu import CPUAccelerator
+    from lightning_fabric.accelerators.cuda import CUDAAccelerator
+    from lightning_fabric.accelerators.mps import MPSAccelerator
+
+    known = {"cpu": CPUAccelerator, "cuda": CUDAAccelerator, "mps": MPSAccelerator}
+    if device.type in known:
+        return known[device.type]()
+
+    class Other(Accelerator):
+        """An accelerator that PyTorch knows, by what PyTorch says of it."""
+
+        def setup_device(self, device: torch.device) -> None:
+            torch.accelerator.set_device_index(device.index or 0)
+
+        def teardown(self) -> None:
+            pass
+
+        @staticmethod
+        def parse_devices(devices: Any) -> list[int]:
+            return list(range(int(devices)))
+
+        @staticmethod
+        def get_parallel_devices(devices: list[int]) -> list[torch.device]:
+            return [torch.device(device.type, index) for index in devices]
+
+        @staticmethod
+        def auto_device_count() -> int:
+            return torch.accelerator.device_count()
+
+        @staticmethod
+        def is_available() -> bool:
+            return torch.accelerator.is_available()
+
+        @staticmethod
+        def name() -> str:
+            return device.type
+
+    return Other()
+
+
+def _strategy(name: str, processes: int, device: torch.device) -> Any:
+    backend = torch.distributed.get_default_backend_for_device(device)
     if name == "ddp":
         from lightning_fabric.strategies.ddp import DDPStrategy
 
-        return DDPStrategy(timeout=TIMEOUT)
+        return DDPStrategy(timeout=TIMEOUT, process_group_backend=backend)
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
@@ -107,7 +158,8 @@ def _strategy(name: str, processes: int) -> Any:
         objective.register_forward_hook(lambda *_: backward_is_last(True))
         return objective
 
-    return ModelParallelStrategy(shard, data_parallel_size=processes, tensor_parallel_size=1, timeout=TIMEOUT)
+    sizes: dict[str, Any] = {"data_parallel_size": processes, "tensor_parallel_size": 1}
+    return ModelParallelStrategy(shard, **sizes, timeout=TIMEOUT, process_group_backend=backend)
 
 
 def _end_with(parent: int) -> None:
