@@ -1,6 +1,7 @@
 """One thread, fixed seeds, one profile for the property tests, and the real data that ships with scikit-learn."""
 
 import pytest
+import second_device
 import torch
 from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_digits
@@ -18,6 +19,15 @@ settings.load_profile("flowback")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def second():
+    """The second device, plugged in for one test, which is skipped where the device cannot be compiled."""
+    if reason := second_device.missing():
+        pytest.skip(reason)
+    with second_device.plugged() as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

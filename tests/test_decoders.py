@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -244,8 +245,9 @@ def test_no_noise_gives_no_images(method):
 def test_guidance_of_many_tokens_is_that_of_each(schedule, what):
     mu, a = torch.randn(2, 6, 5, 4, dtype=torch.float64)
     guidance, first = Guidance(1.7, schedule, what), 3
-    together = guidance.apply(mu, a, first, N)
-    alone = [guidance.apply(mu[:, i : i + 1], a[:, i : i + 1], first + i, N) for i in range(5)]
+    w = guidance.weights(torch.zeros(1, N, 4, dtype=torch.float64))[first : first + 5]
+    together = guidance.apply(mu, a, w)
+    alone = [guidance.apply(mu[:, i : i + 1], a[:, i : i + 1], w[i : i + 1]) for i in range(5)]
     for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
         assert whole.shape == (3, 5, 4)
         assert torch.allclose(whole, torch.cat(parts, dim=1), atol=1e-14)
@@ -302,11 +304,11 @@ def test_only_the_draft_runs_in_bfloat16(method, monkeypatch):
 @torch.no_grad()
 def test_report_counts_what_ran_block_one_first(method, image_size, monkeypatch):
     flow = random_flow(std=0.06, image_size=image_size)
-    seen: dict[FlowBlock, list[int]] = {block: [] for block in flow.blocks}
+    seen: dict[nn.Parameter, list[int]] = {block.class_embed: [] for block in flow.blocks}  # which copies of a block share
     original = FlowBlock.predict_next
 
     def spy(block, x, *args, **kwargs):
-        seen[block].append(x.shape[1])
+        seen[block.class_embed].append(x.shape[1])
         return original(block, x, *args, **kwargs)
 
     monkeypatch.setattr(FlowBlock, "predict_next", spy)

@@ -86,9 +86,10 @@ def test_guided_rows_keep_to_their_own_label_and_noise(flow, z):
 def test_annealed_guidance_starts_at_nothing_and_ends_at_its_scale():
     mu, a = torch.randn(2, 6, 1, 4)
     guidance = Guidance(2.0, "annealed")
-    for found, plain in zip(guidance.apply(mu, a, 0, 9), (mu[:3], a[:3]), strict=True):
+    w = guidance.weights(torch.zeros(1, 9, 4))
+    for found, plain in zip(guidance.apply(mu, a, w[:1]), (mu[:3], a[:3]), strict=True):
         assert torch.equal(found, plain)
-    for found, p in zip(guidance.apply(mu, a, 8, 9), (mu, a), strict=True):
+    for found, p in zip(guidance.apply(mu, a, w[8:]), (mu, a), strict=True):
         assert torch.allclose(found, p[:3] + 2 * (p[:3] - p[3:]))
 
 

@@ -142,17 +142,20 @@ def _replaced(F: CausalMap, **values: Any) -> CausalMap:
 
 
 def few_row_block(block: FlowBlock, device: torch.device) -> FlowBlock:
-    """A copy of a block, its matrices as products with few rows want them: in autocast's precision, and laid out so.
+    """A copy of a block with matrices as products with few rows want them: in autocast's precision, and laid out so.
 
-    It is made once for the hundreds of passes of a sequential loop, whose time on a CPU is that of reading the matrices.
+    All else is shared. It is made once for the hundreds of passes of a sequential loop, whose time on a CPU is that of
+    reading the matrices.
     """
-    block = deepcopy(block).requires_grad_(False)
     low = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    copies: dict[int, Any] = {id(parameter): parameter for parameter in block.parameters()}
     for layer in block.transformer.modules():
         if isinstance(layer, nn.Linear):
-            layer.to(low)
-            layer.weight.data = for_few_rows(layer.weight.data)
-    return block
+            weight = for_few_rows(layer.weight.detach().to(low or layer.weight.dtype))
+            copies[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
+            if low is not None:
+                copies[id(layer.bias)] = nn.Parameter(layer.bias.detach().to(low), requires_grad=False)
+    return deepcopy(block, copies)
 
 
 def sequential(F: CausalMap, solver: Solver, tolerance: float) -> tuple[Tensor, Solved]:
@@ -195,17 +198,20 @@ def jacobi(F: CausalMap, solver: Solver, tolerance: float) -> tuple[Tensor, Solv
 
 def gauss_seidel(F: CausalMap, solver: Solver, tolerance: float) -> tuple[Tensor, Solved]:
     """A window of tokens after the final ones; at least its first becomes final in every sweep."""
+    if solver.window == 1 and not solver.draft:
+        return sequential(F, solver, tolerance)
     x, N = F.start(), F.tokens
     x, sweeps = draft(F, x) if solver.draft else (x, 0)
     width = min(solver.window or N, N - 1)
     one_pass = _static_window(F, x, width) if F.compiled else _growing_window(F, x)
-    done, run, residual = 0, sweeps * (N - 1), 0.0  # tokens 0 … done are final
+    done, run, residual, fell_back = 0, sweeps * (N - 1), 0.0, False  # tokens 0 … done are final
     while done < N - 1:
-        if run > WORK_LIMIT * N:
-            x, solved = sequential(F, solver, tolerance)
-            return x, Solved(solver, sweeps + N - 1, run + solved.tokens, 0.0, fell_back=True)
+        fell_back = fell_back or run > WORK_LIMIT * N
+        if fell_back and F.compiled:
+            x, _ = sequential(F, solver, tolerance)
+            return x, Solved(solver, sweeps + N - 1, run + N - 1, 0.0, fell_back)
         first = min(done, N - 1 - width) if F.compiled else done  # compiled windows never shrink
-        n = min(width, N - 1 - first)
+        n = 1 if fell_back else min(width, N - 1 - first)
         new, moves = one_pass(first, n)
         moved = moves[done - first :].tolist()  # the one wait of a sweep
         still = 0  # tokens that stay as the cache has them
@@ -216,7 +222,7 @@ def gauss_seidel(F: CausalMap, solver: Solver, tolerance: float) -> tuple[Tensor
         sweeps, run, done = sweeps + 1, run + n, done + 1 + still
         x[:, done] = new[:, kept]  # exact, given those before; what follows is the next guess
         x[:, done + 1 : first + 1 + n] = _usable(new[:, kept + 1 :])
-    return x, Solved(solver, sweeps, run, residual)
+    return x, Solved(solver, sweeps, run, residual, fell_back)
 
 
 Window = Callable[[int, int], tuple[Tensor, Tensor]]  # first token, number -> F of the tokens after them, how far they move
