@@ -1,11 +1,11 @@
 """One thread, fixed seeds, one profile for the property tests, and the real data that ships with scikit-learn."""
 
 import pytest
-import second_device
 import torch
 from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_digits
 
+import second_device
 from flowback import TarFlow
 from flowback.units import from_levels, nll_per_dim
 

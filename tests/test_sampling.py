@@ -62,9 +62,9 @@ def test_a_count_draws_labels_uniformly(monkeypatch):
     seen = []
     decode = TarFlow.decode
 
-    def spy(self, z, y, *args):
+    def spy(self, z, y, *args, **kwargs):
         seen.append(y)
-        return decode(self, z, y, *args)
+        return decode(self, z, y, *args, **kwargs)
 
     monkeypatch.setattr(TarFlow, "decode", spy)
     assert flow.sample(1000, denoise=False, generator=seeded()).shape == (1000, 2, 2, 2)

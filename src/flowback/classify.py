@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowback.devices import put
 from flowback.errors import InputError
 from flowback.files import read_json
 from flowback.flows.pretrained import STANDARDS
@@ -65,7 +66,7 @@ class Standards:
 
     def standardised(self, gradient: Tensor) -> Tensor:
         """Gradients `[B, K]` with every class' own mean and deviation taken out."""
-        mean, std = (torch.as_tensor(values).to(gradient) for values in (self.mean, self.std))
+        mean, std = (put(torch.tensor(values, dtype=gradient.dtype), gradient.device) for values in (self.mean, self.std))
         return (gradient - mean) / std
 
     def save(self, folder: Path) -> None:

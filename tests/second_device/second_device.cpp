@@ -33,6 +33,7 @@
 #include <set>
 #include <string>
 #include <unordered_set>
+#include <utility>
 
 namespace {
 
@@ -101,7 +102,8 @@ void* allocate_bytes(size_t size) {
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 9
 using MemoryOfDevice = c10::Allocator;
 #else
-struct MemoryOfDevice : c10::DeviceAllocator {  // for `torch.accelerator.empty_cache` and its like, which find nothing to do
+// `torch.accelerator.empty_cache` and its like ask for this, and find nothing to do.
+struct MemoryOfDevice : c10::DeviceAllocator {
   bool initialized() override {
     return false;
   }
@@ -435,11 +437,11 @@ const Tensor& resize(const Tensor& self, c10::SymIntArrayRef size, std::optional
 
 // ---- Copies ---------------------------------------------------------------------------------------------------------
 
-// The host does not wait for a copy that a GPU makes on its own: asked for as such, and from or to pinned memory. Where
-// the layouts differ, CUDA copies by way of memory that is not pinned.
+// The host does not wait for a copy that a GPU makes on its own: asked for as such, and from or to pinned memory. What is
+// neither contiguous nor laid out as on the device, CUDA copies by way of memory that is not pinned.
 bool is_asynchronous(const Tensor& device, const Tensor& host, bool non_blocking) {
-  bool same_layout = host.is_contiguous() || (host.is_non_overlapping_and_dense() && host.strides() == device.strides());
-  return non_blocking && same_layout && PinnedMemory::holds(host.storage().data());
+  bool alike = host.is_non_overlapping_and_dense() && host.strides() == device.strides() && host.dtype() == device.dtype();
+  return non_blocking && (host.is_contiguous() || alike) && PinnedMemory::holds(host.storage().data());
 }
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
@@ -516,7 +518,8 @@ void for_each_tensor(const Call& call, const See& see) {
   }
 }
 
-// As on a GPU, what is on the CPU may be: a number (a tensor of no dimensions that is only read), or the indices of x[...].
+// As on a GPU, there are two things that may be on the CPU: numbers, which are tensors of no dimensions that are only read,
+// and the indices of x[...]. An index or a label that another operation takes is no number.
 void check_same_device(const Call& call) {
   static const std::set<std::string> never{"index", "indices", "target"};
   for_each_tensor(call, [&](const Tensor& tensor, const c10::Argument& argument, bool is_index) {
@@ -529,8 +532,8 @@ void check_same_device(const Call& call) {
   });
 }
 
-// Whether `x[...] = value` waits: for the count of a mask, or to copy an index from the CPU. One mask and a number for value
-// make a `masked_fill_`.
+// Whether `x[...] = value` waits: for the count of a mask, or to copy an index from the CPU. One mask and a number for
+// value make a `masked_fill_`.
 bool waits_for_index(const Call& call) {
   int masks = 0, others = 0, on_host = 0;
   for_each_tensor(call, [&](const Tensor& tensor, const c10::Argument&, bool is_index) {
@@ -651,6 +654,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_local_scalar_dense", &local_scalar);
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
+  // PyTorch's own formula for any device takes no channels-last tensors, which the CPU's and CUDA's kernels do.
+  m.impl("native_group_norm", torch::CppFunction::makeFromBoxedFunction<&run>());
   m.impl("native_batch_norm", torch::CppFunction::makeFromBoxedFunction<&batch_norm>());
   // Views share memory, which the CPU's kernels could not do from copies.
   m.impl("as_strided", &at::native::as_strided_tensorimpl);

@@ -29,6 +29,7 @@ from flowback.alignment import load_encoder
 from flowback.data import ImageSet, Split
 from flowback.data.cache import cache_folder
 from flowback.data.images import decode
+from flowback.devices import put
 from flowback.errors import InputError
 from flowback.evaluation.pictures import to_uint8
 from flowback.units import from_levels
@@ -245,7 +246,7 @@ def fidelity(
         "input2": reference,
         "input2_cache_name": reference_name,
         "cache_root": str(cache_folder() / "fidelity"),
-        "cuda": torch.device(device).type == "cuda",
+        "cuda": False,  # it knows no other accelerator; the extractor moves images itself
         "batch_size": batch_size,
         "feature_extractor_weights_path": _checked_weights(weights, extractor),
         "kid_subset_size": min(1000, len(samples), len(reference)),  # pyright: ignore[reportArgumentType]
@@ -255,12 +256,12 @@ def fidelity(
     figures: dict[str, Any] = {}
     wanted = {"isc": "is" in metrics, "fid": "fid" in metrics, "kid": "kid" in metrics, "prc": "prc" in metrics}
     if any(wanted.values()):
-        found = _calculate(extractor, **options, **wanted)
+        found = _calculate(extractor, torch.device(device), **options, **wanted)
         names = {"frechet_inception_distance": "fid", "inception_score_mean": "is", "inception_score_std": "is_std"}
         names |= {"kernel_inception_distance_mean": "kid", "kernel_inception_distance_std": "kid_std"}
         figures |= {names.get(name, name): value for name, value in found.items() if name != "f_score"}
     if "sfid" in metrics:
-        figures["sfid"] = _calculate("inception_spatial", **options, fid=True)["frechet_inception_distance"]
+        figures["sfid"] = _calculate("inception_spatial", torch.device(device), **options, fid=True)["frechet_inception_distance"]
     counts = {"samples": len(samples), "reference_images": len(reference)}  # pyright: ignore[reportArgumentType]
     return figures | {"extractor": extractor, **counts}
 
@@ -283,10 +284,15 @@ def reference_of(data: ImageSet, count: int, training: bool = True) -> tuple[Dat
     return images, f"{data.name}-{part}-{len(images)}-{data.image_size}-{split.fingerprint()}"
 
 
-def _calculate(extractor: str, **options: Any) -> dict[str, float]:
+def _calculate(extractor: str, device: torch.device, **options: Any) -> dict[str, float]:
     name, own = EXTRACTORS[extractor]
     if own is not None and name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(name, own)
+    if device.type != "cpu":
+        placed = f"{name}-{device.type}-{device.index}"
+        if placed not in FEATURE_EXTRACTORS_REGISTRY:
+            register_feature_extractor(placed, _on_device(FEATURE_EXTRACTORS_REGISTRY[name], device))
+        name = placed
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             return calculate_metrics(feature_extractor=name, **options)
@@ -300,6 +306,20 @@ def _calculate(extractor: str, **options: Any) -> dict[str, float]:
         if "state_dict" not in str(error):
             raise
         raise InputError(f"the weights given do not fit extractor {extractor}: {str(error).splitlines()[0]}") from None
+
+
+def _on_device(extractor: Any, device: torch.device) -> type[FeatureExtractorBase]:
+    """A kind of extractor that computes on a device what images on the CPU have as features there."""
+
+    class Placed(extractor):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.to(device)
+
+        def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+            return tuple(features.cpu() for features in super().forward(put(input, device)))
+
+    return Placed
 
 
 def _checked_weights(weights: str | None, extractor: str) -> str | None:

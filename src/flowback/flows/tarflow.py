@@ -218,11 +218,11 @@ class TarFlow(nn.Module):
         return weights if y.device.type == "cpu" else torch.where((y < -1) | (y >= K), math.nan, weights)
 
     def _check_labels(self, y: Tensor) -> None:
-        bad = y[(y < -1) | (y >= self.num_classes)].tolist()
-        if bad:
+        low, high = (int(y.min()), int(y.max())) if len(y) else (-1, -1)
+        if low < -1 or high >= self.num_classes:
             allowed = f"0 to {self.num_classes - 1}, or -1 for no label"
             allowed = allowed if self.num_classes else "only -1 or None, since the flow is unconditional"
-            raise InputError(f"label {bad[0]} is out of range; allowed: {allowed}")
+            raise InputError(f"label {low if low < -1 else high} is out of range; allowed: {allowed}")
 
     def check_pairs(self, pairs: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
         """(block, layer) pairs, both counted from 1, as a sorted list without repeats.
