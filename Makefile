@@ -1,4 +1,4 @@
-# Everything runs in .venv, which is made from pyproject.toml on first use. Needs only Python (3.10 or newer) and make.
+# Everything runs in .venv, which is made from pyproject.toml on first use. Needs only Python (3.11 or newer) and make.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready

@@ -2,9 +2,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from builders import attributes, images, labels, random_flow
 from flowback import Guidance, InputError

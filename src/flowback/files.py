@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_SEEKING = threading.Lock()  # of files without `pread`
 
 
 def file_hash(file: Path) -> str:
@@ -36,6 +40,15 @@ def read_json(file: Path) -> Any:
         ValueError: as `parse_json`.
     """
     return parse_json(file.read_bytes())
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Bytes of an open file from `offset` on; with `pread`, which moves no position, forked processes may share the file."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _SEEKING:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:

@@ -107,7 +107,7 @@ class Reader(Dataset[Raw | InputError]):
         for number in range(index, index + min(TRIES, len(self.split))):
             try:
                 return number % len(self.split), self.split[[number % len(self.split)]][0][0], sentences
-            except InputError as error:  # noqa: PERF203
+            except InputError as error:
                 sentences.append(str(error))
         raise InputError(sentences[0])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from flowback.data.images import IMAGE_SUFFIXES
 from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index, shown
 from flowback.errors import InputError
-from flowback.files import parse_json
+from flowback.files import parse_json, read_at
 
 TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 HELD_OUT = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])")
@@ -103,7 +103,7 @@ class ShardSource(Source):
         shard, size = self.shard_of[index], int(self.sizes[index])
         try:
             handle = _opened(self.shards[shard], self.stamps[shard])
-            data = os.pread(handle.descriptor, size, int(self.offsets[index]))
+            data = read_at(handle.descriptor, size, int(self.offsets[index]))
         except OSError as error:
             raise InputError(f"image {self.where(index)} cannot be read ({error.strerror})") from None
         if len(data) < size:
@@ -243,7 +243,7 @@ def _class_number(stream: BinaryIO, files: dict[str, tarfile.TarInfo], sample: s
     extension = "cls" if "cls" in files else "json"
     if extension not in files:
         return -1
-    content = os.pread(stream.fileno(), files[extension].size, files[extension].offset_data)
+    content = read_at(stream.fileno(), files[extension].size, files[extension].offset_data)
     try:
         value = int(content) if extension == "cls" else parse_json(content)
     except ValueError:
@@ -277,10 +277,10 @@ def _class_names(folder: Path) -> list[str] | None:
 
 
 class _Handle:
-    """A tar open for reading. `pread` moves no position, so a forked process may share it; a spawned one opens its own."""
+    """A tar open for reading at any place (`flowback.files.read_at`)."""
 
     def __init__(self, shard: Path) -> None:
-        self.descriptor = os.open(shard, os.O_RDONLY)
+        self.descriptor = os.open(shard, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

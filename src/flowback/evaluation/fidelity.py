@@ -261,7 +261,8 @@ def fidelity(
         names |= {"kernel_inception_distance_mean": "kid", "kernel_inception_distance_std": "kid_std"}
         figures |= {names.get(name, name): value for name, value in found.items() if name != "f_score"}
     if "sfid" in metrics:
-        figures["sfid"] = _calculate("inception_spatial", torch.device(device), **options, fid=True)["frechet_inception_distance"]
+        found = _calculate("inception_spatial", torch.device(device), **options, fid=True)
+        figures["sfid"] = found["frechet_inception_distance"]
     counts = {"samples": len(samples), "reference_images": len(reference)}  # pyright: ignore[reportArgumentType]
     return figures | {"extractor": extractor, **counts}
 

@@ -173,7 +173,9 @@ def _synced(*files: Path) -> dict[str, str]:
 
 
 def _sync(place: Path) -> None:
-    """Have a file or folder on disk, not only in the system's memory."""
+    """Have a file or folder on disk, not only in the system's memory. Windows opens no folders, and needs it for none."""
+    if os.name == "nt" and place.is_dir():
+        return
     descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)

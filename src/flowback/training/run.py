@@ -1,12 +1,12 @@
 """The folder of a run: opened by one process at a time, begun once, resumed as what it was."""
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from flowback.errors import InputError
 from flowback.training import checkpoint
@@ -43,11 +43,7 @@ def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Itera
     if found is None and config.train.resume:
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except OSError:
-            raise InputError(f"another process trains in {run}; allowed is one at a time, or another --run") from None
+    with _lock(run):
         if config.train.resume:
             _refuse_other(config)
             yield _newest_whole(run)
@@ -55,6 +51,29 @@ def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Itera
         (run / "config.yaml").write_text(config.to_yaml())
         (run / "classes.json").write_text(json.dumps(classes) + "\n")
         yield None
+
+
+def _lock(run: Path) -> BaseFileLock:
+    """A lock on a run's folder that is held, and that ends with the process, however that ends.
+
+    Where the file system has no locks, a file with the number of the process stands for one: it is taken over when that
+    process is gone.
+
+    Raises:
+        InputError: if another process holds it.
+    """
+    lock: BaseFileLock = FileLock(run / ".lock", fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise
+        except (OSError, NotImplementedError):
+            lock = SoftFileLock(run / ".lock.process")
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another process trains in {run}; allowed is one at a time, or another --run") from None
+    return lock
 
 
 def _refuse_other(config: RunConfig) -> None:
