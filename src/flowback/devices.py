@@ -1,10 +1,13 @@
 """Where tensors live. No other module knows a device by name."""
 
 import ctypes
+import math
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,6 +68,22 @@ def device_name(device: torch.device) -> str:
         return f"{os.cpu_count()} CPU cores"
     named = getattr(torch.get_device_module(device), "get_device_name", None)
     return device.type if named is None else str(named(device))
+
+
+@cache
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32 there; CPUs without units for it take far longer."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype, device=device)
+        seconds[dtype] = math.inf
+        for _ in range(3):
+            synchronize(device)
+            start = time.perf_counter()
+            torch.mm(a, a)
+            synchronize(device)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def for_few_rows(weight: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """Bytes of an open file from `offset` on; with `pread`, which moves no position, forked processes may share the file."""
+    """Bytes of an open file from `offset` on; with `pread`, which moves no position, forked processes may share it."""
     if hasattr(os, "pread"):
         return os.pread(descriptor, size, offset)
     with _SEEKING:
