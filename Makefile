@@ -5,7 +5,7 @@ READY := .venv/.ready
 TRAINED := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test soak lint bench clean
+.PHONY: help setup quickstart test soak lint bench gpu clean
 
 help:
 	@echo "make quickstart   set up, train a plain and an aligned flow on digits, write runs/quickstart/report.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make soak         the tests that take long, such as a scan of a million files"
 	@echo "make lint         ruff check, ruff format --check, pyright, pip-audit of what is installed"
 	@echo "make bench        the benchmarks, as tables and JSON"
+	@echo "make gpu          on a machine with an accelerator: tests, quickstart and benchmarks on it, in under ten minutes"
 	@echo "make setup        only make .venv        make clean   remove .venv and caches (runs/ stays)"
 
 setup: $(READY)
@@ -28,7 +29,7 @@ quickstart: setup
 	$(BIN)/flowback quickstart
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: setup
 	$(BIN)/python -m pytest -m soak
@@ -44,9 +45,13 @@ $(TRAINED)/report.json: | $(READY)
 
 bench: setup $(TRAINED)/report.json
 	for file in benchmarks/*.py; do \
+		case $$file in */gpu.py) continue;; esac; \
 		case $$file in */convergence.py|*/decoding.py|*/refinement.py) run=$(TRAINED)/aligned;; *) run=;; esac; \
 		$(BIN)/python $$file $$run || exit 1; \
 	done
+
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from flowback.alignment import Alignment
-from flowback.devices import machine
+from flowback.devices import machine, pick_device
 from flowback.flows import TarFlow
 from flowback.units import nll_per_dim
 
@@ -105,8 +105,7 @@ def main() -> None:
     options.add_argument("--device", default="auto")
     options.add_argument("--json", default=None)
     o = options.parse_args()
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = torch.device((accelerator or "cpu") if o.device == "auto" else o.device)
+    device = pick_device(o.device)
 
     torch.manual_seed(0)
     size, T = 4 * o.grid, o.blocks
@@ -178,7 +177,7 @@ def main() -> None:
     align.gradient, align.strategy = "exact", "reverse"
     terms = align.loss(x, y, targets=targets)[1]["terms"]
 
-    where = torch.cuda.get_device_name() if device.type == "cuda" else machine()
+    where = machine(device)
     print(
         f"{T} blocks x {o.layers} layers x width {o.width}, {o.grid**2} tokens, batch {o.batch}, {o.precision}, on {where}"
     )

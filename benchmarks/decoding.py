@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowback.devices import machine, pick_device
+from flowback.devices import fast_bfloat16, machine, pick_device, synchronize
 from flowback.flows import TarFlow
 from flowback.flows.block import affine_decode
 from flowback.flows.calibration import calibrate, machine_name

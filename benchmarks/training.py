@@ -1,6 +1,7 @@
 """Time of a training step against what its matrix products alone would take at the machine's GEMM speed.
 
-    python benchmarks/training.py [--recipe fashion_mnist] [--width 256] [--batch 32] [--repeats 10] [--json FILE]
+    python benchmarks/training.py [--recipe fashion_mnist] [--width 256] [--batch 32] [--repeats 10]
+        [--precisions 32-true,bf16-mixed] [--device auto] [--json FILE]
 
 The step is the recipe's own: encode, loss, backward, clipping, AdamW, EMA, on random images and features, in float32 and
 bfloat16, plain and aligned, each as it is, with compiled blocks, and with checkpointed layers. Utilisation is the step's
@@ -15,7 +16,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import product
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 
 from flowback.alignment import Alignment
-from flowback.devices import autocast, keep_freed_memory, machine, pick_device
+from flowback.devices import autocast, keep_freed_memory, machine, pick_device, synchronize
 from flowback.flows import TarFlow
 from flowback.quickstart import recipe
 from flowback.training import RunConfig, train
@@ -35,9 +36,15 @@ from flowback.training.apply import checkpoint_layers, compile_blocks
 from flowback.training.log import read_metrics
 from flowback.training.loop import Likelihood
 from flowback.training.meter import Meter
-from flowback.training.optim import update_ema
+from flowback.training.optim import GuardedStep, update_ema
 
-SIDES = {"digits": 8, "fashion_mnist": 28}
+SHAPES = {  # of a recipe's images: side, channels, classes
+    "digits": (8, 1, 10),
+    "fashion_mnist": (28, 1, 10),
+    "fashion_mnist_patch2": (32, 1, 10),
+    "imagenet64": (64, 3, 1000),
+}
+HERE = ("digits", "fashion_mnist")  # recipes whose data needs no path
 VARIANTS: dict[str, Callable[[TarFlow], None]] = {
     "eager": lambda flow: None,
     "compiled": compile_blocks,
@@ -57,8 +64,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Wall-clock time of one call."""
     start = time.perf_counter()
     run()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -70,31 +76,33 @@ def gemm_speed(size: int, dtype: torch.dtype, device: torch.device) -> Callable[
 
 
 def training_step(
-    config: RunConfig, strategy: str, variant: str, device: torch.device
+    config: RunConfig, shape: tuple[int, int, int], strategy: str, variant: str, device: torch.device
 ) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """One step of the recipe, as the training loop takes it, and the tensors that are there before it."""
     a, c, f = config.alignment, config.train, config.flow
-    flow = TarFlow(**{**vars(f), "image_size": SIDES[config.data.name], "channels": 1, "num_classes": 10}).to(device)
+    side, channels, classes = shape
+    flow = TarFlow(**{**vars(f), "image_size": side, "channels": channels, "num_classes": classes}).to(device)
     VARIANTS[variant](flow)
     objective: nn.Module = Likelihood(flow)
     targets = None
     if strategy != "none":
         encoder = FixedEncoder(flow.grid, 320)
         projector = a.projector_width, a.projector, a.spatial_norm
-        objective = Alignment(flow, encoder, a.at, strategy, a.gradient, a.weight, *projector).to(device)
+        at = a.at or [[f.blocks - 1, 1], [f.blocks, 1]]
+        objective = Alignment(flow, encoder, at, strategy, a.gradient, a.weight, *projector).to(device)
         targets = torch.randn(c.batch_size, flow.token_shape[0], 320, device=device)
     parameters = list(objective.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     average = deepcopy(flow).requires_grad_(False)
     x = torch.rand(c.batch_size, *flow.data_shape, device=device) * 2 - 1
-    y = torch.randint(10, (c.batch_size,), device=device)
+    y = torch.randint(classes, (c.batch_size,), device=device)
+    guarded = GuardedStep(optimizer, 1.0)
 
     def step() -> None:
         with autocast(device, c.precision):
             loss, _ = objective(x, y, targets=targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        guarded()
         update_ema(average.parameters(), flow.parameters(), 0.99, 1)
         optimizer.zero_grad(set_to_none=True)
 
@@ -103,17 +111,20 @@ def training_step(
     return step, [*objective.parameters(), *objective.buffers(), *average.parameters(), *average.buffers(), *state]
 
 
-def steps(config: RunConfig, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def steps(
+    config: RunConfig, shape: tuple[int, int, int], device: torch.device, repeats: int, precisions: Sequence[str]
+) -> list[dict[str, Any]]:
     """Every way to take a step."""
     rows = []
-    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+    for precision in precisions:
+        dtype = torch.float32 if precision == "32-true" else torch.bfloat16
         config = replace(config, train=replace(config.train, precision=precision))
         peak = gemm_speed(2048 if device.type == "cpu" else 8192, dtype, device)
         peak()
         for strategy in ("none", "reverse"):
             flops = 0
             for variant in VARIANTS:
-                step, there = training_step(config, strategy, variant, device)
+                step, there = training_step(config, shape, strategy, variant, device)
                 memory = None
                 if variant != "compiled":
                     with Meter(there) as meter:
@@ -160,21 +171,24 @@ def waits(config: RunConfig) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--recipe", default="fashion_mnist", choices=SIDES)
+    options.add_argument("--recipe", default="fashion_mnist", choices=SHAPES)
     options.add_argument("--width", type=int, default=None)
     options.add_argument("--batch", type=int, default=None)
     options.add_argument("--repeats", type=int, default=10)
+    options.add_argument("--precisions", default="32-true,bf16-mixed")
+    options.add_argument("--device", default="auto")
     options.add_argument("--json", default=None)
     o = options.parse_args()
     config = RunConfig.from_yaml(recipe(o.recipe).read_text())
     config = replace(config, flow=replace(config.flow, width=o.width or config.flow.width))
     config = replace(config, train=replace(config.train, batch_size=o.batch or config.train.batch_size))
-    device = pick_device("auto")
+    device = pick_device(o.device)
     keep_freed_memory(device)
-    print(f"{o.recipe}, width {config.flow.width}, {config.train.batch_size} images, on {machine()}")
-    facts = {"machine": machine(), "threads": torch.get_num_threads(), "recipe": o.recipe}
+    print(f"{o.recipe}, width {config.flow.width}, {config.train.batch_size} images, on {machine(device)}")
+    facts = {"machine": machine(device), "threads": torch.get_num_threads(), "recipe": o.recipe}
     facts |= {"width": config.flow.width, "batch": config.train.batch_size}
-    facts |= {"steps": steps(config, device, o.repeats), "data": waits(config)}
+    facts |= {"steps": steps(config, SHAPES[o.recipe], device, o.repeats, o.precisions.split(","))}
+    facts |= {"data": waits(config)} if o.recipe in HERE and device.type == "cpu" else {}
     if o.json:
         Path(o.json).write_text(json.dumps(facts, indent=1) + "\n")
 
