@@ -254,7 +254,7 @@ class TarFlow(nn.Module):
             at: (block, layer) pairs whose hidden states the outputs carry.
             isolate_from: blocks from this one on take a detached input, which requires a gradient of its own.
         """
-        classes = self.class_weights(y, len(x))
+        classes = self.class_weights(y, x.shape[0])  # not len(x), which exporting would take for a constant
         tokens = self.tokenize(x)
         at = list(at)
         for t, block in enumerate(self.blocks, start=1):
