@@ -171,16 +171,18 @@ def test_an_error_in_report_or_in_an_image_keeps_the_progress(tmp_path):
     assert rest.images == 2 * 4
 
 
-def test_a_kill_loses_only_what_was_done_since_the_last_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    folder, split = tmp_path / "c", split_of(12)
-
+def fill_until_killed(folder):
     def kill(done):
         if done == 8:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    options = {"report": kill, "batch_size": 2}
-    process = get_context("fork").Process(target=plan(folder, 12, 12).fill, args=(split, quadrants, 17), kwargs=options)
+    module.SAVE_SECONDS = 0.0
+    plan(folder, 12, 12).fill(split_of(12), quadrants, 17, kill, batch_size=2)
+
+
+def test_a_kill_loses_only_what_was_done_since_the_last_save(tmp_path):
+    folder, split = tmp_path / "c", split_of(12)
+    process = get_context("spawn").Process(target=fill_until_killed, args=(folder,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

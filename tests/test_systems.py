@@ -1,10 +1,13 @@
 """What other systems lack: POSIX modules, fork, locks of files. Simulated on this one, in processes of their own."""
 
 import errno
+import io
+import os
 import subprocess
 import sys
+import tarfile
 import textwrap
-from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +16,40 @@ from PIL import Image
 
 from builders import SMALL_RUN
 from flowback.data import DataConfig, batches, load_data
+from flowback.data.cache import ArrayCache
+from flowback.data.datasets import MemorySplit
+from flowback.errors import InputError
+from flowback.files import read_at
+from flowback.training.checkpoint import _sync
+from flowback.training.run import _lock
 
+# As on Windows: modules and calls of POSIX are missing, a folder cannot be opened, only what is open for writing can be
+# synced, a rename replaces nothing, processes are spawned. Spawned ones run the part above `if` too.
 WITHOUT_POSIX = """
-    import multiprocessing, os, sys
+    import errno, fcntl, multiprocessing, os, shutil, sys
+    flags, real = fcntl.fcntl, {name: getattr(os, name) for name in ("open", "fsync", "rename")}
+
+    def open_no_folder(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real["open"](path, *args, **kwargs)
+
+    def sync_what_may_be_written(descriptor):
+        if flags(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real["fsync"](descriptor)
+
+    def rename_to_a_new_name(source, target, **kwargs):
+        if os.path.exists(target):
+            raise FileExistsError(errno.EEXIST, "File exists", source, None, target)
+        real["rename"](source, target, **kwargs)
+
+    os.open, os.fsync, os.rename = open_no_folder, sync_what_may_be_written, rename_to_a_new_name
+    shutil._use_fd_functions = False
+    for name in ("fork", "pread", "posix_fadvise", "getuid", "geteuid", "sync", "fdatasync", "sched_getaffinity"):
+        delattr(os, name)
     for name in ("fcntl", "pwd", "grp", "resource", "termios"):
         sys.modules[name] = None
-    for name in ("fork", "pread", "posix_fadvise", "getuid", "geteuid"):
-        if hasattr(os, name):
-            delattr(os, name)
 
     if __name__ == "__main__":
         multiprocessing.set_start_method("spawn")
@@ -32,9 +61,9 @@ WITHOUT_POSIX = """
                 importlib.import_module(module.name)
         from flowback.cli import main
         run, out, image, *small = sys.argv[1:]
-        train = ["train", f"--run={run}", "--train.steps=4", "--train.eval_every=4", "--data.workers=1", *small]
-        assert main([*train, "--train.until=2"]) == 0
-        assert main([*train, "--train.resume"]) == 0
+        train = ["train", f"--run={run}", "--train.steps=4", "--train.eval_every=4", "--train.keep=1", *small]
+        assert main([*train, "--data.workers=1", "--train.until=2"]) == 0
+        assert main([*train, "--data.workers=1", "--train.resume"]) == 0
         assert main(["sample", run, "--num", "2", "-o", f"{out}/a.png"]) == 0
         assert main(["sample", run, "--num", "66", "--processes", "2", "-o", f"{out}/a.npz"]) == 0
         assert main(["classify", run, image, "--rule", "exact"]) == 0
@@ -49,61 +78,187 @@ def test_the_verbs_need_neither_posix_modules_nor_fork(tmp_path):
     script.write_text(textwrap.dedent(WITHOUT_POSIX))
     image = tmp_path / "image.png"
     Image.fromarray(np.full((8, 8), 100, np.uint8)).save(image)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()  # of an earlier run
     words = [sys.executable, str(script), str(tmp_path / "run"), str(tmp_path), str(image), *SMALL_RUN]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(words, env=environment, capture_output=True, encoding="cp1252", timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(path.name for path in tmp_path.glob("?.*")) == ["a.npz", "a.png", "b.png", "z.safetensors"]
+    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (66, 8, 8, 1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
 
 
+# A process that holds a run's lock until it is killed, or that may not have it. `missing` is the error of a file system
+# without locks, `host` the machine's name; without `exchange` no file takes the place of another at once, as on NFS.
 HOLDER = """
-    import fcntl, sys, time
+    import fcntl, platform, socket, sys, time
     from pathlib import Path
-    if int(sys.argv[1]):
+    run, missing, host, exchange = sys.argv[1:]
+    if int(missing):
         def flock(*args):
-            raise OSError(int(sys.argv[1]), "no locks here")
+            raise OSError(int(missing), "no locks here")
         fcntl.flock = flock
+    if host:
+        socket.gethostname = lambda: host
+    if not int(exchange):
+        platform.machine = lambda: "one without renameat2"
     from flowback.training.run import _lock
-    with _lock(Path(sys.argv[2])):
+    with _lock(Path(run)):
         print("held", flush=True)
-        time.sleep(float(sys.argv[3]))
+        time.sleep(100)
 """
 
 
-@pytest.mark.parametrize("code", [0, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_a_run_is_locked_with_and_without_locks_of_the_file_system(code, tmp_path):
-    def hold(seconds):
-        words = [sys.executable, "-c", textwrap.dedent(HOLDER), str(code), str(tmp_path), str(seconds)]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(run, missing=0, host="", exchange=True):
+    words = [sys.executable, "-c", textwrap.dedent(HOLDER), *map(str, (run, missing, host, int(exchange)))]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return process, process.stdout.readline()
 
+
+def kill(process):
+    process.kill()
+    return process.communicate()[1]
+
+
+def without_locks(monkeypatch, code):
+    def flock(*args):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+@pytest.mark.parametrize("missing", [0, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_run_is_locked_with_and_without_locks_of_the_file_system(missing, tmp_path, monkeypatch):
+    if missing:
+        without_locks(monkeypatch, missing)
     (tmp_path / ".lock").touch()  # of an earlier run
-    first = hold(100)
-    assert first.stdout.readline() == "held\n"
-    said, complaint = hold(0).communicate(timeout=60)
+    other, said = start(tmp_path, missing)
+    assert said == "held\n"
+    with pytest.raises(InputError, match=f"process {other.pid} on" if missing else "another process trains in"):
+        _lock(tmp_path)
+    kill(other)
+    for _ in range(2):  # the lock of a process that is gone is none, and one that was given back
+        with _lock(tmp_path) as lock:
+            assert lock.is_locked
+        assert not lock.is_locked
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("options", [{"host": "elsewhere"}, {"exchange": False}], ids=["host", "exchange"])
+def test_a_mark_that_cannot_be_taken_over_is_named_and_may_be_deleted(options, tmp_path):
+    first, said = start(tmp_path, errno.ENOSYS, **options)
+    assert said == "held\n"
+    kill(first)
+    here = {"exchange": "exchange" not in options}
+    second, said = start(tmp_path, errno.ENOSYS, **here)
     assert said == ""
-    assert "another process trains in" in complaint
-    first.kill()
-    first.communicate()
-    said, complaint = hold(0).communicate(timeout=60)  # the lock of a process that is gone is none
-    assert said == "held\n", complaint
+    complaint = kill(second)
+    assert f"{tmp_path / '.lock.process'} says that process {first.pid} on {options.get('host', '')}" in complaint
+    assert "to delete that file if the process is gone" in complaint
+    (tmp_path / ".lock.process").unlink()
+    third, said = start(tmp_path, errno.ENOSYS, **here)
+    assert said == "held\n"
+    kill(third)
 
 
-def spawned_batches(config, queue):
+def test_a_lock_that_cannot_be_had_is_not_taken_for_another_process_and_nothing_stands_for_it(tmp_path, monkeypatch):
+    without_locks(monkeypatch, errno.EIO)
+    with pytest.raises(InputError, match=r"cannot be locked \(no locks here\); allowed is a folder to write in"):
+        _lock(tmp_path)
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(InputError, match=r"cannot be locked \(Is a directory\)"):
+        _lock(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_no_system_syncs_is_left_and_a_fault_is_told(code, tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "fsync", fsync)
+    for place in (tmp_path / "file", tmp_path):
+        if code == errno.EINVAL and place == tmp_path:
+            _sync(place)
+        else:
+            with pytest.raises(OSError, match=os.strerror(code)):
+                _sync(place)
+
+
+def test_files_are_read_at_any_place_without_pread(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "pread")
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(200)))
+    with file.open("rb") as stream:
+        for size, offset in ((5, 190), (3, 0), (50, 180)):
+            assert read_at(stream.fileno(), size, offset) == bytes(range(200))[offset : offset + size]
+
+
+def test_a_cache_that_another_process_made_and_uses_is_neither_replaced_nor_deleted(tmp_path, monkeypatch):
+    def in_use(path, *args, **kwargs):
+        if path.exists() and not path.name.startswith(".shard_00000.npy."):  # of one's own
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def replace(path, target):
+        in_use(Path(target))
+        return os.replace(path, target)
+
+    def compute(x):
+        if not list(tmp_path.glob("*/*.npy")):
+            fill(means)  # another process is faster
+            (tmp_path / "cache" / ".shard_00000.progress").touch()
+            monkeypatch.setattr(Path, "unlink", in_use)
+            monkeypatch.setattr(Path, "replace", replace)
+        return means(x)
+
+    def means(x):
+        return x.mean((1, 2, 3))[:, None]
+
+    def fill(compute):
+        ArrayCache.plan(tmp_path / "cache", facts, 8, 1, (1,)).fill(split, compute, 17)
+
+    facts = {"kind": "features"}
+    split = MemorySplit(torch.arange(8 * 4, dtype=torch.uint8).view(8, 1, 2, 2), torch.zeros(8))
+    fill(compute)
+    monkeypatch.undo()
+    cache = ArrayCache.open(tmp_path / "cache", facts)
+    cache.verify()
+    assert cache.missing() == []
+
+
+def png(number):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def spawning():
+    before = torch.multiprocessing.get_start_method(allow_none=True)
     torch.multiprocessing.set_start_method("spawn", force=True)
-    data = load_data(config)
-    queue.put([(raw.indices.tolist(), raw.images.sum().item()) for raw in batches(data.train, 4, 0, 0, 3, workers=2)])
+    yield
+    torch.multiprocessing.set_start_method(before, force=True)
 
 
-@pytest.mark.parametrize("name", ["digits", "folder"])
-def test_processes_that_read_ahead_may_be_spawned(name, tmp_path):
-    for label in ("cat", "dog"):
-        (tmp_path / label).mkdir()
-        for number, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (6, 8, 8), dtype=np.uint8)):
-            Image.fromarray(pixels).save(tmp_path / label / f"{number}.png")
-    config = DataConfig(name="folder", path=str(tmp_path), image_size=8, channels=1) if name == "folder" else DataConfig()
-    wanted = [(raw.indices.tolist(), raw.images.sum().item()) for raw in batches(load_data(config).train, 4, 0, 0, 3)]
-    context = get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=spawned_batches, args=(config, queue))
-    process.start()
-    assert queue.get(timeout=100) == wanted
-    process.join(60)
+@pytest.mark.parametrize("name", ["digits", "folder", "shards"])
+def test_processes_that_read_ahead_may_be_spawned(name, tmp_path, spawning):
+    files = {f"{label}/{number}.png": png(number) for label in ("cat", "dog") for number in range(6)}
+    if name == "folder":
+        for path, content in files.items():
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_bytes(content)
+    if name == "shards":
+        with tarfile.open(tmp_path / "all.tar", "w") as tar:
+            for path, content in files.items():
+                info = tarfile.TarInfo(path)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    disk = {} if name == "digits" else {"path": str(tmp_path), "image_size": 8, "channels": 1}
+    train = load_data(DataConfig(name=name, **disk)).train
+    wanted, found = (list(batches(train, 4, 0, 0, 3, workers=workers)) for workers in (0, 2))
+    assert len(found) == 3
+    for one, other in zip(wanted, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))

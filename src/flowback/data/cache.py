@@ -195,7 +195,8 @@ class ArrayCache:
             report(done)
         if not self.missing():
             for leftover in self.folder.glob(".shard_*"):
-                leftover.unlink(missing_ok=True)
+                with suppress(OSError):  # Windows keeps what another process has open, which deletes it itself
+                    leftover.unlink()
 
     def verify(self, report: Callable[[int], None] | None = None) -> None:
         """Read every shard and compare it with its checksum, which covers the header too.
@@ -383,8 +384,10 @@ class ArrayCache:
                 self._save(shard, array[:done])
             raise
         head = _npy_header(self._array_shape(shard), self.dtype)
-        _write_whole(self._file(shard), head, _raw(array), self._new_digest(shard, head, _raw(array)).digest())
-        self._progress(shard).unlink(missing_ok=True)
+        if not self._is_whole(shard):  # or else another process was faster; Windows replaces no file that is in use
+            _write_whole(self._file(shard), head, _raw(array), self._new_digest(shard, head, _raw(array)).digest())
+        with suppress(OSError):
+            self._progress(shard).unlink()
 
     def _save(self, shard: int, array: np.ndarray) -> None:
         _write_whole(self._progress(shard), _raw(array), self._new_digest(shard, _raw(array)).digest())

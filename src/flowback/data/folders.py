@@ -22,7 +22,7 @@ PAIR = (b"train", b"val")
 
 @dataclass(frozen=True)
 class Listing:
-    """What a scan finds. Paths are relative to the root."""
+    """What a scan finds. Paths are relative to the root, with / on every system: order and fingerprint depend on them."""
 
     folders: Texts  # all that were looked into
     times: np.ndarray  # int64, when each was modified, ns
@@ -133,7 +133,7 @@ def _units(base: bytes) -> tuple[list[tuple[bytes, int]], list[bytes]]:
         return [(b"", modified)], units
     times, inner = zip(*(_look(os.path.join(base, part)) for part in PAIR), strict=True)
     if all(inner):
-        pairs = [os.path.join(part, name) for part, names in zip(PAIR, inner, strict=True) for name in names]
+        pairs = [part + b"/" + name for part, names in zip(PAIR, inner, strict=True) for name in names]
         return [(b"", modified), *zip(PAIR, times, strict=True)], pairs
     if any(inner) or set(units) <= {*PAIR, b"test"}:
         bare = os.path.join(base, PAIR[bool(inner[0])])
@@ -160,9 +160,9 @@ def _scan(base: bytes, unit: bytes) -> tuple[list[tuple[bytes, int]], list[tuple
                 if entry.name[:1] == b".":
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(os.path.join(folder, entry.name))
+                    waiting.append(folder + b"/" + entry.name)
                 elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (size := _size(entry)) is not None:
-                    files.append((os.path.join(folder, entry.name), size))
+                    files.append((folder + b"/" + entry.name, size))
     return folders, sorted(files)
 
 

@@ -140,7 +140,7 @@ def find_shards(path: str) -> tuple[list[Path], list[Path]]:
             if not found:
                 raise InputError(f"data.path {path} names {pattern}, which does not exist; allowed are .tar files on disk")
             files += found
-    shards = sorted({Path(file) for file in files})
+    shards = sorted({Path(file) for file in files}, key=lambda shard: shard.parts)  # Windows would ignore case
     train = [shard for shard in shards if TRAIN.search(shard.name.lower())]
     if not train:
         return shards, []
@@ -205,7 +205,7 @@ def _index(shard: Path) -> dict[str, Any]:
     except (OSError, tarfile.TarError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"shard {shard} cannot be read ({reason}); allowed is a whole tar without compression") from None
-    index["stamp"] = np.array(stamp)
+    index["stamp"] = np.array(stamp, np.int64)
     save_index("shards", str(shard), index)
     return index
 

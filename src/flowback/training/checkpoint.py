@@ -8,6 +8,7 @@ checksums.json                    SHA-256 of all the others, by which a damaged 
 Processes that hold slices each write theirs, `training-00001-of-00002.safetensors`; any number of processes reads them.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from flowback.training.parallel import in_all, is_shard, unsharded
 
 STEM = "training"
 CHECKSUMS = "checksums.json"
+NO_FOLDER_SYNC = {errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL}  # where a system or file system has none
 
 
 @dataclass
@@ -173,14 +175,17 @@ def _synced(*files: Path) -> dict[str, str]:
 
 
 def _sync(place: Path) -> None:
-    """Have a file or folder on disk, not only in the system's memory. Windows opens no folders, and needs it for none."""
-    if os.name == "nt" and place.is_dir():
-        return
-    descriptor = os.open(place, os.O_RDONLY)
+    """Have a file or folder on disk, not only in the system's memory; a folder only where the system can do that."""
+    is_folder = place.is_dir()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(place, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs what may be written
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def load(checkpoint: Path, average: TarFlow, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> State:

@@ -1,12 +1,14 @@
 """The folder of a run: opened by one process at a time, begun once, resumed as what it was."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import AcquireReturnProxy, MarkerSoftFileLock, Timeout, UnixFileLock, WindowsFileLock
 
 from flowback.errors import InputError
 from flowback.training import checkpoint
@@ -19,6 +21,8 @@ FREE |= {f"train.{name}" for name in ("resume", "until", "keep", "accelerator", 
 FREE |= {f"train.{name}" for name in ("accumulate", "compile", "checkpoint_activations", "deterministic")}
 FREE |= {f"train.{name}" for name in ("caches", "cache_latents", "eval_images")}
 FREE |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")}
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems say that have none
 
 
 @contextmanager
@@ -53,27 +57,42 @@ def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Itera
         yield None
 
 
-def _lock(run: Path) -> BaseFileLock:
-    """A lock on a run's folder that is held, and that ends with the process, however that ends.
-
-    Where the file system has no locks, a file with the number of the process stands for one: it is taken over when that
-    process is gone.
+def _lock(run: Path) -> AcquireReturnProxy:
+    """A lock on a run's folder that is held until the `with` ends, or the process, however that ends.
 
     Raises:
-        InputError: if another process holds it.
+        InputError: if another process holds it, or none can.
     """
-    lock: BaseFileLock = FileLock(run / ".lock", fallback_to_soft=False)
+    kind = WindowsFileLock if os.name == "nt" else UnixFileLock
     try:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise
-        except (OSError, NotImplementedError):
-            lock = SoftFileLock(run / ".lock.process")
-            lock.acquire(timeout=0)
+            return kind(run / ".lock", fallback_to_soft=False).acquire(timeout=0)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:  # where there are locks, a marker would not be seen by those who hold them
+                raise
+        return _mark(run / ".lock.process")
     except Timeout:
         raise InputError(f"another process trains in {run}; allowed is one at a time, or another --run") from None
-    return lock
+    except OSError as error:
+        raise InputError(f"{run} cannot be locked ({error.strerror}); allowed is a folder to write in") from None
+
+
+def _mark(file: Path) -> AcquireReturnProxy:
+    """A file that names this process, in place of a lock; that of a process of this machine which is gone is taken over.
+
+    Raises:
+        InputError: if it names another process, which runs, or of which this machine cannot know.
+    """
+    marker = MarkerSoftFileLock(file)
+    try:
+        return marker.acquire(timeout=0)
+    except Timeout:
+        owner = marker.owner
+        who = f"process {owner.pid} on {owner.hostname}" if owner else "a process"
+        raise InputError(
+            f"{file} says that {who} trains here; allowed is one at a time, another --run, or to delete that file if the "
+            "process is gone"
+        ) from None
 
 
 def _refuse_other(config: RunConfig) -> None:
