@@ -1,7 +1,7 @@
 """Decoding against a textbook decoder, and against the arithmetic bound, on a trained flow, measured in one run.
 
-    python benchmarks/decoding.py RUN [--batches 1,8,32] [--guidance 0,2] [--repeats 3] [--compile] [--device auto]
-        [--json FILE]
+    python benchmarks/decoding.py RUN [--batches 1,8,32] [--guidance 0,2] [--repeats 3] [--uncalibrated] [--compile]
+        [--device auto] [--json FILE]
 
 The textbook decoder is the published TARFlow code's way, written out here: token by token, keys and values in lists
 that are concatenated at every token, and with guidance two separate passes. Beside it our sequential loop, and `auto` as
@@ -89,6 +89,7 @@ def main() -> None:
     options.add_argument("--batches", default="1,8,32")
     options.add_argument("--guidance", default="0,2")
     options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--uncalibrated", action="store_true", help="auto as it is without a calibration")
     options.add_argument("--compile", action="store_true", help="also with compiled passes, which are compiled before")
     options.add_argument("--device", default="auto")
     options.add_argument("--json", default=None)
@@ -101,7 +102,9 @@ def main() -> None:
     millions = sum(p.numel() for p in flow.parameters()) / 1e6
     where = machine(device)
     print(f"{millions:.1f}M parameters, {flow.token_shape[0]} tokens, {weights} of {o.run}, on {where}")
-    if flow.calibration is None or flow.calibration.machine != machine_name(device):
+    if o.uncalibrated:
+        flow.calibration = None
+    elif flow.calibration is None or flow.calibration.machine != machine_name(device):
         calibrate(flow, sorted({B * (2 if w else 1) for B in batches for w in scales}), report=print)
     speed = gemm_speed(device)
     print(f"GEMM speed {speed / 1e9:.0f} GFLOP/s")
