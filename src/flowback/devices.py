@@ -89,8 +89,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 def for_few_rows(weight: Tensor) -> Tensor:
     """A matrix `[out, in]`, laid out for products with few rows, whose time is that of reading it.
 
-    CPU libraries read it more than twice as fast with its columns contiguous, which they then need not pack anew for
-    every product; from some hundred rows on the layout makes no difference.
+    CPU libraries read it faster with its columns contiguous, which they then need not pack anew for every product; from
+    some hundred rows on the layout makes no difference.
     """
     return weight.t().contiguous().t() if weight.device.type == "cpu" else weight
 
