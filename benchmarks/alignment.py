@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from flowback.alignment import Alignment
-from flowback.devices import machine, pick_device
-from flowback.flows import TarFlow
-from flowback.units import nll_per_dim
+from flowback.core.devices import machine, pick_device
+from flowback.core.units import nll_per_dim
+from flowback.flow.tarflow import TarFlow
 
 MEMBERS = ["none", "forward", "detach", "cached", "one_step", 1, 2, 4, "exact", "sequential"]
 

@@ -16,9 +16,9 @@ from statistics import median
 
 import torch
 
-from flowback.classify import classify, rule_named, standardise
-from flowback.devices import machine
-from flowback.flows import TarFlow
+from flowback.core.devices import machine
+from flowback.flow.tarflow import TarFlow
+from flowback.tasks.classify import classify, fit_statistics, rule_named
 
 CLASSES = (10, 100, 1000)
 RULES = ("single_gradient", "z_score", "shortlist_3", "exact")
@@ -48,7 +48,7 @@ def main() -> None:
         shape = {"image_size": 32, "channels": 4, "patch_size": 2, "head_dim": 32, "positions": "rotary", "mlp": "swiglu"}
         flow = TarFlow(**shape, width=o.width, blocks=4, layers=3, num_classes=K).eval()
         x = torch.randn(o.images, 4, 32, 32)
-        flow.standards = standardise(flow, x)
+        flow.statistics = fit_statistics(flow, x)
 
         with torch.no_grad():
             forward = seconds(lambda f=flow, x=x: f.log_prob(x), len(x), o.repeats)

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowback.devices import fast_bfloat16, machine, pick_device, synchronize
-from flowback.flows import TarFlow
-from flowback.flows.block import affine_decode
-from flowback.flows.calibration import calibrate, machine_name
-from flowback.flows.patches import unpatchify
-from flowback.nn import Cache
-from flowback.training.checkpoint import load_flow
+from flowback.core.devices import fast_bfloat16, machine, pick_device, synchronize
+from flowback.flow.autotune import calibrate, machine_name
+from flowback.flow.block import affine_decode
+from flowback.flow.patches import unpatchify
+from flowback.flow.tarflow import TarFlow
+from flowback.flow.transformer import Cache
+from flowback.runs.checkpoint import load_flow
 
 
 class ListCache(Cache):
@@ -103,8 +103,8 @@ def main() -> None:
     where = machine(device)
     print(f"{millions:.1f}M parameters, {flow.token_shape[0]} tokens, {weights} of {o.run}, on {where}")
     if o.uncalibrated:
-        flow.calibration = None
-    elif flow.calibration is None or flow.calibration.machine != machine_name(device):
+        flow.autotune = None
+    elif flow.autotune is None or flow.autotune.machine != machine_name(device):
         calibrate(flow, sorted({B * (2 if w else 1) for B in batches for w in scales}), report=print)
     speed = gemm_speed(device)
     print(f"GEMM speed {speed / 1e9:.0f} GFLOP/s")

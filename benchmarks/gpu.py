@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from flowback.devices import machine, pick_device
+from flowback.core.devices import machine, pick_device
 
 ROOT = Path(__file__).parents[1]
 DECODED = ["--config=configs/digits.yaml", "--alignment.strategy=none", "--flow.patch_size=1", "--flow.width=256"]

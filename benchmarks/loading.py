@@ -31,12 +31,12 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from flowback.core.devices import machine
 from flowback.data import DataConfig, Split, batches, load_data
 from flowback.data import cache as cache_module
 from flowback.data.cache import ArrayCache
 from flowback.data.sources import DiskSplit, Texts
 from flowback.data.splits import MemorySplit
-from flowback.devices import machine
 from flowback.quickstart import recipe
 
 SIZE: tuple[int, int] = (500, 375)

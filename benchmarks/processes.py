@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from flowback.devices import machine
+from flowback.core.devices import machine
 from flowback.quickstart import recipe
-from flowback.training.log import read_metrics
+from flowback.runs.log import read_metrics
 
 # processes, threads of each, strategy
 WAYS = {

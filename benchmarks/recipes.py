@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flowback.devices import machine
-from flowback.training.checkpoint import newest
-from flowback.training.log import read_metrics
+from flowback.core.devices import machine
+from flowback.runs.checkpoint import newest
+from flowback.runs.log import read_metrics
 
 RECIPES = ("imagenet64", "imagenet256", "imagenet256_patch1")
 STEPS = 3

@@ -20,12 +20,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from flowback.core.devices import machine
 from flowback.data import load_data
-from flowback.devices import machine
-from flowback.evaluation.fidelity import SplitImages, fidelity, open_images, pooled_features, reference_of
-from flowback.sampling import Request, sample_to_disk
-from flowback.training import RunConfig
-from flowback.training.checkpoint import load_flow
+from flowback.measure.fidelity import SplitImages, fidelity, open_images, pooled_features, reference_of
+from flowback.runs.checkpoint import load_flow
+from flowback.runs.config import RunConfig
+from flowback.tasks.sampling import Request, sample_to_disk
 
 
 def main() -> None:

@@ -28,12 +28,13 @@ import torch
 from torch import nn
 
 from flowback.alignment import Alignment
-from flowback.devices import autocast, keep_freed_memory, machine, pick_device, synchronize
-from flowback.flows import TarFlow
+from flowback.core.devices import autocast, keep_freed_memory, machine, pick_device, synchronize
+from flowback.flow.tarflow import TarFlow
 from flowback.quickstart import recipe
-from flowback.training import RunConfig, train
+from flowback.runs.config import RunConfig
+from flowback.runs.log import read_metrics
+from flowback.training import train
 from flowback.training.apply import checkpoint_layers, compile_blocks
-from flowback.training.log import read_metrics
 from flowback.training.loop import Likelihood
 from flowback.training.meter import Meter
 from flowback.training.optim import GuardedStep, update_ema
@@ -136,7 +137,7 @@ def steps(
                 row = {"precision": precision, "strategy": strategy, "variant": variant}
                 row |= {"step_seconds": round(time_, 4), "images_per_second": round(config.train.batch_size / time_, 1)}
                 row |= {"step_gflop": round(flops / 1e9, 1), "gemm_gflops": round(peak_ / 1e9)}
-                row |= {"utilisation": round(flops / peak_ / time_, 3)}
+                row |= {"utilization": round(flops / peak_ / time_, 3)}
                 rows.append(row | {"memory_gb": None if memory is None else round(memory / 1e9, 3)})
                 show(rows)
     return rows

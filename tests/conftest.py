@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 import second_device
 from flowback import TarFlow
-from flowback.units import from_levels, nll_per_dim
+from flowback.core.units import from_levels, nll_per_dim
 
 torch.set_num_threads(1)  # for tensors this small a second thread only waits, and on a busy machine for long
 settings.register_profile(

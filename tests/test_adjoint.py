@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from builders import images, random_flow
-from flowback.alignment.strategies import _decode_with_graph
-from flowback.flows.adjoint import latent_gradient
-from flowback.flows.patches import unpatchify
+from flowback.alignment.gradients import _decode_with_graph
+from flowback.flow.adjoint import latent_gradient
+from flowback.flow.patches import unpatchify
 
 FLOWS = {
     "one block": {"blocks": 1},

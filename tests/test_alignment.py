@@ -7,10 +7,11 @@ from torch import nn
 
 from builders import PatchEncoder, attributes, flat, gradients, images, labels, normal_, random_flow
 from flowback import InputError
-from flowback.alignment import Alignment, strategies
-from flowback.alignment.alignment import spatially_normalised
-from flowback.alignment.encoders import match_grid
-from flowback.units import nll_per_dim
+from flowback.alignment import Alignment
+from flowback.alignment import gradients as strategies
+from flowback.alignment.alignment import spatially_normalized
+from flowback.core.units import nll_per_dim
+from flowback.encoders import match_grid
 
 AT = [(2, 1), (3, 2)]
 KINDS = [
@@ -308,11 +309,11 @@ def test_spatially_normalised_targets_have_mean_0_and_deviation_1_over_patches()
     _, _, trace = align.flow.encode(x, y, trace=AT)
     cosines = [F.cosine_similarity(align.projector(h), expected, dim=-1) for h in trace.hidden.values()]
     assert abs(align.loss(x, y, clean)[1]["align"] + torch.stack(cosines).mean()) < 1e-12
-    assert torch.allclose(spatially_normalised(v), spatially_normalised(v + 5), atol=1e-9)
+    assert torch.allclose(spatially_normalized(v), spatially_normalized(v + 5), atol=1e-9)
 
 
 def test_spatially_normalised_targets_are_finite_where_all_patches_are_equal():
-    assert torch.equal(spatially_normalised(torch.full((2, 9, 4), 3.0)), torch.zeros(2, 9, 4))
+    assert torch.equal(spatially_normalized(torch.full((2, 9, 4), 3.0)), torch.zeros(2, 9, 4))
 
 
 @pytest.mark.parametrize("projector", ["mlp", "conv"])

@@ -3,9 +3,9 @@ import torch
 from torch.autograd.functional import jacobian
 
 from builders import normal_
-from flowback.flows.block import FlowBlock, affine_decode, affine_encode
-from flowback.flows.decoders import CausalMap, Solver, solve
-from flowback.flows.guidance import Guidance
+from flowback.flow.block import FlowBlock, affine_decode, affine_encode
+from flowback.flow.decoding import CausalMap, Solver, solve
+from flowback.flow.guidance import Guidance
 
 N, D, WIDTH, K = 5, 3, 16, 4
 

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flowback import TarFlow
 from flowback.alignment import Alignment
 from flowback.cli import build_parser
-from flowback.errors import InputError
-from flowback.training import RunConfig
+from flowback.core.errors import InputError
+from flowback.runs.config import RunConfig
 from flowback.training.budget import Device, plan
 from flowback.training.loop import Likelihood
 from flowback.training.meter import Meter

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowback.core.errors import InputError
+from flowback.core.files import cache_folder
+from flowback.core.units import from_levels
 from flowback.data import cache as module
-from flowback.data.cache import ArrayCache, cache_folder, cache_key, find, nearest_mismatch
+from flowback.data.cache import ArrayCache, cache_key, find, nearest_mismatch
 from flowback.data.datasets import MemorySplit
-from flowback.errors import InputError
-from flowback.units import from_levels
 
 FACTS = {"kind": "features", "images": "abc", "encoder": "x", "grid": (2, 2), "scale": 0.25}
 SHAPE = (4, 2)

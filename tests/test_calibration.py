@@ -8,9 +8,9 @@ import torch
 
 from builders import attributes, labels, random_flow
 from flowback import InputError, TarFlow
-from flowback.flows import calibration
-from flowback.flows.calibration import FILE, Calibration, Measurement, calibrate, candidates, choose, machine_name
-from flowback.flows.decoders import Solver, solve
+from flowback.flow import autotune as calibration
+from flowback.flow.autotune import FILE, Autotune, Measurement, calibrate, candidates, choose, machine_name
+from flowback.flow.decoding import Solver, solve
 
 HERE = machine_name(torch.device("cpu"))
 SWEEPS = Solver("gauss_seidel")
@@ -29,7 +29,7 @@ def z(flow):
 
 def made_of(rows, machine=HERE, blocks=3):
     """A calibration that takes the same solver for every block: `rows` is {number of rows: solver}."""
-    return Calibration(machine, {n: [Measurement(solver, 1.0, 2.0, 8, 1e-6)] * blocks for n, solver in rows.items()})
+    return Autotune(machine, {n: [Measurement(solver, 1.0, 2.0, 8, 1e-6)] * blocks for n, solver in rows.items()})
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def race(monkeypatch):
 
 def test_calibrating_measures_every_block_at_every_number_of_rows(flow):
     found = calibrate(flow, rows=(2, 1, 2), repeats=1)
-    assert flow.calibration is found
+    assert flow.autotune is found
     assert found.machine == HERE
     assert list(found.rows) == [1, 2]
     for measured in found.rows.values():
@@ -178,7 +178,7 @@ def test_the_measured_images_depend_on_their_own_seed_only(flow, monkeypatch):
 def test_impossible_measurements_are_refused(flow, arguments, message):
     with pytest.raises(InputError, match=message):
         calibrate(flow, **arguments)
-    assert flow.calibration is None
+    assert flow.autotune is None
 
 
 # ---- choosing -------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_impossible_measurements_are_refused(flow, arguments, message):
 @pytest.mark.parametrize(("rows", "nearest"), [(1, 1), (2, 1), (3, 8), (8, 8), (15, 8), (17, 32), (32, 32), (10_000, 32)])
 def test_the_nearest_number_of_rows_counts_on_a_log_scale(flow, rows, nearest):
     by_rows = {1: SEQUENTIAL, 8: JACOBI, 32: WINDOW}
-    flow.calibration = made_of(by_rows)
+    flow.autotune = made_of(by_rows)
     assert choose(flow, rows) == [by_rows[nearest]] * 3
 
 
@@ -204,12 +204,12 @@ def test_the_nearest_number_of_rows_counts_on_a_log_scale(flow, rows, nearest):
 )
 @pytest.mark.parametrize(("rows", "few"), [(1, True), (4, True), (5, False), (64, False)])
 def test_without_a_calibration_that_fits_sweeps_serve_few_rows(flow, useless, rows, few):
-    flow.calibration = useless
+    flow.autotune = useless
     assert choose(flow, rows) == ([SWEEPS, SWEEPS, SEQUENTIAL] if few else [SEQUENTIAL] * 3)
 
 
 def test_a_calibration_of_other_threads_is_of_another_machine(flow):
-    flow.calibration = made_of({1: JACOBI})
+    flow.autotune = made_of({1: JACOBI})
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
@@ -221,7 +221,7 @@ def test_a_calibration_of_other_threads_is_of_another_machine(flow):
 
 @pytest.mark.parametrize(("guidance", "solver"), [(0.0, JACOBI), (1.5, WINDOW)])
 def test_a_guided_image_counts_as_two_rows(flow, z, guidance, solver):
-    flow.calibration = made_of({3: JACOBI, 6: WINDOW})
+    flow.autotune = made_of({3: JACOBI, 6: WINDOW})
     _, report = flow.decode_with_report(z, labels(flow), guidance)
     assert [solved.solver for solved in report] == [solver] * 3
 
@@ -235,7 +235,7 @@ def test_a_calibrated_flow_decodes_the_same_images(flow, z, guidance):
 
 @pytest.mark.parametrize("solver", candidates(9, draft=True), ids=str)
 def test_whatever_a_calibration_chose_decodes_the_same_images(flow, z, solver):
-    flow.calibration = made_of({1: solver})
+    flow.autotune = made_of({1: solver})
     x, report = flow.decode_with_report(z, labels(flow), 1.5)
     assert [solved.solver for solved in report] == [solver] * 3
     assert torch.allclose(x, flow.decode(z, labels(flow), 1.5, method="sequential"), atol=1e-8)
@@ -247,18 +247,18 @@ def test_whatever_a_calibration_chose_decodes_the_same_images(flow, z, solver):
 def test_what_was_saved_is_loaded(flow, tmp_path):
     for made in (made_of({1: JACOBI, 8: Solver("gauss_seidel", None, True)}), calibrate(flow, rows=(1,), repeats=1)):
         made.save(tmp_path)
-        assert Calibration.load(tmp_path) == made
+        assert Autotune.load(tmp_path) == made
 
 
 def test_a_folder_without_calibration_has_none(tmp_path):
-    assert Calibration.load(tmp_path) is None
+    assert Autotune.load(tmp_path) is None
 
 
 def test_a_flow_keeps_its_calibration(flow, z, tmp_path):
-    flow.calibration = made_of({1: Solver("gauss_seidel", 3), 8: JACOBI})
+    flow.autotune = made_of({1: Solver("gauss_seidel", 3), 8: JACOBI})
     flow.save_pretrained(tmp_path)
     loaded = TarFlow.from_pretrained(tmp_path)
-    assert loaded.calibration == flow.calibration
+    assert loaded.calibration == flow.autotune
     assert torch.equal(loaded.decode(z, labels(flow)), flow.decode(z, labels(flow)))
 
 
@@ -269,7 +269,7 @@ def test_a_flow_without_calibration_saves_none(flow, tmp_path):
 
 
 def test_saving_a_flow_without_calibration_removes_that_of_another(flow, tmp_path):
-    flow.calibration = made_of({1: JACOBI})
+    flow.autotune = made_of({1: JACOBI})
     flow.save_pretrained(tmp_path)
     random_flow(seed=5).save_pretrained(tmp_path)
     assert TarFlow.from_pretrained(tmp_path).calibration is None
@@ -326,7 +326,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_calibration_is_refused_by_name(flow, tmp_path, damage):
-    flow.calibration = made_of({1: JACOBI})
+    flow.autotune = made_of({1: JACOBI})
     flow.save_pretrained(tmp_path)
     DAMAGES[damage](tmp_path / FILE)
     with pytest.raises(InputError, match=r"decoding\.json is not a calibration"):

@@ -18,9 +18,9 @@ from huggingface_hub.utils import filter_repo_objects
 from builders import SMALL_RUN, images, labels, random_flow, refuse, tiny_autoencoder
 from flowback import InputError, TarFlow, __version__
 from flowback.cli import main
-from flowback.evaluation.card import Provenance, check_repo_id, export, model_card, push_to_hub
-from flowback.training import RunConfig
-from flowback.training.checkpoint import State, load_flow
+from flowback.reports.card import Provenance, check_repo_id, export, model_card, push_to_hub
+from flowback.runs.checkpoint import State, load_flow
+from flowback.runs.config import RunConfig
 
 ALIGNED = ["--alignment.strategy=reverse", "--alignment.at=[[1,1],[2,1]]", "--alignment.weight=0.25"]
 ALIGNED += ["--alignment.projector_width=16", "--alignment.cache=false"]
@@ -78,7 +78,7 @@ def test_the_exported_flow_is_the_runs(run, tmp_path, capsys):
     loaded, (flow, _) = TarFlow.from_pretrained(tmp_path / "flow"), load_flow(run)
     x, y = images(flow), labels(flow)
     assert torch.equal(loaded.encode(x, y)[0], flow.encode(x, y)[0])
-    assert torch.equal(loaded.classify(x), flow.classify(x))  # by the same standards
+    assert torch.equal(loaded.classify(x), flow.classify(x))  # by the same statistics
     for source in (run, tmp_path / "flow"):
         assert main(["sample", str(source), "--num=4", "--labels=3,7", "-o", str(tmp_path / f"{source.name}.png")]) == 0
     assert (tmp_path / "flow.png").read_bytes() == (tmp_path / "digits.png").read_bytes()
@@ -106,7 +106,7 @@ def test_a_local_autoencoder_travels(tmp_path):
     flow.save_pretrained(tmp_path / "flow")
     card = card_of(tmp_path / "flow", tmp_path / "out")
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
-    for line in ("latents 3 x 4 x 4 of the autoencoder in `autoencoder/`", "has a licence of its own"):
+    for line in ("latents 3 x 4 x 4 of the autoencoder in `autoencoder/`", "has a license of its own"):
         assert line in card
     x = torch.rand(2, 1, 8, 8) * 2 - 1
     latents, drawn = flow.to_data(x), two_of(flow)
@@ -147,7 +147,7 @@ def test_another_autoencoder_than_that_of_the_training_is_refused(tmp_path):
 
 
 def test_the_front_matter_says_what_is_known(run, tmp_path):
-    front = front_matter(card_of(run, tmp_path / "flow", "--licence=apache-2.0"))
+    front = front_matter(card_of(run, tmp_path / "flow", "--license=apache-2.0"))
     assert (front["library_name"], front["license"]) == ("flowback", "apache-2.0")
     assert front["pipeline_tag"] == "unconditional-image-generation"
     assert {"normalizing-flow", "class-conditional", "representation-alignment"} <= set(front["tags"])
@@ -160,7 +160,7 @@ def test_the_front_matter_says_what_is_known(run, tmp_path):
 def test_a_licence_is_not_guessed(run, tmp_path):
     card = card_of(run, tmp_path / "flow")
     assert "license" not in front_matter(card)
-    assert "No licence was given" in card
+    assert "No license was given" in card
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from builders import images, random_flow
 from flowback import InputError, TarFlow
-from flowback.classify import (
+from flowback.tasks.classify import (
     RULES,
-    Standards,
+    ClassStatistics,
     calibrated,
     calibration_error,
     classify,
@@ -18,19 +18,21 @@ from flowback.classify import (
     default_rule,
     exact,
     fit_calibration,
+    fit_statistics,
     logit_steps,
     rule_named,
     shortlist,
     single_gradient,
-    standardise,
     z_score,
 )
 
 
-def standards(flow, seed=0):
+def statistics(flow, seed=0):
     generator = torch.Generator().manual_seed(seed)
     K = flow.num_classes
-    return Standards(torch.randn(K, generator=generator).tolist(), (torch.rand(K, generator=generator) + 0.5).tolist(), 9)
+    return ClassStatistics(
+        torch.randn(K, generator=generator).tolist(), (torch.rand(K, generator=generator) + 0.5).tolist(), 9
+    )
 
 
 def test_single_gradient_is_the_slope_of_every_logit():
@@ -56,7 +58,7 @@ def test_exact_is_one_likelihood_a_class():
 
 def test_z_score_shifts_and_scales_each_class():
     flow = random_flow(num_classes=5)
-    known = standards(flow)
+    known = statistics(flow)
     expected = (single_gradient(flow, [images(flow)]) - torch.tensor(known.mean)) / torch.tensor(known.std)
     assert torch.allclose(z_score(flow, [images(flow)], known), expected, atol=1e-6)
 
@@ -74,7 +76,7 @@ def test_logit_steps_climb_the_likelihood():
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_shortlist_has_the_likelihoods_of_the_best_and_no_others(m):
     flow = random_flow()
-    x, known = images(flow), standards(flow)
+    x, known = images(flow), statistics(flow)
     scores = shortlist(m)(flow, [x], known)
     best = z_score(flow, [x], known).topk(m, dim=1).indices
     assert (scores.isfinite().sum(dim=1) == m).all()
@@ -85,7 +87,7 @@ def test_a_shortlist_of_all_classes_is_exact():
     flow = random_flow()
     x = images(flow)
     assert torch.allclose(
-        classify(flow, x, "shortlist_99", standards=standards(flow)), classify(flow, x, "exact"), atol=1e-9
+        classify(flow, x, "shortlist_99", statistics=statistics(flow)), classify(flow, x, "exact"), atol=1e-9
     )
 
 
@@ -94,7 +96,7 @@ def test_classes_left_out_share_the_chance_that_the_right_one_is_among_them():
     y = torch.randint(10, (4000,), generator=generator)
     scores = torch.randn(4000, 10, generator=generator) + 1.5 * torch.nn.functional.one_hot(y, 10)
     listed = torch.full_like(scores, -torch.inf).scatter(1, scores.topk(3).indices, scores.topk(3).values)
-    known = Standards([0.0] * 10, [1.0] * 10, 9)
+    known = ClassStatistics([0.0] * 10, [1.0] * 10, 9)
     known.calibrate("shortlist_3", listed[:2000], y[:2000])
     found = known.probabilities("shortlist_3", listed[2000:])
     assert torch.allclose(found.sum(dim=1), torch.ones(2000), atol=1e-6)
@@ -108,35 +110,35 @@ def test_classes_left_out_share_the_chance_that_the_right_one_is_among_them():
 
 def test_several_rules_at_once_have_the_scores_of_each():
     flow = random_flow()
-    x, known = images(flow, 7), standards(flow)
+    x, known = images(flow, 7), statistics(flow)
     for rules in (["shortlist_2", "exact", "z_score", "logit_steps", "single_gradient", "shortlist_9"], ["shortlist_2"]):
         found = classify_by_all(flow, x, rules, known, draws=2, seed=3)
         assert list(found) == rules
         for rule, scores in found.items():
-            assert torch.allclose(scores, classify(flow, x, rule, draws=2, seed=3, standards=known), atol=1e-9), rule
+            assert torch.allclose(scores, classify(flow, x, rule, draws=2, seed=3, statistics=known), atol=1e-9), rule
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_draws_are_averaged(rule):
     flow = random_flow(noise_std=0.3)
-    x, known = images(flow), standards(flow)
+    x, known = images(flow), statistics(flow)
     generator = torch.Generator().manual_seed(11)
     draws = [flow.perturb(x, generator) for _ in range(3)]
     score = rule_named(rule, 4)[0]
-    found = classify(flow, x, rule, draws=3, seed=11, standards=known)
+    found = classify(flow, x, rule, draws=3, seed=11, statistics=known)
     assert torch.allclose(found, score(flow, draws, known), atol=1e-9)
     if rule in ("single_gradient", "exact", "z_score"):
         assert torch.allclose(found, torch.stack([score(flow, [d], known) for d in draws]).mean(dim=0), atol=1e-9)
-    assert not torch.allclose(found, classify(flow, x, rule, draws=1, seed=11, standards=known))
+    assert not torch.allclose(found, classify(flow, x, rule, draws=1, seed=11, statistics=known))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_scores_do_not_depend_on_the_batch_size(rule):
     flow = random_flow()
-    x, known = images(flow, 5), standards(flow)
-    whole = classify(flow, x, rule, standards=known)
+    x, known = images(flow, 5), statistics(flow)
+    whole = classify(flow, x, rule, statistics=known)
     for batch_size in (1, 2, 8):
-        assert torch.allclose(classify(flow, x, rule, batch_size=batch_size, standards=known), whole, atol=1e-9)
+        assert torch.allclose(classify(flow, x, rule, batch_size=batch_size, statistics=known), whole, atol=1e-9)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -144,7 +146,7 @@ def test_batch_size_bounds_the_rows_that_the_flow_sees(rule, monkeypatch):
     flow = random_flow()
     rows, encode = [], type(flow).encode
     monkeypatch.setattr(type(flow), "encode", lambda self, x, *a, **k: rows.append(len(x)) or encode(self, x, *a, **k))
-    classify(flow, images(flow, 7), rule, batch_size=8, standards=standards(flow))
+    classify(flow, images(flow, 7), rule, batch_size=8, statistics=statistics(flow))
     assert max(rows) <= 8
 
 
@@ -160,7 +162,7 @@ def test_rules_cost_what_they_say(rule, passes, monkeypatch):
 
     monkeypatch.setattr(type(flow), "encode", counting)
     with torch.no_grad():
-        classify(flow, images(flow, 5), rule, standards=standards(flow))
+        classify(flow, images(flow, 5), rule, statistics=statistics(flow))
     assert sum(cost) / 5 == rule_named(rule, 4)[1] == passes
 
 
@@ -168,37 +170,37 @@ def test_a_thousand_classes_cost_one_gradient_no_more_passes(monkeypatch):
     flow = random_flow(num_classes=1000)
     rows, encode = [], type(flow).encode
     monkeypatch.setattr(type(flow), "encode", lambda self, x, *a, **k: rows.append(len(x)) or encode(self, x, *a, **k))
-    assert classify(flow, images(flow, 2), "shortlist_3", standards=standards(flow)).shape == (2, 1000)
+    assert classify(flow, images(flow, 2), "shortlist_3", statistics=statistics(flow)).shape == (2, 1000)
     assert sum(rows) == 2 + 2 * 3
 
 
 def test_standards_are_mean_and_deviation_of_the_gradient():
     flow = random_flow(noise_std=0.2)
     x = images(flow, 20)
-    known = standardise(flow, x, seed=3)
+    known = fit_statistics(flow, x, seed=3)
     scores = classify(flow, x, "single_gradient", seed=3)
     assert known.images == 20
     assert torch.allclose(torch.tensor(known.mean).double(), scores.mean(0), atol=1e-6)
     assert torch.allclose(torch.tensor(known.std).double(), scores.std(0), atol=1e-6)
-    standardised = classify(flow, x, "z_score", seed=3, standards=known)
-    assert torch.allclose(standardised.std(0), torch.ones(4, dtype=torch.float64), atol=1e-5)
+    standardized = classify(flow, x, "z_score", seed=3, statistics=known)
+    assert torch.allclose(standardized.std(0), torch.ones(4, dtype=torch.float64), atol=1e-5)
     with pytest.raises(InputError, match="1 images have no deviation"):
-        standardise(flow, x[:1])
+        fit_statistics(flow, x[:1])
 
 
 def test_standards_travel_with_the_flow(tmp_path):
     flow = random_flow()
     assert default_rule(flow) == "single_gradient"
-    flow.standards = standards(flow)
-    flow.standards.temperatures["exact"] = 2.5
+    flow.statistics = statistics(flow)
+    flow.statistics.temperatures["exact"] = 2.5
     flow.save_pretrained(tmp_path)
     loaded = TarFlow.from_pretrained(tmp_path)
-    assert loaded.standards == flow.standards
+    assert loaded.statistics == flow.statistics
     assert default_rule(loaded) == "shortlist_3"
     x = images(flow)
     assert torch.equal(loaded.classify(x), classify(flow, x, "shortlist_3"))
     random_flow().save_pretrained(tmp_path)
-    assert TarFlow.from_pretrained(tmp_path).standards is None
+    assert TarFlow.from_pretrained(tmp_path).statistics is None
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_standards_travel_with_the_flow(tmp_path):
 )
 def test_damaged_standards_are_refused_by_name(damage, tmp_path):
     flow = random_flow()
-    flow.standards = standards(flow)
+    flow.statistics = statistics(flow)
     flow.save_pretrained(tmp_path)
     file = tmp_path / "classification.json"
     content = json.loads(file.read_text())
@@ -226,7 +228,7 @@ def test_damaged_standards_are_refused_by_name(damage, tmp_path):
 def test_rules_that_need_standards_say_so():
     flow = random_flow()
     for rule in ("z_score", "shortlist_2"):
-        with pytest.raises(InputError, match="needs standards"):
+        with pytest.raises(InputError, match="needs statistics"):
             flow.classify(images(flow), rule)
 
 
@@ -270,7 +272,7 @@ def test_seed_decides_the_noise():
 def test_uniform_noise_flow_is_classified_with_its_own_noise():
     flow = random_flow(noise="uniform", levels=4)
     x = images(flow)
-    expected = exact(flow, [flow.dequantise(x, torch.Generator().manual_seed(0))])
+    expected = exact(flow, [flow.dequantize(x, torch.Generator().manual_seed(0))])
     assert torch.allclose(classify(flow, x, "exact"), expected, atol=1e-9)
 
 
@@ -325,8 +327,8 @@ def test_unconditional_flow_cannot_classify():
 @pytest.fixture(scope="module")
 def accuracies(trained, digits):
     x, y = digits[0][1500:], digits[1][1500:]
-    known = standardise(trained, digits[0][:500])
-    scores = {rule: classify(trained, x, rule, draws=2, standards=known) for rule in RULES}
+    known = fit_statistics(trained, digits[0][:500])
+    scores = {rule: classify(trained, x, rule, draws=2, statistics=known) for rule in RULES}
     return {rule: (s.argmax(dim=1) == y).float().mean().item() for rule, s in scores.items()}
 
 

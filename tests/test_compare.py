@@ -12,12 +12,12 @@ import torch
 from builders import SMALL_RUN, images, random_flow, refuse
 from flowback import InputError, TarFlow
 from flowback.cli import main
+from flowback.core.units import bits_per_dim
 from flowback.data import DataConfig, load_data
-from flowback.evaluation.classification import CURVE, cost_accuracy
-from flowback.evaluation.compare import Record, config_differences, crossings, not_comparable
-from flowback.evaluation.metrics import density, importance_weighted_bits
-from flowback.evaluation.probe import probe_layers
-from flowback.units import bits_per_dim
+from flowback.measure.density import density, importance_weighted_bits
+from flowback.measure.probe import probe_layers
+from flowback.reports.classification import CURVE, cost_accuracy
+from flowback.reports.compare import Record, config_differences, crossings, not_comparable
 
 SMALL = [*SMALL_RUN, "--train.eval_every=2"]
 
@@ -103,9 +103,9 @@ def test_the_density_of_noised_images_is_not_called_bits():
 
 def test_the_cost_accuracy_table_is_of_images_that_calibrated_nothing(trained):
     data = load_data(DataConfig())
-    table, standards = cost_accuracy(trained, data, images=100)
+    table, statistics = cost_accuracy(trained, data, images=100)
     assert [row["rule"] for row in table] == list(CURVE)
-    assert set(standards.temperatures) == set(CURVE)
+    assert set(statistics.temperatures) == set(CURVE)
     accuracy = {row["rule"]: row["accuracy"] for row in table}
     assert accuracy["shortlist_5"] >= accuracy["z_score"] - 0.02
     assert accuracy["exact"] > 0.8

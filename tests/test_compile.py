@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 
 from builders import images, labels, random_flow
 from flowback.cli import main
-from flowback.flows import decoders
-from flowback.flows.decoders import METHODS, CausalMap, Solver, solve
-from flowback.flows.guidance import Guidance
+from flowback.flow import decoding as decoders
+from flowback.flow.decoding import METHODS, CausalMap, Solver, solve
+from flowback.flow.guidance import Guidance
 
 VARIANTS = [{}, {"positions": "rotary", "mlp": "swiglu", "layers": [1, 2, 1]}, {"num_classes": 0}]
 

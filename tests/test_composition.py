@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from builders import PatchEncoder, images, labels, random_flow
 from flowback.alignment import Alignment
-from flowback.nn.transformer import Layer
+from flowback.flow.transformer import Layer
 from flowback.training.apply import compile_blocks
 
 MEMBERS = ["forward", "detach", "cached", "one_step", 2, "exact"]

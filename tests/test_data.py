@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from flowback.core.errors import InputError
 from flowback.data import DataConfig, batches, load_data, load_image, step_generator
 from flowback.data.batches import StepOrder
 from flowback.data.datasets import DEBIAN_FASHION_MNIST, MemorySplit, split_indices
-from flowback.errors import InputError
 
 
 def write_tree(root: Path, classes: int = 3, images: int = 5, size: tuple[int, int] = (12, 9)) -> Path:

@@ -8,11 +8,11 @@ from torch import nn
 
 from builders import attributes, images, labels, random_flow
 from flowback import Guidance, InputError
-from flowback.flows import decoders
-from flowback.flows.block import FlowBlock
-from flowback.flows.calibration import Calibration, Measurement, machine_name
-from flowback.flows.decoders import DECODERS, TOLERANCES, CausalMap, Solver, solve
-from flowback.flows.patches import patchify, unpatchify
+from flowback.flow import decoding as decoders
+from flowback.flow.autotune import Autotune, Measurement, machine_name
+from flowback.flow.block import FlowBlock
+from flowback.flow.decoding import DECODERS, TOLERANCES, CausalMap, Solver, solve
+from flowback.flow.patches import patchify, unpatchify
 
 N = 9  # tokens of the flow that `random_flow` makes unless told otherwise
 SLACK = 1.02  # a residual may be relative to |F(x)| or to |x|, which differ by the tolerance
@@ -48,7 +48,7 @@ def use(flow, *solvers):
     """Let method auto take these solvers, one for each block or one for all."""
     solvers = solvers if len(solvers) > 1 else solvers * flow.config.blocks
     measured = [Measurement(solver, 1.0, 1.0, 1, 0.0) for solver in solvers]
-    flow.calibration = Calibration(machine_name(torch.device("cpu")), {1: measured})
+    flow.autotune = Autotune(machine_name(torch.device("cpu")), {1: measured})
     return flow
 
 
@@ -82,8 +82,8 @@ def slow_sweep(block, z, x, classes, guidance):
         w = guidance.scale * torch.ones(tokens, 1, dtype=z.dtype)
         if guidance.schedule == "annealed":
             w = w * torch.arange(tokens)[:, None] / (tokens - 1)
-        mu = mu + w * (mu - mu_u) if guidance.what != "a" else mu
-        a = a + w * (a - a_u) if guidance.what != "mu" else a
+        mu = mu + w * (mu - mu_u) if guidance.guided != "a" else mu
+        a = a + w * (a - a_u) if guidance.guided != "mu" else a
     return z * torch.exp(block.reorder(a)) + block.reorder(mu)
 
 
@@ -126,7 +126,9 @@ def test_every_solver_finds_the_fixed_point(unguided, solver):
     assert torch.allclose(use(flow, solver).decode(z, y), expected, atol=atol)
 
 
-@pytest.fixture(scope="module", params=[(s, what) for s in ("linear", "annealed") for what in ("both", "a", "mu")], ids=str)
+@pytest.fixture(
+    scope="module", params=[(s, what) for s in ("constant", "annealed") for what in ("both", "a", "mu")], ids=str
+)
 def guided(request):
     """A flow, noise, labels, a guidance and the guided images by definition."""
     flow, guidance = random_flow(std=0.1, blocks=2), Guidance(1.7, *request.param)
@@ -240,7 +242,7 @@ def test_no_noise_gives_no_images(method):
     assert flow.decode(noise(flow, 0), torch.zeros(0, dtype=torch.long), method=method).shape == (0, 2, 6, 6)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "annealed"])
+@pytest.mark.parametrize("schedule", ["constant", "annealed"])
 @pytest.mark.parametrize("what", ["both", "a", "mu"])
 def test_guidance_of_many_tokens_is_that_of_each(schedule, what):
     mu, a = torch.randn(2, 6, 5, 4, dtype=torch.float64)

@@ -19,16 +19,16 @@ import second_device
 from builders import SMALL_RUN, PatchEncoder, images, labels, random_flow, tiny_autoencoder
 from flowback import InputError, TarFlow
 from flowback.alignment import Alignment
-from flowback.classify import classify, standardise
 from flowback.cli import main
-from flowback.devices import pick_device
-from flowback.editing import inpaint, interpolate, swap_class
-from flowback.flows.calibration import calibrate
-from flowback.flows.decoders import Solver
+from flowback.core.devices import pick_device
+from flowback.flow.autotune import calibrate
+from flowback.flow.decoding import Solver
 from flowback.quickstart import quickstart, recipe
-from flowback.refinement import agreement, rank, refine
-from flowback.training import RunConfig
-from flowback.training.log import read_metrics
+from flowback.runs.config import RunConfig
+from flowback.runs.log import read_metrics
+from flowback.tasks.classify import classify, fit_statistics
+from flowback.tasks.editing import inpaint, interpolate, swap_class
+from flowback.tasks.refinement import agreement, rank, refine
 
 Y = torch.tensor([0, 1, 2])
 MASK = (torch.arange(6) >= 3).expand(1, 1, 6, 6)
@@ -55,8 +55,8 @@ def noise(flow):
     return torch.randn(3, *flow.token_shape, dtype=flow.data_dtype, generator=seeded())
 
 
-def standards(flow):
-    return standardise(random_flow(flow.dtype), images(flow, 8))
+def statistics(flow):
+    return fit_statistics(random_flow(flow.dtype), images(flow, 8))
 
 
 def trace(flow):
@@ -83,7 +83,7 @@ WORK = {
     "one label for all": lambda f: f.log_prob(images(f), 3),
     "no labels": lambda f: f.log_prob(images(f)),
     "lists": lambda f: f.log_prob(images(f), [0, -1, 2]),
-    "dequantise": lambda f: f.dequantise(images(f), seeded()),
+    "dequantize": lambda f: f.dequantize(images(f), seeded()),
     "denoise": lambda f: f.denoise(images(f), labels(f)),
     "inference mode": lambda f: torch.inference_mode()(f.sample)(Y, generator=seeded()),
     "sample": lambda f: f.sample(Y, 1.0, generator=seeded(), return_log_prob=True),
@@ -95,7 +95,7 @@ WORK = {
         for w in (0.0, 1.5)
     },
     **{
-        rule: lambda f, rule=rule: classify(f, images(f), rule, draws=2, standards=standards(f)).nan_to_num(neginf=0)
+        rule: lambda f, rule=rule: classify(f, images(f), rule, draws=2, statistics=statistics(f)).nan_to_num(neginf=0)
         for rule in ("single_gradient", "z_score", "logit_steps", "shortlist_2", "exact")
     },
     "agreement": lambda f: agreement(f, images(f), Y),
@@ -221,7 +221,7 @@ def test_a_sweep_waits_once(second, method):
 
 @pytest.mark.parametrize("name", ["denoise", "single_gradient", "z_score", "exact", "rank"])
 def test_other_work_does_not_wait(second, on_device, name):
-    on_device.standards = standards(on_device)
+    on_device.statistics = statistics(on_device)
     work = WORK[name] if name in ("denoise", "rank") else lambda f: classify(f, images(f), name)
     on_device.calibration = None
     if name == "rank":

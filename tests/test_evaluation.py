@@ -7,10 +7,13 @@ from PIL import Image
 
 from builders import random_flow
 from flowback import TarFlow
+from flowback.core.units import from_levels, to_uint8
 from flowback.data import DataConfig, load_data
-from flowback.evaluation.metrics import accuracies, confusion, density, held_out, measure, predict
-from flowback.evaluation.pictures import class_grid, grid_array, save_grid, to_uint8
-from flowback.units import from_levels
+from flowback.data.pictures import grid_array, save_grid
+from flowback.measure.density import confusion, density, held_out
+from flowback.reports.report import measure
+from flowback.tasks.classify import accuracies, predict
+from flowback.tasks.sampling import class_grid
 
 
 def test_density_of_the_identity_flow_is_that_of_a_gaussian():
@@ -20,7 +23,7 @@ def test_density_of_the_identity_flow_is_that_of_a_gaussian():
     # E[-log N(x + noise)]: x is uniform over the centres of 17 bins of width 2/17
     power = float(from_levels(torch.arange(17), 17).double().square().mean())
     assert figures["nats_per_dim"] == pytest.approx(0.5 * math.log(2 * math.pi) + (power + 0.3**2) / 2, abs=2e-3)
-    nats = 0.5 * math.log(2 * math.pi) + 1 / 6  # dequantised, x is uniform on [-1, 1]
+    nats = 0.5 * math.log(2 * math.pi) + 1 / 6  # dequantized, x is uniform on [-1, 1]
     assert figures["bits_per_dim"] == pytest.approx(nats / math.log(2) + math.log2(17 / 2), abs=2e-3)
 
 

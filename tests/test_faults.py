@@ -13,13 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowback.errors import InputError
-from flowback.training import checkpoint
-from flowback.training.log import read_metrics
+from flowback.core.errors import InputError
+from flowback.runs import checkpoint
+from flowback.runs.log import read_metrics
 
 PROGRAM = Path(sys.executable).with_name("flowback")
 SMALL = ["--flow.width=32", "--flow.blocks=3", "--flow.layers=1", "--flow.patch_size=2", "--data.limit=128"]
-SMALL += ["--train.batch_size=32", "--train.warmup=2", "--train.eval_images=20", "--train.log_every=1", "--train.flip=true"]
+SMALL += [
+    "--train.batch_size=32",
+    "--train.warmup=2",
+    "--train.eval_images=20",
+    "--train.log_every=1",
+    "--train.hflip=true",
+]
 SMALL += ["--train.accelerator=cpu", "--alignment.strategy=reverse", "--alignment.at=[[2,1],[3,1]]"]
 SMALL += ["--alignment.projector_width=16"]
 
@@ -192,7 +198,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(folder, whole):
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(folder):
     options = ["--train.steps=8", "--train.checkpoint_every=1", "--train.eval_every=1", "--train.keep=2", "--train.lr=10"]
-    run = train(folder, "best", *options, "--train.clip=null")
+    run = train(folder, "best", *options, "--train.grad_clip=null")
     kept = [found.name for found in checkpoint.all_of(run)]
     rows = [row for row in read_metrics(run / "metrics.csv") if "held_out_nats_per_dim" in row]
     best = min(rows, key=lambda row: row["held_out_nats_per_dim"])["step"]
@@ -200,10 +206,10 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(folder):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    from flowback.training import RunConfig, TrainConfig
+    from flowback.runs.config import RunConfig, TrainConfig
     from flowback.training import train as run_training
 
     with pytest.raises(
         InputError, match=r"batch_size is 10; allowed for 2 processes and train\.accumulate 2 are multiples of 4"
     ):
-        run_training(RunConfig(run=str(tmp_path), train=TrainConfig(batch_size=10, devices=2, accumulate=2)))
+        run_training(RunConfig(run=str(tmp_path), train=TrainConfig(batch_size=10, devices=2, grad_accum_steps=2)))

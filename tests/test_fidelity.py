@@ -9,7 +9,7 @@ from torchvision.io import write_png
 
 from flowback import InputError
 from flowback.data import DataConfig, load_data
-from flowback.evaluation.fidelity import (
+from flowback.measure.fidelity import (
     FolderImages,
     SplitImages,
     TensorImages,

@@ -3,7 +3,7 @@ import torch
 
 from builders import random_flow
 from flowback import Guidance, InputError
-from flowback.flows.patches import unpatchify
+from flowback.flow.patches import unpatchify
 
 
 def slow_decode(flow, z, y, scale, schedule, what):
@@ -45,7 +45,7 @@ Y = torch.tensor([2, 0, -1])
 
 
 @pytest.mark.parametrize("what", ["both", "a", "mu"])
-@pytest.mark.parametrize("schedule", ["linear", "annealed"])
+@pytest.mark.parametrize("schedule", ["constant", "annealed"])
 @torch.no_grad()
 def test_guided_decoding_equals_the_slow_definition(flow, z, schedule, what):
     expected = slow_decode(flow, z, Y, 1.7, schedule, what)
@@ -55,7 +55,7 @@ def test_guided_decoding_equals_the_slow_definition(flow, z, schedule, what):
 
 
 def test_every_schedule_and_target_is_another_guidance(flow, z):
-    kinds = [Guidance(1.7, schedule, what) for schedule in ("linear", "annealed") for what in ("both", "a", "mu")]
+    kinds = [Guidance(1.7, schedule, what) for schedule in ("constant", "annealed") for what in ("both", "a", "mu")]
     results = [flow.decode(z, Y, kind)[:2] for kind in kinds]
     for i, first in enumerate(results):
         for second in results[:i]:
@@ -72,7 +72,7 @@ def test_no_guidance_is_plain_decoding(flow, z, guidance):
 
 
 @pytest.mark.parametrize("y", [None, torch.full((3,), -1)])
-@pytest.mark.parametrize("schedule", ["linear", "annealed"])
+@pytest.mark.parametrize("schedule", ["constant", "annealed"])
 def test_without_labels_there_is_nothing_to_guide(flow, z, y, schedule):
     assert torch.allclose(flow.decode(z, y, Guidance(3.0, schedule)), flow.decode(z), atol=1e-10)
 

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from builders import normal_, refuse
 from flowback import InputError, TarFlow
 from flowback.cli import main
-from flowback.flows import imported
-from flowback.flows.imported import import_tarflow, options_in_name, read_tensors
-from flowback.seeds import keyed_normal
+from flowback.core.seeds import keyed_normal
+from flowback.flow import convert as imported
+from flowback.flow.convert import import_tarflow, options_in_name, read_tensors
 
 # ---- the published architecture, as its checkpoints have it -----------------------------------------------------------
 

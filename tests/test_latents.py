@@ -11,8 +11,9 @@ from builders import normal_, tiny_autoencoder
 from flowback import InputError, TarFlow
 from flowback.cli import main
 from flowback.data import DataConfig
-from flowback.flows import FlowConfig
-from flowback.training import AlignmentConfig, RunConfig, TrainConfig, train
+from flowback.flow.config import FlowConfig
+from flowback.runs.config import AlignmentConfig, RunConfig, TrainConfig
+from flowback.training import train
 from flowback.training.caches import make_caches
 
 OPTIONS = {"image_size": 8, "channels": 1, "patch_size": 2, "width": 32, "blocks": 2, "layers": 1, "num_classes": 10}
@@ -38,7 +39,7 @@ def pictures(n=5, seed=0):
 
 
 def run_config(run, vae, aligned=False, **train_options):
-    options = {"steps": 6, "batch_size": 16, "warmup": 2, "log_every": 2, "eval_every": 6, "eval_images": 20, "flip": True}
+    options = {"steps": 6, "batch_size": 16, "warmup": 2, "log_every": 2, "eval_every": 6, "eval_images": 20, "hflip": True}
     return RunConfig(
         run=str(run),
         data=DataConfig(limit=64),
@@ -87,7 +88,7 @@ def test_sample_and_classify_speak_images_and_the_rest_latents(flow):
     with pytest.raises(InputError, match=r"latents of shape \[2, 1, 8, 8\] do not fit; allowed is \[B, 3, 4, 4\]"):
         flow.encode(x)
     with pytest.raises(InputError, match="latents have no bins"):
-        flow.dequantise(latents)
+        flow.dequantize(latents)
 
 
 def test_denoising_is_the_score_step_in_latent_space(flow):
@@ -204,7 +205,7 @@ def test_caches_that_do_not_fit_are_refused_with_the_reason(vae, tmp_path):
     make_caches(config, tmp_path / "caches")
     for changed, reason in (
         (replace(config, data=DataConfig(limit=63)), "was made with images '.*', this run has '.*'"),
-        (replace(config, train=replace(config.train, flip=False)), "was made with flips True, this run has False"),
+        (replace(config, train=replace(config.train, hflip=False)), "was made with flips True, this run has False"),
         (replace(config, flow=replace(config.flow, latent_posterior="sample")), "made with moments 1, this run has 2"),
         (replace(config, flow=replace(config.flow, patch_size=2)), r"made with grid \[4, 4\], this run has \[2, 2\]"),
     ):

@@ -20,13 +20,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowback.core.errors import InputError
 from flowback.data import DataConfig
-from flowback.errors import InputError
-from flowback.flows import FlowConfig, TarFlow
-from flowback.training import AlignmentConfig, RunConfig, TrainConfig, checkpoint, train
-from flowback.training.checkpoint import load_flow
+from flowback.flow.config import FlowConfig
+from flowback.flow.tarflow import TarFlow
+from flowback.runs import checkpoint
+from flowback.runs.checkpoint import load_flow
+from flowback.runs.config import AlignmentConfig, RunConfig, TrainConfig
+from flowback.runs.log import read_metrics
+from flowback.training import train
 from flowback.training.inputs import Inputs
-from flowback.training.log import read_metrics
 
 OBJECTIVES = ("none", "forward", "detach", "reverse")
 STRATEGIES = ("ddp", "fsdp")
@@ -35,7 +38,7 @@ HALF, WHOLE = 3, 6  # steps
 
 def config(run: Path | str, objective: str = "reverse", **options: Any) -> RunConfig:
     settings = {"steps": WHOLE, "batch_size": 24, "warmup": 2, "log_every": 1, "eval_every": 100, "eval_images": 20}
-    settings |= {"sample_every": 100, "checkpoint_every": 100, "flip": True, "accelerator": "cpu"}
+    settings |= {"sample_every": 100, "checkpoint_every": 100, "hflip": True, "accelerator": "cpu"}
     until = WHOLE - 1 if objective == "detach" else None  # one of the objectives ends before its run does
     return RunConfig(
         run=str(run),
@@ -130,7 +133,7 @@ def pair(alone):
         for strategy in STRATEGIES
         for objective in OBJECTIVES
     ]
-    repeat = {"run": str(alone / "in two goes"), "strategy": "fsdp", "deterministic": True, "accumulate": 2}
+    repeat = {"run": str(alone / "in two goes"), "strategy": "fsdp", "deterministic": True, "grad_accum_steps": 2}
     jobs += [{**repeat, "run": str(alone / "at once")}, {**repeat, "until": HALF}, {**repeat, "resume": True}]
     jobs += [resumed(alone, "shared out reverse", "half reverse", strategy="fsdp", checkpoint_activations=True)]
     jobs += [{"run": str(alone / "one poisoned"), "strategy": "fsdp", "fault": "poison 1"}]
@@ -148,7 +151,7 @@ def test_two_processes_have_the_curve_of_one_which_goes_on_with_their_checkpoint
     assert torch.allclose(curve(run), whole[:HALF], atol=2e-6)
     pieces = len(list(checkpoint.newest(run).glob("training*")))
     assert pieces == (2 if strategy == "fsdp" else 1)
-    job = resumed(pair, f"{strategy} then alone {objective}", run.name, accumulate=2)
+    job = resumed(pair, f"{strategy} then alone {objective}", run.name, grad_accum_steps=2)
     flow = train(config(**job)).flow
     assert torch.allclose(curve(Path(job["run"])), whole, atol=1e-5)
     assert near(flow.state_dict(), load_flow(pair / f"alone {objective}")[0].state_dict())

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowback.flows.patches import patchify, unpatchify
+from flowback.flow.patches import patchify, unpatchify
 
 SHAPES = {"side": st.integers(1, 4), "patch": st.integers(1, 3), "channels": st.integers(1, 3)}
 

@@ -8,10 +8,10 @@ import torch
 
 from builders import images, random_flow
 from flowback import InputError
-from flowback.alignment.strategies import _decode_with_graph
-from flowback.classify import RULES, Standards, classify
-from flowback.flows.adjoint import latent_gradient
-from flowback.refinement import OBJECTIVES, agreement, contrast, posterior, rank, refine
+from flowback.alignment.gradients import _decode_with_graph
+from flowback.flow.adjoint import latent_gradient
+from flowback.tasks.classify import RULES, ClassStatistics, classify
+from flowback.tasks.refinement import OBJECTIVES, agreement, contrast, posterior, rank, refine
 
 objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 rules = pytest.mark.parametrize("rule", RULES)
@@ -19,7 +19,9 @@ rules = pytest.mark.parametrize("rule", RULES)
 
 def a_flow(**options):
     flow = random_flow(**{"image_size": 4, "noise_std": 0.0, "std": 0.1, **options})
-    flow.standards = Standards([0.1 * k for k in range(flow.num_classes)], [1.0 + k for k in range(flow.num_classes)], 9)
+    flow.statistics = ClassStatistics(
+        [0.1 * k for k in range(flow.num_classes)], [1.0 + k for k in range(flow.num_classes)], 9
+    )
     return flow
 
 
@@ -205,7 +207,7 @@ def refined_plainly(flow, z, y, steps, angle, objective, guidance):
 @pytest.mark.parametrize("angle", [0.1, 1.5])
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 def test_refining_is_a_plain_ascent_on_the_sphere(objective, angle, guidance, monkeypatch):
-    monkeypatch.setattr("flowback.refinement.latent_gradient", partial(latent_gradient, tolerance=1e-14))
+    monkeypatch.setattr("flowback.tasks.refinement.latent_gradient", partial(latent_gradient, tolerance=1e-14))
     flow = a_flow()
     z, arguments = noises(flow, 6), (4, angle, OBJECTIVES[objective], guidance)
     expected = [refined_plainly(flow, z[i : i + 1], LABELS[i : i + 1], *arguments) for i in range(6)]

@@ -4,7 +4,7 @@ import torch
 
 from builders import attributes, images, labels, random_flow
 from flowback import Guidance, InputError, TarFlow
-from flowback.flows.patches import unpatchify
+from flowback.flow.patches import unpatchify
 
 
 def seeded(seed=7):

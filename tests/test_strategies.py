@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from builders import PatchEncoder, flat, gradients, images, labels, normal_, random_flow, relative_error
-from flowback.alignment import strategies
-from flowback.flows.block import FlowBlock
-from flowback.nn import CausalTransformer, Projector
-from flowback.units import nll_per_dim
+from flowback.alignment import gradients as strategies
+from flowback.alignment.projectors import Projector
+from flowback.core.units import nll_per_dim
+from flowback.flow.block import FlowBlock
+from flowback.flow.transformer import CausalTransformer
 
 FLOWS = {
     "conditional": {},

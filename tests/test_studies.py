@@ -11,7 +11,7 @@ import tables
 import torch
 
 from builders import random_flow
-from flowback.evaluation.convergence import errors_by_sweep, sweeps_until
+from convergence import errors_by_sweep, sweeps_until
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from builders import SMALL_RUN
+from flowback.core.errors import InputError
+from flowback.core.files import read_at
 from flowback.data import DataConfig, batches, load_data
 from flowback.data.cache import ArrayCache
 from flowback.data.datasets import MemorySplit
-from flowback.errors import InputError
-from flowback.files import read_at
-from flowback.training.checkpoint import _sync
-from flowback.training.run import _lock
+from flowback.runs.checkpoint import _sync
+from flowback.runs.folder import _lock
 
 # As on Windows: modules and calls of POSIX are missing, a folder cannot be opened, only what is open for writing can be
 # synced, a rename replaces nothing, processes are spawned. Spawned ones run the part above `if` too.

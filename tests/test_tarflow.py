@@ -9,10 +9,10 @@ from torch.autograd.functional import jacobian
 
 from builders import SMALL, attributes, gradients, images, labels, random_flow
 from flowback import InputError, TarFlow
-from flowback.flows import FlowConfig
-from flowback.flows.block import FlowBlock
-from flowback.flows.patches import patchify
-from flowback.units import LOG_2PI, bin_width
+from flowback.core.units import LOG_2PI, bin_width
+from flowback.flow.block import FlowBlock
+from flowback.flow.config import FlowConfig
+from flowback.flow.patches import patchify
 
 OPTIONS = st.fixed_dictionaries(
     {

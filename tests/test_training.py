@@ -10,19 +10,22 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from flowback.core.devices import autocast
+from flowback.core.errors import InputError
+from flowback.core.units import from_levels
 from flowback.data import DataConfig, ImageSet, load_data
 from flowback.data.batches import Raw
 from flowback.data.datasets import MemorySplit
-from flowback.devices import autocast
-from flowback.errors import InputError
-from flowback.flows import FlowConfig, TarFlow
-from flowback.training import AlignmentConfig, RunConfig, TrainConfig, checkpoint, train
+from flowback.flow.config import FlowConfig
+from flowback.flow.tarflow import TarFlow
+from flowback.runs import checkpoint
+from flowback.runs.checkpoint import load_flow
+from flowback.runs.config import AlignmentConfig, RunConfig, TrainConfig
+from flowback.runs.log import MetricsLog, read_metrics
+from flowback.training import train
 from flowback.training.build import build_flow, make_alignment
-from flowback.training.checkpoint import load_flow
 from flowback.training.inputs import Inputs
-from flowback.training.log import MetricsLog, read_metrics
 from flowback.training.optim import learning_rate, update_ema
-from flowback.units import from_levels
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +254,7 @@ def test_flow_takes_the_facts_of_the_data_and_refuses_others():
 def test_unconditional_uniform_bfloat16_and_uncached_runs_train(tmp_path):
     plain = config(tmp_path / "plain")
     train(replace(plain, flow=replace(plain.flow, num_classes=0, noise="uniform")))
-    aligned = config(tmp_path / "aligned", aligned=True, precision="bf16-mixed", flip=True, steps=4)
+    aligned = config(tmp_path / "aligned", aligned=True, precision="bf16-mixed", hflip=True, steps=4)
     result = train(replace(aligned, alignment=replace(aligned.alignment, cache=False, encoder_precision="bf16-mixed")))
     assert all(p.dtype == torch.float32 for p in result.flow.parameters())
     assert all(p.isfinite().all() for p in result.flow.parameters())
@@ -271,7 +274,7 @@ def test_labels_are_dropped_by_a_coin_for_each_image():
     labels = torch.arange(4000) % 10
     split = MemorySplit(images, labels)
     data = ImageSet("stripes", split, split, [str(k) for k in range(10)], image_size=8, channels=1, levels=17)
-    settings = TrainConfig(label_drop=0.1, flip=True, batch_size=4000)
+    settings = TrainConfig(class_dropout=0.1, hflip=True, batch_size=4000)
     inputs = Inputs(RunConfig(train=settings), data, flow, None, torch.device("cpu"))
     raw = Raw(torch.arange(4000), images, labels)
     batch = inputs.prepare(raw, step=7)
@@ -323,12 +326,12 @@ BAD_CONFIGS = [
     (TrainConfig, {"steps": 0}, "train.steps is 0; allowed is a whole number of at least 1"),
     (TrainConfig, {"lr": 0.0}, "train.lr is 0.0"),
     (TrainConfig, {"lr": float("nan")}, "train.lr is nan"),
-    (TrainConfig, {"clip": -1.0}, "train.clip is -1.0"),
+    (TrainConfig, {"grad_clip": -1.0}, "train.grad_clip is -1.0"),
     (TrainConfig, {"weight_decay": -1.0}, "train.weight_decay is -1.0"),
     (TrainConfig, {"ema": 1.0}, "train.ema is 1.0"),
     (TrainConfig, {"betas": (0.9, 1.0)}, "train.beta 2 is 1.0"),
     (TrainConfig, {"betas": (0.9,)}, "train.betas is"),
-    (TrainConfig, {"label_drop": 1.5}, "train.label_drop is 1.5"),
+    (TrainConfig, {"class_dropout": 1.5}, "train.class_dropout is 1.5"),
     (TrainConfig, {"precision": "fp8"}, "train.precision is 'fp8'; allowed: 32-true, bf16-mixed"),
     (TrainConfig, {"seed": -1}, "train.seed is -1"),
     (AlignmentConfig, {"strategy": "sideways"}, "alignment.strategy is 'sideways'; allowed: none, forward"),

@@ -7,8 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from builders import attributes, normal_
-from flowback.nn import CausalTransformer, ConvProjector, Projector
-from flowback.nn.transformer import GeluMLP, SwiGLU, causal_products, rotate, rotations, slow_attention_gradient
+from flowback.alignment.projectors import ConvProjector, Projector
+from flowback.flow.transformer import (
+    CausalTransformer,
+    GeluMLP,
+    SwiGLU,
+    causal_products,
+    rotate,
+    rotations,
+    slow_attention_gradient,
+)
 
 N, WIDTH, LAYERS, HEAD_DIM = 7, 16, 3, 8
 KINDS = {"learned, gelu": {}, "rotary, swiglu": {"rotary": N, "mlp": "swiglu"}}

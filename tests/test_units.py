@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from builders import images, labels, random_flow
 from flowback import InputError
-from flowback.units import LOG_2PI, bin_width, bits_per_dim, from_levels, nats_per_dim, nll_per_dim, to_levels
+from flowback.core.units import LOG_2PI, bin_width, bits_per_dim, from_levels, nats_per_dim, nll_per_dim, to_levels
 
 LEVELS = st.one_of(st.sampled_from([2, 16, 17, 256, 65536]), st.integers(2, 4096))
 
@@ -66,7 +66,7 @@ def test_bits_bound_the_entropy_of_discretised_gaussian_pixels(levels, std):
     mass = (0.5 * (1 + torch.erf(edges / (std * math.sqrt(2))))).diff()
     mass = mass / mass.sum()
     entropy = -(mass * mass.clamp(min=1e-300).log2()).sum().item()
-    # the same Gaussian as a density on [-1, 1], under uniform dequantisation
+    # the same Gaussian as a density on [-1, 1], under uniform dequantization
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000 - 0.5
     x = from_levels(torch.arange(levels), levels).double()[:, None] + u * bin_width(levels)
     log_prob = -0.5 * (x / std) ** 2 - math.log(std) - 0.5 * math.log(2 * math.pi)

@@ -1,7 +1,44 @@
 """flowback: image normalizing flows aligned with vision foundation models."""
 
-from flowback.errors import InputError
-from flowback.flows import Guidance, TarFlow
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Guidance", "InputError", "TarFlow", "__version__"]
+from flowback.core.errors import InputError
+from flowback.flow import FlowConfig, Guidance, TarFlow
+
+if TYPE_CHECKING:
+    from flowback.alignment import Alignment
+    from flowback.encoders import load_encoder
+    from flowback.latents import LatentFlow, from_pretrained
+    from flowback.tasks.classify import classify
+    from flowback.training import train
+
+__version__ = "0.2.0.dev0"
+__all__ = [
+    "Alignment",
+    "FlowConfig",
+    "Guidance",
+    "InputError",
+    "LatentFlow",
+    "TarFlow",
+    "__version__",
+    "classify",
+    "from_pretrained",
+    "load_encoder",
+    "train",
+]
+LATER = {  # imported when they are first asked for, so that `import flowback` takes what the flow takes
+    "Alignment": "flowback.alignment",
+    "LatentFlow": "flowback.latents",
+    "classify": "flowback.tasks.classify",
+    "from_pretrained": "flowback.latents",
+    "load_encoder": "flowback.encoders",
+    "train": "flowback.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in LATER:
+        raise AttributeError(f"module 'flowback' has no attribute {name!r}")
+    return getattr(import_module(LATER[name]), name)

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowback.devices import machine
-from flowback.evaluation.metrics import Measured, measure
-from flowback.evaluation.report import write_report
-from flowback.training import RunConfig, checkpoint, train
-from flowback.training.log import console, read_metrics
+from flowback.core.console import console
+from flowback.core.devices import machine
+from flowback.reports.report import Measured, measure, write_report
+from flowback.runs import checkpoint
+from flowback.runs.config import RunConfig
+from flowback.runs.log import read_metrics
+from flowback.training import train
 
 GUIDANCE = 1.0
 

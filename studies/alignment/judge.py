@@ -2,7 +2,7 @@
 
     python studies/alignment/judge.py        trains it, about two minutes on a core, and says how often it is right
 
-It serves `flowback.evaluation.fidelity` as an extractor named "judge": FID, precision and recall on its 128 features, and
+It serves `flowback.measure.fidelity` as an extractor named "judge": FID, precision and recall on its 128 features, and
 beside them how often it sees in a sample the class that was asked for.
 """
 
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+from flowback.core.files import write_whole
+from flowback.core.units import from_levels
 from flowback.data import DataConfig, load_data
-from flowback.evaluation.fidelity import EXTRACTORS
-from flowback.files import write_whole
-from flowback.units import from_levels
+from flowback.measure.fidelity import EXTRACTORS
 
 EPOCHS, BATCH, SEED = 4, 128, 0
 

@@ -18,24 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flowback.flow.convergence import errors_by_sweep, sweeps_until
 from judge import right, trained
 
-from flowback.classify import classify_by_all, standardise
+from flowback.core.devices import autocast, machine, pick_device
+from flowback.core.errors import InputError
+from flowback.core.files import file_hash, write_whole
+from flowback.core.units import to_uint8
 from flowback.data import ImageSet, load_data
-from flowback.devices import autocast, machine, pick_device
-from flowback.errors import InputError
-from flowback.evaluation.convergence import errors_by_sweep, sweeps_until
-from flowback.evaluation.fidelity import TensorImages, fidelity, reference_of
-from flowback.evaluation.metrics import density, seen, spread
-from flowback.evaluation.pictures import to_uint8
-from flowback.evaluation.probe import probe_layers
-from flowback.files import file_hash, write_whole
-from flowback.flows import FlowConfig, TarFlow
-from flowback.training import AlignmentConfig, RunConfig, TrainConfig, checkpoint, train
+from flowback.flow.config import FlowConfig
+from flowback.flow.tarflow import TarFlow
+from flowback.measure.density import density, seen, spread
+from flowback.measure.fidelity import TensorImages, fidelity, reference_of
+from flowback.measure.probe import probe_layers
+from flowback.runs import checkpoint
+from flowback.runs.checkpoint import load_flow
+from flowback.runs.config import AlignmentConfig, DataConfig, RunConfig, TrainConfig
+from flowback.runs.log import read_metrics
+from flowback.tasks.classify import classify_by_all, fit_statistics
+from flowback.training import train
 from flowback.training.caches import make_caches
-from flowback.training.checkpoint import load_flow
-from flowback.training.config import DataConfig
-from flowback.training.log import read_metrics
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -234,7 +236,7 @@ def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool, inside: boo
     some = slice(None, None, 1 if final else FINAL_IMAGES // CURVE_IMAGES)
     with autocast(device, BASE.train.precision):
         unlabelled, _ = seen(flow, data.train, spread(len(data.train), STANDARD_IMAGES), data.levels)
-        scores = classify_by_all(flow, x[some], RULES, standardise(flow, unlabelled))
+        scores = classify_by_all(flow, x[some], RULES, fit_statistics(flow, unlabelled))
     correct = {rule: (s.argmax(1).cpu() == y[some]).float() for rule, s in scores.items()}
     if final:
         row["accuracy"] = {rule: float(c.mean()) for rule, c in correct.items()}

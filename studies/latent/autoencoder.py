@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from flowback.core.console import Bar
+from flowback.core.units import from_levels
 from flowback.data import DataConfig, batches, load_data, step_generator
-from flowback.training.log import Bar
 from flowback.training.optim import learning_rate
-from flowback.units import from_levels
 
 BATCH, PEAK, WARMUP, SAVE_EVERY = 64, 1e-3, 100, 100
 

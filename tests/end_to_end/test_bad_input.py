@@ -202,7 +202,7 @@ def write_flows(root: Path, run: Path) -> None:
     os.truncate(copy("cut_weights") / "model.safetensors", 5000)
     (copy("pickled") / "model.safetensors").write_bytes(pickle.dumps(Code()))
     (copy("calibration") / "decoding.json").write_text('{"format": 9}')
-    (copy("standards") / "classification.json").write_text('{"format": 1, "mean": [0]}')
+    (copy("statistics") / "classification.json").write_text('{"format": 1, "mean": [0]}')
     (copy("bad_raw") / "training.safetensors").write_text("no tensors")
     (copy("other_raw") / "training.safetensors").unlink()
     save_file({"weights.flow.x": torch.ones(1)}, root / "other_raw" / "training.safetensors")
@@ -351,10 +351,13 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("train --train.precision=half", "train.precision is 'half'; allowed: 32-true, bf16-mixed"),
         ("train --train.accelerator=abacus", "device 'abacus' is not here"),
         ("train --train.devices=0", "train.devices is 0; allowed is a whole number of at least 1"),
-        ("train --train.accumulate=3", "train.batch_size is 16; allowed for 1 processes and train.accumulate 3 are"),
-        ("train --train.flip=perhaps", "train.flip"),
-        ("train --train.clip=0", "train.clip is 0.0; allowed is a number above 0, or null"),
-        ("train --train.label_drop=2", "train.label_drop is 2.0; allowed is a share from 0 to 1"),
+        (
+            "train --train.grad_accum_steps=3",
+            "train.batch_size is 16; allowed for 1 processes and train.grad_accum_steps 3 are",
+        ),
+        ("train --train.hflip=perhaps", "train.hflip"),
+        ("train --train.grad_clip=0", "train.grad_clip is 0.0; allowed is a number above 0, or null"),
+        ("train --train.class_dropout=2", "train.class_dropout is 2.0; allowed is a share from 0 to 1"),
         ("train --train.weight_decay=-1", "train.weight_decay is -1.0; allowed is a number of at least 0"),
         ("train --train.weight_decay=nan", "train.weight_decay"),
         ("train --data.name=cats", "data.name is 'cats'; allowed: digits, fashion_mnist, folder, imagenet, shards"),
@@ -527,7 +530,10 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample flows/cut_weights", "flows/cut_weights/model.safetensors cannot be read as safetensors (Error while"),
         ("sample flows/pickled", "flows/pickled/model.safetensors cannot be read as safetensors (Error while"),
         ("sample flows/calibration", "flows/calibration/decoding.json is not a calibration (format 9, not 1); it can be"),
-        ("sample flows/standards", "flows/standards/classification.json cannot be used (Standards.__init__() missing 2"),
+        (
+            "sample flows/statistics",
+            "flows/statistics/classification.json cannot be used (ClassStatistics.__init__() missing 2",
+        ),
         ("sample flows/bad_raw --weights=raw", "flows/bad_raw has raw weights that cannot be read (Error while"),
         ("sample flows/other_raw --weights=raw", "flows/other_raw has raw weights of another flow"),
         ("sample flows/no_weights --weights=raw", "flows/no_weights/model.safetensors cannot be read as safetensors (No"),
@@ -688,7 +694,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("inpaint run images/0.png --mask=images/text.png", "image images/text.png cannot be read (it is none of PNG"),
         ("export run full", "full is there already; allowed is a new or an empty folder"),
         ("export run full/file", "full/file is there already; allowed is a new or an empty folder"),
-        ("export run out --licence=My_own!", "licence 'My_own!' is no identifier; allowed is one of the hub's, like"),
+        ("export run out --license=My_own!", "license 'My_own!' is no identifier; allowed is one of the hub's, like"),
         ("export run out --push=flow", "'flow' has no owner; allowed is owner/name"),
         ("export run out --push=a/b/c", "'a/b/c' is no name on the hub; allowed is owner/name of letters, digits, -, _"),
         ("export run out --private", "--private is of a repository on the hub; allowed is --private with --push"),

@@ -7,18 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowback.alignment import strategies
-from flowback.alignment.encoders import Encoder, match_grid
-from flowback.devices import put
-from flowback.errors import InputError
-from flowback.flows import TarFlow
-from flowback.nn import ConvProjector, Projector
-from flowback.units import nll_per_dim
+from flowback.alignment import gradients
+from flowback.alignment.projectors import ConvProjector, Projector
+from flowback.core.devices import put
+from flowback.core.errors import InputError
+from flowback.core.units import nll_per_dim
+from flowback.encoders import Encoder, match_grid
+from flowback.flow.tarflow import TarFlow
 
 PROJECTORS = ("mlp", "conv")
 
 
-def spatially_normalised(features: Tensor) -> Tensor:
+def spatially_normalized(features: Tensor) -> Tensor:
     """Features `[B, P, F]`, every channel of every image with mean 0 and deviation 1 over the patches (arXiv 2512.10794).
 
     What all patches of an image share is gone: only how they differ is left to align with.
@@ -62,14 +62,14 @@ class Alignment(nn.Module):
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
-        self.at = flow.check_pairs(at)
+        self.at = flow.config.check_pairs(at)
         if not self.at:
             raise InputError("alignment.at is empty; allowed is at least one pair of block and layer, like [[4, 2]]")
-        if strategy not in strategies.STRATEGIES:
-            raise InputError(f"strategy {strategy!r} does not exist; allowed: {', '.join(strategies.STRATEGIES)}")
+        if strategy not in gradients.STRATEGIES:
+            raise InputError(f"strategy {strategy!r} does not exist; allowed: {', '.join(gradients.STRATEGIES)}")
         is_count = isinstance(gradient, int) and not isinstance(gradient, bool) and gradient >= 0
-        if not is_count and gradient not in strategies.GRADIENTS:
-            allowed = f"{', '.join(strategies.GRADIENTS)}, or a whole number of at least 0"
+        if not is_count and gradient not in gradients.GRADIENTS:
+            allowed = f"{', '.join(gradients.GRADIENTS)}, or a whole number of at least 0"
             raise InputError(f"gradient {gradient!r} does not exist; allowed: {allowed}")
         if not 0 <= weight < float("inf"):
             raise InputError(f"alignment weight {weight} is not usable; allowed is a number of at least 0")
@@ -128,7 +128,7 @@ class Alignment(nn.Module):
             raise InputError(f"targets of shape {list(targets.shape)} do not fit; allowed is {list(expected)}")
         targets = put(targets, x_noisy.device)
         targets = targets.float() if targets.dtype != x_noisy.dtype else targets
-        unit = F.normalize(spatially_normalised(targets) if self.spatial_norm else targets, dim=-1)
+        unit = F.normalize(spatially_normalized(targets) if self.spatial_norm else targets, dim=-1)
 
         def align(hidden: dict[tuple[int, int], Tensor]) -> Tensor:
             # every pair has as many patches, so the mean over pairs of means is the mean over all
@@ -137,12 +137,12 @@ class Alignment(nn.Module):
 
         flow, taken = self.flow, {}
         if self.strategy == "forward" or not torch.is_grad_enabled():  # the numbers are the same in all strategies
-            nll, l_align = strategies.forward(flow, x_noisy, y, self.at, align)
+            nll, l_align = gradients.forward(flow, x_noisy, y, self.at, align)
         elif self.strategy == "reverse" and self.gradient == "sequential":
-            nll, l_align = strategies.sequential(flow, x_noisy, y, self.at, align)
+            nll, l_align = gradients.sequential(flow, x_noisy, y, self.at, align)
         else:
             terms, tolerance = self._adjoint(x_noisy.dtype)
-            nll, l_align, taken = strategies.isolated(flow, x_noisy, y, self.at, align, terms, tolerance)
+            nll, l_align, taken = gradients.isolated(flow, x_noisy, y, self.at, align, terms, tolerance)
         parts: dict[str, Any] = {"nll": nll.detach(), "align": l_align.detach()}
         if taken:
             parts["terms"] = taken

@@ -11,8 +11,8 @@ from jsonargparse import Namespace
 from flowback import __version__
 from flowback.cli import editing, importing, measuring, publishing, sampling, training
 from flowback.cli.common import Parser, fail
-from flowback.errors import InputError
-from flowback.training import AlignmentConfig, TrainConfig
+from flowback.core.errors import InputError
+from flowback.runs.config import AlignmentConfig, TrainConfig
 from flowback.training.parallel import PeerLost
 
 SWITCHES = tuple(

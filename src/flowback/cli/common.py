@@ -9,15 +9,14 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from flowback.classify import classify
-from flowback.data import load_image
-from flowback.errors import InputError
-from flowback.files import read_json
-from flowback.flows import TarFlow
-from flowback.flows.pretrained import pretrained_folder
-from flowback.training.checkpoint import load_flow
-from flowback.training.log import console
-from flowback.units import from_levels
+from flowback.core.console import console
+from flowback.core.errors import InputError
+from flowback.core.files import read_json
+from flowback.data import as_images
+from flowback.flow.io import find_folder
+from flowback.latents import Flow
+from flowback.runs.checkpoint import load_flow
+from flowback.tasks.classify import classify
 
 
 class Parser(ArgumentParser):
@@ -74,15 +73,14 @@ def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def flow_and_clean_images(options: Namespace) -> tuple[TarFlow, Tensor]:
-    """The flow, and the image files as it sees them, clean, `[B, *data_shape]`."""
+def flow_and_clean_images(options: Namespace) -> tuple[Flow, Tensor]:
+    """The flow, and the image files, `[B, C, H, W]`."""
     flow, _ = load_flow(options.run, options.weights, options.device)
-    pixels = torch.stack([load_image(Path(file), flow.image_size, flow.channels) for file in options.images])
-    return flow, flow.to_data(from_levels(pixels), torch.Generator().manual_seed(0))
+    return flow, as_images(options.images, flow.image_size, flow.channels)
 
 
-def flow_and_images(options: Namespace) -> tuple[TarFlow, Tensor, Tensor]:
-    """The flow, the images as it sees them, and their labels `[B]` (on the CPU): given, the likeliest, or -1 for none."""
+def flow_and_images(options: Namespace) -> tuple[Flow, Tensor, Tensor]:
+    """The flow, the images, and their labels `[B]` (on the CPU): given, the likeliest, or -1 for none."""
     flow, images = flow_and_clean_images(options)
     if options.labels:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(images))
@@ -109,9 +107,9 @@ def checked_output(options: Namespace, *suffixes: str) -> Path:
     return output
 
 
-def class_names(run: str, flow: TarFlow) -> list[str]:
+def class_names(run: str, flow: Flow) -> list[str]:
     """The class names that training left in the run's folder, or that lie with a flow of the hub; or else the numbers."""
-    file = pretrained_folder(run) / "classes.json"
+    file = find_folder(run) / "classes.json"
     try:
         names = read_json(file) if file.is_file() else []
     except ValueError as error:
@@ -120,7 +118,7 @@ def class_names(run: str, flow: TarFlow) -> list[str]:
     return [str(name) for name in names] if known else [str(k) for k in range(flow.num_classes)]
 
 
-def chosen_labels(text: str | None, names: list[str], flow: TarFlow) -> list[int]:
+def chosen_labels(text: str | None, names: list[str], flow: Flow) -> list[int]:
     """`--labels` as class numbers; all classes by default, -1 for an unconditional flow."""
     if not flow.num_classes and text is not None:
         raise InputError(f"labels {text} do not fit an unconditional flow; allowed is none")

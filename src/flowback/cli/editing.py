@@ -17,13 +17,11 @@ from flowback.cli.common import (
     one_each,
     say,
 )
+from flowback.core.errors import InputError
 from flowback.data import load_image
-from flowback.devices import put
-from flowback.editing import inpaint, interpolate, swap_class
-from flowback.errors import InputError
-from flowback.evaluation.pictures import save_grid, save_images
-from flowback.flows import TarFlow
-from flowback.training.checkpoint import load_flow
+from flowback.data.pictures import save_grid, save_images
+from flowback.runs.checkpoint import load_flow
+from flowback.tasks.editing import inpaint, interpolate, swap_class
 
 
 def add(verb: Verb) -> None:
@@ -96,7 +94,7 @@ def _decode(options: Namespace) -> int:
     if options.labels:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(z))
     with torch.no_grad():
-        save_images(flow.to_images(flow.decode(z, y)), output)
+        save_images(flow.decode(z, y), output)
     say(f"{len(z)} images in {output}")
     return 0
 
@@ -107,7 +105,7 @@ def _interpolate(options: Namespace) -> int:
     if len(images) < 2:
         raise InputError(f"{len(images)} image has no other to go to; allowed are at least 2")
     x = interpolate(flow, images[:-1], images[1:], options.steps, y[:-1], y[1:])
-    save_grid(flow.to_images(x.flatten(0, 1)), output, columns=options.steps)
+    save_grid(x.flatten(0, 1), output, columns=options.steps)
     say(f"{len(x)} walks of {options.steps} images in {output}")
     return 0
 
@@ -117,7 +115,7 @@ def _swap(options: Namespace) -> int:
     flow, images, y = flow_and_images(options)
     targets = chosen_labels(options.to, class_names(options.run, flow), flow)
     columns = [images, *(swap_class(flow, images, y, torch.full_like(y, k)) for k in targets)]
-    save_grid(flow.to_images(torch.stack(columns, dim=1).flatten(0, 1)), output, columns=len(columns))
+    save_grid(torch.stack([c.cpu() for c in columns], dim=1).flatten(0, 1), output, columns=len(columns))
     say(f"{len(images)} images as {len(targets)} classes in {output}")
     return 0
 
@@ -127,36 +125,32 @@ def _inpaint(options: Namespace) -> int:
     if options.num < 1 or not 0 <= options.seed < 2**63:
         raise InputError(f"--num {options.num}, --seed {options.seed}: allowed are at least 1, and 0 to 2^63 - 1")
     flow, images, y = flow_and_images(options)
-    mask = _mask(options, flow)
+    mask = _mask(options, *flow.image_size)
     many = images.repeat_interleave(options.num, dim=0)
     generator = torch.Generator().manual_seed(options.seed)
     result = inpaint(flow, many, mask, y.repeat_interleave(options.num), options.steps, options.tries, generator)
-    drawn = result.x.view(len(images), options.num, *images.shape[1:])
+    drawn = result.x.cpu().view(len(images), options.num, *images.shape[1:])
     masked = torch.where(mask, torch.zeros_like(images), images)
     rows = torch.cat([images[:, None], masked[:, None], drawn], dim=1)
-    save_grid(flow.to_images(rows.flatten(0, 1)), output, columns=options.num + 2)
+    save_grid(rows.flatten(0, 1), output, columns=options.num + 2)
     accepted = "" if not options.steps else f"; {100 * float(result.acceptance.mean()):.0f} % of the steps were accepted"
     say(f"{len(many)} drawings in {output}{accepted}")
     return 0
 
 
-def _mask(options: Namespace, flow: TarFlow) -> Tensor:
-    """Where to draw, booleans `[1, 1, H, W]` of what the flow sees: a latent is drawn if one of its pixels is."""
-    mask = _pixel_mask(options, flow.image_size)
-    return put(torch.nn.functional.adaptive_max_pool2d(mask.float(), flow.data_shape[1:]) > 0, flow.device)
-
-
-def _pixel_mask(options: Namespace, size: int) -> Tensor:
+def _mask(options: Namespace, height: int, width: int) -> Tensor:
     if (options.mask is None) == (options.box is None):
         raise InputError("where to draw is not clear; allowed is either --mask or --box")
     if options.mask is not None:
-        return (load_image(Path(options.mask), size, 1) > 127)[None]
+        return (load_image(Path(options.mask), (height, width), 1) > 127)[None]
     try:
-        left, top, width, height = (int(word) for word in options.box.split(","))
+        left, top, across, down = (int(word) for word in options.box.split(","))
     except ValueError:
         raise InputError(f"--box {options.box} is not a box; allowed are four numbers, LEFT,TOP,WIDTH,HEIGHT") from None
-    if not (0 <= left < left + width <= size and 0 <= top < top + height <= size):
-        raise InputError(f"--box {options.box} does not lie in the image; allowed is what lies within {size}x{size} pixels")
-    mask = torch.zeros(1, 1, size, size, dtype=torch.bool)
-    mask[..., top : top + height, left : left + width] = True
+    if not (0 <= left < left + across <= width and 0 <= top < top + down <= height):
+        raise InputError(
+            f"--box {options.box} does not lie in the image; allowed is what lies within {width}x{height} pixels"
+        )
+    mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
+    mask[..., top : top + down, left : left + across] = True
     return mask

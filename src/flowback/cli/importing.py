@@ -5,8 +5,8 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from flowback.cli.common import Verb, say
-from flowback.errors import InputError
-from flowback.flows.imported import import_tarflow
+from flowback.core.errors import InputError
+from flowback.flow.convert import import_tarflow
 
 
 def add(verb: Verb) -> None:
@@ -31,7 +31,7 @@ def _import_tarflow(options: Namespace) -> int:
     flow = import_tarflow(options.checkpoint, options.noise_std, options.patch_size, options.channels, options.head_dim)
     flow.save_pretrained(folder)
     c, (N, D) = flow.config, flow.token_shape
-    say(f"{flow.image_size} x {flow.image_size} pixels, {flow.channels} channels, {flow.num_classes or 'no'} classes")
+    say(f"{flow.image_size[0]} x {flow.image_size[1]} pixels, {flow.channels} channels, {flow.num_classes or 'no'} classes")
     say(f"patches of {c.patch_size} pixels: {N} tokens of {D} numbers; trained with noise of {c.noise_std:g}")
     say(f"{c.blocks} blocks, layers {c.layers}, width {c.width}, heads of {c.head_dim}, MLP ratio {c.mlp_ratio:g}")
     say(f"the flow is in {folder}")

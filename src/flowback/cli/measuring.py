@@ -6,12 +6,12 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from flowback.classify import RULES, classify, default_rule
 from flowback.cli.common import Verb, add_flow, class_names, flow_and_clean_images, say
-from flowback.errors import InputError
-from flowback.evaluation.compare import write_comparison
-from flowback.evaluation.evaluate import DEFAULT, METRICS, EvaluationConfig, evaluate
-from flowback.evaluation.fidelity import EXTRACTORS
+from flowback.core.errors import InputError
+from flowback.measure.fidelity import EXTRACTORS
+from flowback.reports.compare import write_comparison
+from flowback.reports.evaluate import DEFAULT, METRICS, EvaluationConfig, evaluate
+from flowback.tasks.classify import RULES, ClassStatistics, classify
 
 
 def add(verb: Verb) -> None:
@@ -52,19 +52,20 @@ def _classify(options: Namespace) -> int:
         raise InputError(f"--top {options.top} is not usable; allowed is a whole number of at least 1")
     flow, images = flow_and_clean_images(options)
     names = class_names(options.run, flow)
-    rule = options.rule or default_rule(flow)
+    statistics = ClassStatistics.load(flow.core.folder, flow.num_classes)
+    rule = options.rule or ("shortlist_3" if statistics else "single_gradient")
     scores = classify(flow, images, rule=rule, draws=options.draws).cpu()
-    calibrated = flow.standards is not None and rule in flow.standards.temperatures
+    calibrated = statistics is not None and rule in statistics.temperatures
     likely = calibrated or rule == "exact" or rule.startswith("shortlist")
     shown = scores.softmax(dim=1) if likely else scores
-    if calibrated and flow.standards is not None:
-        shown = flow.standards.probabilities(rule, scores)
+    if calibrated and statistics is not None:
+        shown = statistics.probabilities(rule, scores)
     top = shown.topk(min(options.top, flow.num_classes), dim=1)
     for file, values, classes in zip(options.images, top.values.tolist(), top.indices.tolist(), strict=True):
         form = "{} {:.3f}" if likely else "{} {:+.2f}"
         say(f"{file}: {', '.join(form.format(names[k], value) for k, value in zip(classes, values, strict=True))}")
     what = "calibrated probabilities" if calibrated else "probabilities, not calibrated" if likely else "scores"
-    say(f"{what}, by {rule}" + ("" if flow.standards else "; `flowback evaluate` makes a better rule and calibrates it"))
+    say(f"{what}, by {rule}" + ("" if statistics else "; `flowback evaluate` makes a better rule and calibrates it"))
     return 0
 
 

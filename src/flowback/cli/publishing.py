@@ -5,8 +5,9 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from flowback.cli.common import Verb, add_flow, say
-from flowback.errors import InputError
-from flowback.evaluation.card import check_repo_id, export, push_to_hub
+from flowback.core.errors import InputError
+from flowback.flow.io import check_repo_id
+from flowback.reports.card import export, push_folder
 
 
 def add(verb: Verb) -> None:
@@ -21,7 +22,7 @@ def add(verb: Verb) -> None:
     command.add_argument("folder", type=str, help="where to write; new or empty")
     command.add_argument("--push", type=str, default=None, help="a repository on the hub to upload to, owner/name")
     command.add_argument("--private", action="store_true", help="make that repository private")
-    command.add_argument("--licence", type=str, default=None, help="the hub's name of one, like apache-2.0 (default: none)")
+    command.add_argument("--license", type=str, default=None, help="the hub's name of one, like apache-2.0 (default: none)")
     command.add_argument(
         "--with-autoencoder", action="store_true", help="copy the autoencoder of a latent flow even if it is on the hub"
     )
@@ -33,8 +34,8 @@ def _export(options: Namespace) -> int:
         check_repo_id(options.push)
     elif options.private:
         raise InputError("--private is of a repository on the hub; allowed is --private with --push owner/name")
-    export(options.run, folder, options.weights, options.licence, options.with_autoencoder, options.push)
+    export(options.run, folder, options.weights, options.license, options.with_autoencoder, options.push)
     say(f"the flow and its model card are in {folder}")
     if options.push is not None:
-        say(f"uploaded to {push_to_hub(folder, options.push, options.private)}")
+        say(f"uploaded to {push_folder(folder, options.push, options.private)}")
     return 0

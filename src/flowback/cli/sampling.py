@@ -1,17 +1,18 @@
-"""`flowback sample`, and `flowback calibrate`, which makes it fast."""
+"""`flowback sample`, and `flowback autotune`, which makes it fast."""
 
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from flowback.cli.common import Verb, add_flow, chosen_labels, class_names, say
-from flowback.errors import InputError
-from flowback.flows.calibration import FILE, ROWS, calibrate
-from flowback.flows.decoders import DECODERS
-from flowback.flows.guidance import SCHEDULES, TARGETS
-from flowback.refinement import OBJECTIVES
-from flowback.sampling import Request, sample_to_disk
-from flowback.training.checkpoint import flow_folder, load_flow
+from flowback.core.errors import InputError
+from flowback.flow.autotune import FILE
+from flowback.flow.decoding import DECODERS
+from flowback.flow.guidance import SCHEDULES, TARGETS
+from flowback.runs.checkpoint import flow_folder, load_flow
+from flowback.tasks.autotune import ROWS, autotune
+from flowback.tasks.refinement import OBJECTIVES
+from flowback.tasks.sampling import Request, sample_to_disk
 
 
 def add(verb: Verb) -> None:
@@ -27,23 +28,22 @@ def add(verb: Verb) -> None:
     command.add_argument("--labels", type=str, default=None, help="classes by number or name, like 3,7 (default: all)")
     command.add_argument("--num", type=int, default=64, help="number of images; the labels take turns")
     command.add_argument("--guidance", type=float, default=0.0, help="guidance scale; 0 for none")
-    command.add_argument("--schedule", type=str, default="linear", help=f"of the guidance: {' or '.join(SCHEDULES)}")
-    command.add_argument("--guide", type=str, default="both", help=f"what is guided: {', '.join(TARGETS)}")
+    command.add_argument("--schedule", type=str, default="constant", help=f"of the guidance: {' or '.join(SCHEDULES)}")
+    command.add_argument("--guided", type=str, default="both", help=f"what is guided: {', '.join(TARGETS)}")
     command.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the latent noise")
     command.add_argument("--no-denoise", action="store_true", help="keep the training noise in the images")
-    command.add_argument("--rank", type=int, default=1, help="draw so many for each image and keep the flow's favourite")
+    command.add_argument("--best-of", type=int, default=1, help="draw so many for each image and keep the flow's favourite")
     command.add_argument("--refine", type=int, default=0, help="gradient steps on z that raise log p(label | image)")
     command.add_argument("--objective", type=str, default="posterior", help=f"of the steps: {' or '.join(OBJECTIVES)}")
     command.add_argument("--seed", type=int, default=0, help="seed; an image is a function of it and of its number")
     command.add_argument("--precision", type=str, default="32-true", help="32-true or bf16-mixed")
     command.add_argument("--method", type=str, default="auto", help=f"of decoding: auto, {', '.join(DECODERS)}")
     command.add_argument("--batch-size", type=int, default=64, help="images decoded at once; bounds the memory")
-    command.add_argument("--processes", type=int, default=1, help="processes that share the cores or accelerators")
     command.add_argument("--compile", action="store_true", help="compile decoding; pays for many images")
 
     command = verb(
-        "calibrate",
-        _calibrate,
+        "autotune",
+        _autotune,
         "Measure which decoder is fastest for each block on this machine. Stored with the model, for sampling to use.",
     )
     add_flow(command)
@@ -53,19 +53,16 @@ def add(verb: Verb) -> None:
 
 
 def _sample(options: Namespace) -> int:
-    flow, _ = load_flow(options.run, options.weights)
+    flow, _ = load_flow(options.run, options.weights, options.device)
     names = class_names(options.run, flow)
     request = Request(
-        run=options.run,
-        weights=options.weights,
         num=options.num,
         labels=tuple(chosen_labels(options.labels, names, flow) if options.labels else range(flow.num_classes)) or (-1,),
         denoise=not options.no_denoise,
-        **{name: options[name] for name in ("guidance", "schedule", "guide", "temperature", "seed", "precision")},
-        **{name: options[name] for name in ("rank", "refine", "objective")},
+        **{name: options[name] for name in ("guidance", "schedule", "guided", "temperature", "seed", "precision")},
+        **{name: options[name] for name in ("best_of", "refine", "objective")},
     )
-    how = (options.method, options.batch_size, options.processes, options.device, options.compile)
-    notes = sample_to_disk(request, Path(options.output), *how)
+    notes = sample_to_disk(flow, request, Path(options.output), options.method, options.batch_size, options.compile)
     say(f"{options.num} images in {options.output}")
     residual, fell_back = max(note.residual for note in notes), sum(note.fell_back for note in notes)
     if residual or fell_back:
@@ -76,13 +73,13 @@ def _sample(options: Namespace) -> int:
     return 0
 
 
-def _calibrate(options: Namespace) -> int:
+def _autotune(options: Namespace) -> int:
     flow, _ = load_flow(options.run, options.weights, options.device)
     try:
         rows = [int(word) for word in options.rows.split(",")]
     except ValueError:
         raise InputError(f"--rows {options.rows} is not a list of numbers; allowed is something like 1,8,32") from None
     folder = flow_folder(options.run)
-    calibrate(flow, rows, report=say).save(folder)
+    autotune(flow.core, rows, report=say).save(folder)
     say(f"stored in {folder / FILE}")
     return 0

@@ -6,13 +6,14 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from flowback.cli.common import Parser, Verb, say
-from flowback.errors import InputError
+from flowback.core.console import console
+from flowback.core.distributed import is_first
+from flowback.core.errors import InputError
 from flowback.quickstart import quickstart, recipe
-from flowback.training import RunConfig, train
+from flowback.runs.config import RunConfig
+from flowback.training import train
 from flowback.training.budget import Device, plan
 from flowback.training.caches import make_caches
-from flowback.training.log import console
-from flowback.training.parallel import is_first
 
 
 def add(verb: Verb) -> None:
@@ -41,7 +42,7 @@ def add(verb: Verb) -> None:
         "--device-tflops", type=float, default=Device.tflops, help="peak, 10^12 operations/s (default: an H100 in bfloat16)"
     )
     command.add_argument("--device-gb", type=float, default=Device.gigabytes, help="memory, 10^9 bytes (default: 80)")
-    command.add_argument("--utilisation", type=float, default=Device.utilisation, help="share of the peak that is reached")
+    command.add_argument("--utilization", type=float, default=Device.utilization, help="share of the peak that is reached")
     _add_recipe(command)
 
     command = verb(
@@ -93,7 +94,7 @@ def _train(options: Namespace) -> int:
     config = _run_config(options, options.device)
     if options.dry_run:
         with console.status("counting one step on 1, 8 and 64 devices …"):
-            budget = plan(config, Device(options.device_tflops, options.device_gb, options.utilisation))
+            budget = plan(config, Device(options.device_tflops, options.device_gb, options.utilization))
         say(str(budget))
         return 0
     result = train(config)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from flowback.core.errors import InputError
+from flowback.core.seeds import keyed_generator
 from flowback.data.datasets import Split
-from flowback.errors import InputError
-from flowback.seeds import keyed_generator
 
 TRIES = 100  # images that are tried in the place of one
 

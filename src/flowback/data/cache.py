@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowback.core.errors import InputError
+from flowback.core.files import read_json
+from flowback.core.units import from_levels
 from flowback.data.batches import Reader, Tolerance, read_ahead
 from flowback.data.datasets import Split
-from flowback.errors import InputError
-from flowback.files import read_json
-from flowback.units import from_levels
 
 FORMAT = 1
 DTYPES = ("float16", "float32")
@@ -42,13 +42,6 @@ CHECKSUM_BYTES = 32  # of a SHA-256
 SAVE_SECONDS = 60.0  # of work that a kill loses at most; an exception loses one batch
 ANNOUNCED = 128 * 2**10  # bytes; smaller arrays come by themselves, with their neighbours, in what a system reads ahead
 OPEN_MAPS = 192  # at most, for one cache; each holds a file descriptor, of which macOS gives a process 256
-
-
-def cache_folder() -> Path:
-    """Where caches live: $FLOWBACK_CACHE, or flowback/ in $XDG_CACHE_HOME or ~/.cache."""
-    if "FLOWBACK_CACHE" in os.environ:
-        return Path(os.environ["FLOWBACK_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowback"
 
 
 class ArrayCache:

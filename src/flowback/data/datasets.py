@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowback.core.errors import InputError
 from flowback.data.folders import FolderSource
-from flowback.data.images import load_image as load_image
 from flowback.data.shards import ShardSource
 from flowback.data.sources import DiskSplit, Report, Source
 from flowback.data.splits import MemorySplit, Split, split_indices
-from flowback.errors import InputError
 
 FASHION_CLASSES = [
     "T-shirt",

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flowback.core.errors import InputError
 from flowback.data.images import IMAGE_SUFFIXES
 from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index, shown
-from flowback.errors import InputError
 
 INDEXED = 10_000  # images; a smaller tree is scanned at every start, in a fraction of a second
 SETTLED = 2.0  # seconds; a folder that changed this shortly before a scan may change again within the clock's tick

@@ -2,19 +2,22 @@
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from flowback.errors import InputError
+from flowback.core.errors import InputError
+from flowback.core.units import from_levels
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # theirs; of the others that Pillow reads one starts a program
 MAX_BYTES = 2**30  # of a file; its pixels Pillow limits to 89 million
+Images = "Tensor | np.ndarray | Image.Image | str | Path | Sequence[Image.Image | np.ndarray | str | Path]"
 READING = 3  # part of every fingerprint: goes up when `load_image` makes other pixels of the same file
 UPRIGHT = {  # what turns an image upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,8 +39,51 @@ class Decoded(NamedTuple):
     orientation: int | None  # by its EXIF tag
 
 
-def load_image(file: Path | bytes, image_size: int, channels: int, name: str | None = None) -> Tensor:
-    """Read one image: centre square, resized to `image_size`, upright by its EXIF tag; uint8 `[C, S, S]`.
+def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Tensor:
+    """Images in whatever form people have them as a tensor `[B, C, H, W]` in [-1, 1].
+
+    Args:
+        images: one or several PIL images or paths, which are cropped and resized; uint8 arrays `[H, W]`, `[H, W, C]` or
+            `[B, H, W, C]`, which are too; a uint8 tensor `[B, C, H, W]` of pixel values; or a floating-point tensor, which
+            passes unchanged, with a batch dimension added where it has none.
+        size: height and width, or one number for both, pixels.
+        channels: C: 3 for color, 1 for grey.
+
+    Raises:
+        InputError: if they are something else, or cannot be read.
+    """
+    if isinstance(images, Tensor):
+        images = images[None] if images.dim() == 3 else images
+        return images if images.is_floating_point() else from_levels(images)
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8 or images.ndim not in (2, 3, 4):
+            raise InputError(
+                f"an array of images must be uint8 [H, W], [H, W, C] or [B, H, W, C], got {images.dtype}"
+                f" {list(images.shape)}"
+            )
+        images = list(images) if images.ndim == 4 else [images]
+    if isinstance(images, str | Path | Image.Image):
+        images = [images]
+    if not isinstance(images, Sequence) or not len(images):
+        raise InputError(f"images must be a tensor, PIL images, uint8 arrays or paths, got {type(images).__name__}")
+    return from_levels(torch.stack([_one_image(image, size, channels) for image in images]))
+
+
+def _one_image(image: Any, size: int | tuple[int, int], channels: int) -> Tensor:
+    """One image of whatever form, uint8 `[C, H, W]`."""
+    if isinstance(image, str | Path):
+        return load_image(Path(image), size, channels)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.squeeze(-1) if image.ndim == 3 and image.shape[-1] == 1 else image)
+    if not isinstance(image, Image.Image):
+        raise InputError(f"images must be a tensor, PIL images, uint8 arrays or paths, got {type(image).__name__}")
+    stream = io.BytesIO()
+    image.save(stream, "PNG", exif=image.getexif())
+    return load_image(stream.getvalue(), size, channels)
+
+
+def load_image(file: Path | bytes, image_size: int | tuple[int, int], channels: int, name: str | None = None) -> Tensor:
+    """Read one image: its centre, resized to `image_size`, upright by its EXIF tag; uint8 `[C, H, W]`.
 
     A JPEG that is at least four times as large is decoded at 1/2, 1/4 or 1/8 of its size, which is the inverse DCT of
     fewer coefficients and saves most of the work. What is decoded keeps at least twice the target's size, so that
@@ -47,7 +93,7 @@ def load_image(file: Path | bytes, image_size: int, channels: int, name: str | N
 
     Args:
         file: the image, or where it lies.
-        image_size: S, pixels.
+        image_size: height and width, or one number for both, pixels.
         channels: C: 3 for colour, 1 for grey.
         name: of the image in an error; by default where it lies.
 
@@ -55,16 +101,19 @@ def load_image(file: Path | bytes, image_size: int, channels: int, name: str | N
         InputError: if the file is not an image that can be read whole, of a known format and a size that fits in memory.
     """
     mode = "RGB" if channels == 3 else "L"
-    image, width, height, orientation = decode(file, mode, 2 * image_size, name)
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((image_size, image_size), Image.Resampling.LANCZOS, box)
+    rows, columns = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    image, width, height, orientation = decode(file, mode, 2 * max(rows, columns), name)
+    turned = orientation is not None and orientation >= 5  # its rows are the columns of the upright image
+    across, down = (rows, columns) if turned else (columns, rows)
+    scale = min(width / across, height / down)
+    left, top = (width - scale * across) / 2, (height - scale * down) / 2
+    box = (left, top, left + scale * across, top + scale * down)
+    image = image.resize((across, down), Image.Resampling.LANCZOS, box)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
-    array = np.array(image, dtype=np.uint8).reshape(image_size, image_size, channels)
+    array = np.array(image, dtype=np.uint8).reshape(rows, columns, channels)
     return torch.from_numpy(array).permute(2, 0, 1)
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowback.core.errors import InputError
+from flowback.core.files import parse_json, read_at
 from flowback.data.images import IMAGE_SUFFIXES
 from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index, shown
-from flowback.errors import InputError
-from flowback.files import parse_json, read_at
 
 TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 HELD_OUT = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])")
@@ -277,7 +277,7 @@ def _class_names(folder: Path) -> list[str] | None:
 
 
 class _Handle:
-    """A tar open for reading at any place (`flowback.files.read_at`)."""
+    """A tar open for reading at any place (`flowback.core.files.read_at`)."""
 
     def __init__(self, shard: Path) -> None:
         self.descriptor = os.open(shard, os.O_RDONLY | getattr(os, "O_BINARY", 0))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowback.core.errors import InputError
 from flowback.data.images import MAX_BYTES, READING, load_image
 from flowback.data.splits import Split
-from flowback.errors import InputError
 
 FORMAT = 1  # of the index files
 THREADS = 16  # they wait for a disk or the network most of the time
@@ -160,7 +160,7 @@ def save_index(kind: str, place: str, values: Mapping[str, Any]) -> None:
 
 
 def _index_file(kind: str, place: str) -> Path:
-    from flowback.data.cache import cache_folder
+    from flowback.core.files import cache_folder
 
     name = hashlib.sha256(f"{FORMAT} {os.path.realpath(place)}".encode(errors="surrogateescape")).hexdigest()[:24]
     return cache_folder() / kind / f"{name}.npz"

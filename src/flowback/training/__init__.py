@@ -1,6 +1,5 @@
-"""Training: one readable loop on Lightning Fabric, its configuration, checkpoints and logs."""
+"""Training: one readable loop on Lightning Fabric, and what a step reads."""
 
-from flowback.training.config import AlignmentConfig, RunConfig, TrainConfig
 from flowback.training.loop import RunResult, train
 
-__all__ = ["AlignmentConfig", "RunConfig", "RunResult", "TrainConfig", "train"]
+__all__ = ["RunResult", "train"]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-from flowback.flows import TarFlow
+from flowback.flow.tarflow import TarFlow
 
 
 def compile_blocks(flow: TarFlow, **options: Any) -> None:

@@ -5,22 +5,24 @@ of what will run, whatever its options; nothing is read but the list of images, 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flowback.alignment import Alignment, load_encoder
+from flowback.alignment import Alignment
+from flowback.core.devices import autocast
+from flowback.core.errors import InputError
 from flowback.data import DataConfig, ImageSet, load_data
 from flowback.data.splits import MemorySplit
-from flowback.devices import autocast
-from flowback.errors import InputError
-from flowback.flows import FlowConfig, TarFlow
+from flowback.encoders import load_encoder
+from flowback.flow.tarflow import TarFlow
+from flowback.latents import AutoencoderConfig
+from flowback.runs.config import LatentConfig, RunConfig
 from flowback.training.apply import checkpoint_layers
 from flowback.training.build import build_flow
 from flowback.training.caches import cache_shapes
-from flowback.training.config import RunConfig
 from flowback.training.loop import Likelihood
 from flowback.training.meter import Meter
 
@@ -28,7 +30,7 @@ DEVICES = (1, 8, 64)
 ITERATIONS = (400_000, 1_000_000)  # the papers' ablations and final models
 SECONDS_PER_DAY = 86_400
 IMAGENET = {"images": 1_281_167, "classes": 1000, "channels": 3}  # ILSVRC 2012, for training
-SD_VAE = {"latent_channels": 4, "latent_downsample": 8, "latent_scale": 0.18215, "latent_shift": 0.0}
+SD_VAE = {"channels": 4, "downsample": 8, "scale": 0.18215, "shift": 0.0, "weights": "not read"}
 AUTOENCODERS = dict.fromkeys(("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse"), SD_VAE)
 EXACT_TERMS = 6  # of the adjoint; how many "exact" takes depends on the data: docs/method.md has 4 to 6
 
@@ -41,7 +43,7 @@ class Device:
         tflops: its peak, 10^12 operations per second, in the recipe's precision. The default is an NVIDIA H100 SXM in
             bfloat16 without sparsity, by its data sheet.
         gigabytes: its memory, 10^9 bytes.
-        utilisation: the share of the peak that training reaches.
+        utilization: the share of the peak that training reaches.
 
     Raises:
         InputError: if a value is impossible.
@@ -49,13 +51,13 @@ class Device:
 
     tflops: float = 989.0
     gigabytes: float = 80.0
-    utilisation: float = 0.4
+    utilization: float = 0.4
 
     def __post_init__(self) -> None:
         for name, value, most in (
             ("device-tflops", self.tflops, math.inf),
             ("device-gb", self.gigabytes, math.inf),
-            ("utilisation", self.utilisation, 1.0),
+            ("utilization", self.utilization, 1.0),
         ):
             if not 0 < value <= most or math.isinf(value):
                 allowed = "a number above 0" if math.isinf(most) else "a share above 0, at most 1"
@@ -68,7 +70,7 @@ class Step:
 
     devices: int
     images: int  # of the device's share
-    pieces: int  # in which it takes them, `train.accumulate`
+    pieces: int  # in which it takes them, `train.grad_accum_steps`
     flops: int
     bytes: int  # weights, gradients, averages, optimiser, encoder and the peak of all that a step makes; of fsdp at most
 
@@ -90,8 +92,8 @@ class Budget:
     device: Device
 
     def seconds(self, step: Step) -> float:
-        """How long a step takes at the stated utilisation."""
-        return step.flops / (1e12 * self.device.tflops * self.device.utilisation)
+        """How long a step takes at the stated utilization."""
+        return step.flops / (1e12 * self.device.tflops * self.device.utilization)
 
     def __str__(self) -> str:
         d = self.device
@@ -104,13 +106,13 @@ class Budget:
             f"caches      {', '.join(f'{kind} {size / 1e9:,.1f} GB' for kind, size in self.caches.items()) or 'none'}",
         ]
         if self.encoder_flops:
-            hours = self.encoder_flops / (1e12 * d.tflops * d.utilisation) / 3600
+            hours = self.encoder_flops / (1e12 * d.tflops * d.utilization) / 3600
             lines.append(
                 f"            the features take {self.encoder_flops / 1e15:.3g} PFLOP, {hours:.2g} device hours, once"
             )
         columns = [f"days to {n:,}" for n in self.iterations]
         lines += [
-            f"a step      {self.batch} images; devices of {d.tflops:g} TFLOP/s at {100 * d.utilisation:g} %, "
+            f"a step      {self.batch} images; devices of {d.tflops:g} TFLOP/s at {100 * d.utilization:g} %, "
             f"{d.gigabytes:g} GB",
             "",
             "  ".join(["devices  images each  pieces  TFLOP each  GB each  steps/s", *columns]),
@@ -129,7 +131,7 @@ class Budget:
 def plan(config: RunConfig, device: Device | None = None) -> Budget:
     """What a recipe takes, on 1, 8 and 64 devices.
 
-    A device takes its share of the batch in as many pieces (`train.accumulate`, doubled) as its memory asks for. Where
+    A device takes its share of the batch in as many pieces (`train.grad_accum_steps`, doubled) as its memory asks for. Where
     `data.path` of imagenet is not given, or an autoencoder of `AUTOENCODERS` not read, what is published of them is taken.
 
     Raises:
@@ -139,8 +141,9 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
     if (a.strategy, a.gradient) == ("reverse", "sequential"):
         raise InputError("alignment.gradient is 'sequential'; allowed in a dry run are all others")
     data = _data(config.data)
+    autoencoder = _autoencoder(config.latents)
     with FakeTensorMode() as fake:
-        flow = build_flow(_known_latents(config.flow), data)
+        flow = build_flow(config, data, autoencoder)
     alignment = encoder = None
     if a.strategy != "none":
         with torch.device("meta"):  # only its sizes are needed
@@ -158,8 +161,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
     kept = 4 * (3 * trained + model)  # weights and AdamW's moments, the averages
     encoded = 0 if encoder is None else _encoder_flops(encoder, data)
     steps = []
-    for devices in (n for n in DEVICES if c.batch_size % (n * c.accumulate) == 0):
-        images, pieces = c.batch_size // devices, c.accumulate
+    for devices in (n for n in DEVICES if c.batch_size % (n * c.grad_accum_steps) == 0):
+        images, pieces = c.batch_size // devices, c.grad_accum_steps
         always = 4 * frozen + (kept // devices + 4 * trained if c.strategy == "fsdp" and devices > 1 else kept)
         flops, peak = _measure(objective, fake, c.precision, images, pieces)
         while always + peak > 1e9 * device.gigabytes and images % (2 * pieces) == 0:
@@ -168,8 +171,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
         flops += 0 if a.cache else images * encoded
         steps.append(Step(devices, images, pieces, flops, always + peak))
 
-    rows = len(data.train) * (2 if c.flip else 1)  # mirrored images too
-    shapes = cache_shapes(config, flow, encoder)
+    rows = len(data.train) * (2 if c.hflip else 1)  # mirrored images too
+    shapes = cache_shapes(config, flow, autoencoder, encoder)
     return Budget(
         parameters=model,
         projector=projector,
@@ -195,12 +198,11 @@ def _data(config: DataConfig) -> ImageSet:
     return ImageSet(config.name, split, split, classes, config.image_size or 256, config.channels, 256)
 
 
-def _known_latents(config: FlowConfig) -> FlowConfig:
-    """The flow's options, with what is published of its autoencoder where the recipe leaves that open."""
-    if config.autoencoder not in AUTOENCODERS:
-        return config
-    open_ = {name: value for name, value in AUTOENCODERS[config.autoencoder].items() if getattr(config, name) is None}
-    return replace(config, **{"latent_weights": config.latent_weights or "not read", **open_})
+def _autoencoder(config: LatentConfig) -> AutoencoderConfig | None:
+    """What is known of a configuration's autoencoder: what is published of it, or else what its folder says."""
+    if config.autoencoder in AUTOENCODERS:
+        return AutoencoderConfig(name=config.autoencoder, posterior=config.posterior, **AUTOENCODERS[config.autoencoder])
+    return None if config.autoencoder is None else AutoencoderConfig.of(config.autoencoder, config.posterior)
 
 
 def _measure(objective: nn.Module, fake: FakeTensorMode, precision: str, images: int, pieces: int) -> tuple[int, int]:

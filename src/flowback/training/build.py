@@ -1,34 +1,54 @@
 """The flow and the alignment that a configuration describes."""
 
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from flowback.alignment import Alignment, load_encoder
+from flowback.alignment import Alignment
+from flowback.core.errors import InputError
+from flowback.core.units import as_size
 from flowback.data import ImageSet
-from flowback.errors import InputError
-from flowback.flows import FlowConfig, TarFlow
-from flowback.training.config import AlignmentConfig
+from flowback.encoders import load_encoder
+from flowback.flow.tarflow import TarFlow
+from flowback.latents import Autoencoder, AutoencoderConfig, load_autoencoder
+from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig
 
 
-def build_flow(config: FlowConfig, data: ImageSet) -> TarFlow:
+def build_flow(config: RunConfig, data: ImageSet, autoencoder: AutoencoderConfig | None = None) -> TarFlow:
     """The flow for a data set: what the recipe leaves open comes from the data; what it sets must agree.
 
+    Args:
+        config: of the run.
+        data: its images.
+        autoencoder: what is known of the one in whose latents the flow works; None for pixels.
+
     Raises:
-        InputError: if the recipe's image size, channels or levels are not the data's.
+        InputError: if the recipe's image size, channels or levels are not the data's, or the autoencoder's.
     """
-    facts = {"image_size": data.image_size, "channels": data.channels, "levels": data.levels}
+    flow, size, of = config.flow, data.image_size, f"the data set {data.name}"
+    facts: dict[str, Any] = {"image_size": size, "channels": data.channels, "levels": data.levels}
+    if autoencoder is not None:
+        if autoencoder.image_channels != data.channels:
+            raise InputError(
+                f"images of {data.channels} channels do not fit {autoencoder.name}; allowed is {autoencoder.image_channels}"
+            )
+        if flow.noise != "gaussian":
+            raise InputError(f"flow.noise is {flow.noise!r}; allowed in latents, which have no bins: gaussian")
+        size = autoencoder.latent_size(size if isinstance(size, tuple) else (size, size))
+        facts, of = {"image_size": as_size(size, "the size"), "channels": autoencoder.channels}, "these latents"
     for name, value in facts.items():
-        if getattr(config, name) not in (None, value):
-            raise InputError(f"flow.{name} is {getattr(config, name)}; allowed for the data set {data.name}: {value}")
-    classes = len(data.classes) if config.num_classes is None else config.num_classes
+        if getattr(flow, name) not in (None, value):
+            raise InputError(f"flow.{name} is {getattr(flow, name)}; allowed for {of}: {value}")
+    classes = len(data.classes) if flow.num_classes is None else flow.num_classes
     if classes not in (0, len(data.classes)):
         raise InputError(f"flow.num_classes is {classes}; allowed here: {len(data.classes)}, or 0 for no classes")
-    autoencoder = config.autoencoder
-    if autoencoder is not None and Path(autoencoder).is_dir():
-        autoencoder = str(Path(autoencoder).resolve())  # the checkpoint may be loaded from elsewhere
-    return TarFlow(**vars(replace(config, num_classes=classes, autoencoder=autoencoder, **facts)))
+    return TarFlow(replace(flow, num_classes=classes, **facts))
+
+
+def make_autoencoder(config: LatentConfig) -> Autoencoder | None:
+    """The autoencoder that a configuration names, if it does."""
+    return None if config.autoencoder is None else load_autoencoder(config.autoencoder, config.posterior)
 
 
 def make_alignment(config: AlignmentConfig, flow: TarFlow) -> Alignment:

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from flowback.alignment import Alignment
-from flowback.alignment.encoders import Encoder
+from flowback.core.console import Bar, console
+from flowback.core.devices import autocast, pick_device
+from flowback.core.errors import InputError
+from flowback.core.files import cache_folder, file_hash
 from flowback.data import ImageSet, load_data
 from flowback.data.batches import Tolerance
-from flowback.data.cache import ArrayCache, cache_folder, cache_key, find, nearest_mismatch
-from flowback.devices import autocast, pick_device
-from flowback.errors import InputError
-from flowback.files import file_hash
-from flowback.flows import TarFlow
-from flowback.training.build import build_flow, make_alignment
-from flowback.training.config import AlignmentConfig, RunConfig
-from flowback.training.log import Bar, console
+from flowback.data.cache import ArrayCache, cache_key, find, nearest_mismatch
+from flowback.encoders import Encoder
+from flowback.flow.tarflow import TarFlow
+from flowback.latents import Autoencoder, AutoencoderConfig
+from flowback.runs.config import AlignmentConfig, RunConfig
+from flowback.training.build import build_flow, make_alignment, make_autoencoder
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,25 @@ class CachePlan:
         return ArrayCache.plan(folder, self.facts, count, 2 if flips else 1, self.shape)
 
 
-def cache_shapes(config: RunConfig, flow: TarFlow, encoder: Encoder | None) -> dict[str, tuple[int, ...]]:
+def cache_shapes(
+    config: RunConfig, flow: TarFlow, autoencoder: AutoencoderConfig | None, encoder: Encoder | None
+) -> dict[str, tuple[int, ...]]:
     """The arrays of one image that a run can keep on disk, latents first; `encoder` is the alignment's."""
     shapes = {}
-    if flow.config.autoencoder is not None and config.train.cache_latents:
-        moments = 2 if flow.config.latent_posterior == "sample" else 1
-        shapes["latents"] = (moments * flow.data_shape[0], *flow.data_shape[1:])
+    if autoencoder is not None and config.latents.cache:
+        shapes["latents"] = (autoencoder.moments * flow.data_shape[0], *flow.data_shape[1:])
     if encoder is not None and config.alignment.cache:
         shapes["features"] = (flow.token_shape[0], encoder.dim)
     return shapes
 
 
 def cache_plans(
-    config: RunConfig, data: ImageSet, flow: TarFlow, alignment: Alignment | None, device: torch.device
+    config: RunConfig,
+    data: ImageSet,
+    flow: TarFlow,
+    autoencoder: Autoencoder | None,
+    alignment: Alignment | None,
+    device: torch.device,
 ) -> list[CachePlan]:
     """The caches that a run can use, latents first; the alignment's encoder and the autoencoder compute on `device`."""
     train, plans = config.train, []
@@ -63,13 +70,13 @@ def cache_plans(
         "image_size": data.image_size,
         "channels": data.channels,
         "levels": data.levels,
-        "flips": train.flip,
+        "flips": train.hflip,
     }
-    shapes = cache_shapes(config, flow, alignment and alignment.encoder)
-    if "latents" in shapes:
-        facts = {"kind": "latents", **images, "autoencoder": flow.config.latent_weights}
-        facts["moments"] = 2 if flow.config.latent_posterior == "sample" else 1
-        plans.append(CachePlan(facts, shapes["latents"], lambda x: flow.autoencoder.moments(x)))
+    shapes = cache_shapes(config, flow, autoencoder and autoencoder.config, alignment and alignment.encoder)
+    if autoencoder is not None and "latents" in shapes:
+        known = autoencoder.config
+        facts = {"kind": "latents", **images, "autoencoder": known.weights, "moments": known.moments}
+        plans.append(CachePlan(facts, shapes["latents"], autoencoder.moments))
     if alignment is not None and "features" in shapes:
         a = config.alignment
         facts = {
@@ -110,7 +117,7 @@ def open_cache(plan: CachePlan, config: RunConfig, data: ImageSet) -> ArrayCache
             why = nearest_mismatch(root, plan.facts) or f"{root} holds no cache of {plan.kind}"
             raise InputError(f"{why}; allowed: what `flowback cache` makes of this configuration")
         return cache
-    cache = plan.planned(cache_folder(), len(data.train), config.train.flip)
+    cache = plan.planned(cache_folder(), len(data.train), config.train.hflip)
     tolerance = Tolerance(config.data.unreadable, cache.count)
     if cache.missing():
         with Bar(plan.kind, cache.count) as bar:
@@ -134,12 +141,14 @@ def make_caches(
     """
     data = load_data(config.data)
     device = pick_device(config.train.accelerator)
-    flow = build_flow(config.flow, data).to(device)
+    autoencoder = make_autoencoder(config.latents)
+    flow = build_flow(config, data, autoencoder and autoencoder.config).to(device)
+    autoencoder = autoencoder and autoencoder.to(device)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow).to(device)
-    plans = cache_plans(config, data, flow, alignment, device)
+    plans = cache_plans(config, data, flow, autoencoder, alignment, device)
     if not plans:
         raise InputError("this configuration has nothing to cache; allowed is one with an autoencoder or an alignment")
-    caches = [plan.planned(root or cache_folder(), len(data.train), config.train.flip) for plan in plans]
+    caches = [plan.planned(root or cache_folder(), len(data.train), config.train.hflip) for plan in plans]
     for cache in caches:
         console.print(
             f"{cache.facts['kind']:9} {cache.bytes / 1e9:.3f} GB in {cache.shards} shards, "

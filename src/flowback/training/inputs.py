@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from flowback.alignment import Alignment
+from flowback.core.console import console
+from flowback.core.devices import autocast, put
+from flowback.core.units import from_levels
 from flowback.data import ImageSet, batches, step_generator
 from flowback.data.batches import Raw, Tolerance, sample_generators
-from flowback.devices import autocast, put
-from flowback.flows import TarFlow
+from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder
+from flowback.runs.config import RunConfig
 from flowback.training.caches import cache_plans, open_cache
-from flowback.training.config import RunConfig
-from flowback.training.log import console
-from flowback.units import from_levels
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Inputs:
         config: of the run.
         data: its images.
         flow: says what it sees, which noise, and whether there are labels.
+        autoencoder: of a flow in latents.
         alignment: None for a plain flow.
         device: where batches go, and where caches are computed.
         share: (i, k): this process is the i-th, from 0, of k that share every batch.
@@ -59,24 +60,24 @@ class Inputs:
         config: RunConfig,
         data: ImageSet,
         flow: TarFlow,
+        autoencoder: Autoencoder | None,
         alignment: Alignment | None,
         device: torch.device,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self.config, self.data, self.flow, self.alignment, self.device = config, data, flow, alignment, device
-        self.share = share
+        self.share, self.autoencoder = share, autoencoder
         self.tolerance = Tolerance(config.data.unreadable, len(data.train))
-        (alignment or flow).to(device)
-        plans = cache_plans(config, data, flow, alignment, device)
+        for module in (alignment or flow, autoencoder):
+            if module is not None:
+                module.to(device)
+        plans = cache_plans(config, data, flow, autoencoder, alignment, device)
         caches = {plan.kind: open_cache(plan, config, data) for plan in plans}
         self.latents, self.features = caches.get("latents"), caches.get("features")
         self.others: Tensor | None = None  # the image whose features an image gets instead of its own
         if config.alignment.shuffled:
             generator = torch.Generator().manual_seed(config.train.seed)
             self.others = torch.randperm(len(data.train), generator=generator)
-        self.autoencoder: Autoencoder | None = None
-        if flow.config.autoencoder is not None:
-            self.autoencoder = flow.autoencoder
 
     def stream(self, start: int, stop: int) -> Iterator[Raw]:
         """What the steps `start` … `stop - 1` read; `prepare` makes batches of it."""
@@ -93,7 +94,7 @@ class Inputs:
             console.print(f"the next one is taken instead: {sentence}", highlight=False, soft_wrap=True, markup=False)
         c, first, count = self.config.train, self.share[0] * len(labels), len(labels)
         coins = torch.rand(2, c.batch_size, generator=step_generator(c.seed, step))[:, first : first + count]
-        flipped, dropped = coins[0] < (0.5 if c.flip else 0.0), coins[1] < c.label_drop
+        flipped, dropped = coins[0] < (0.5 if c.hflip else 0.0), coins[1] < c.class_dropout
         generators = sample_generators(c.seed, step, first, count)
         x_clean = None
         if images is not None:
@@ -104,7 +105,7 @@ class Inputs:
             x = self.autoencoder.from_moments(moments, generators)
         else:
             assert x_clean is not None
-            x = self.flow.to_data(x_clean, generators)
+            x = x_clean if self.autoencoder is None else self.autoencoder.encode(x_clean, generators)
         y = put(torch.where(dropped, -1, labels), self.device) if self.flow.num_classes else None
         return Batch(self.flow.perturb(x, generators), y, self._targets(indices, flipped, x_clean))
 

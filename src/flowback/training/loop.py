@@ -12,32 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowback.core.console import Bar, console
+from flowback.core.devices import autocast, deterministic, keep_freed_memory, pick_device
+from flowback.core.distributed import any_says, is_first, shard_like, unshard, unsharded
+from flowback.core.errors import InputError
+from flowback.core.units import LOG_2PI, nll_per_dim
 from flowback.data import ImageSet, load_data
-from flowback.devices import autocast, deterministic, keep_freed_memory, pick_device
-from flowback.errors import InputError
-from flowback.evaluation.metrics import accuracies, density, seen
-from flowback.evaluation.pictures import class_grid, save_grid
-from flowback.flows import TarFlow
-from flowback.training import checkpoint
+from flowback.data.pictures import save_grid
+from flowback.flow.tarflow import TarFlow
+from flowback.latents import Autoencoder, Flow, LatentFlow
+from flowback.measure.density import density, seen
+from flowback.runs import checkpoint
+from flowback.runs.checkpoint import State
+from flowback.runs.config import RunConfig
+from flowback.runs.folder import open_run
+from flowback.runs.log import MetricsLog
+from flowback.tasks.classify import accuracies
+from flowback.tasks.sampling import class_grid
 from flowback.training.apply import checkpoint_layers, compile_blocks
-from flowback.training.build import build_flow, make_alignment
-from flowback.training.checkpoint import State
-from flowback.training.config import RunConfig
+from flowback.training.build import build_flow, make_alignment, make_autoencoder
 from flowback.training.inputs import Inputs
-from flowback.training.log import Bar, MetricsLog, console
 from flowback.training.optim import GuardedStep, learning_rate, update_ema
-from flowback.training.parallel import (
-    any_says,
-    check_batch,
-    is_first,
-    launch,
-    peers,
-    shard_like,
-    unshard,
-    unsharded,
-)
-from flowback.training.run import open_run
-from flowback.units import LOG_2PI, nll_per_dim
+from flowback.training.parallel import check_batch, launch, peers
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -47,7 +43,7 @@ class RunResult:
     """How a run ended."""
 
     run: Path
-    flow: TarFlow  # with averaged weights
+    flow: Flow  # with averaged weights
     data: ImageSet
     state: State
     interrupted: bool
@@ -113,7 +109,8 @@ def train(config: RunConfig) -> RunResult:
     pick_device(c.accelerator)
     data = load_data(config.data)
     torch.manual_seed(c.seed)
-    flow = build_flow(config.flow, data)
+    autoencoder = make_autoencoder(config.latents)
+    flow = build_flow(config, data, autoencoder and autoencoder.config)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow)
     objective: nn.Module = alignment or Likelihood(flow)
     trained: dict[str, nn.Module] = {"flow": flow}
@@ -127,10 +124,11 @@ def train(config: RunConfig) -> RunResult:
             resume_from = fabric.broadcast(found)
             with fabric.rank_zero_first():  # which makes the caches that are missing
                 share = (fabric.global_rank, fabric.world_size)
-                inputs = Inputs(config, data, flow, alignment, fabric.device, share)
+                inputs = Inputs(config, data, flow, autoencoder, alignment, fabric.device, share)
             if fabric.is_global_zero:
-                console.print(describe(config, flow, data, fabric.world_size), highlight=False, soft_wrap=True)
-            average = deepcopy(flow).to(fabric.device).requires_grad_(False).eval()
+                console.print(describe(config, flow, data, autoencoder, fabric.world_size), highlight=False, soft_wrap=True)
+            core = deepcopy(flow).to(fabric.device).requires_grad_(False).eval()
+            average = core if autoencoder is None else LatentFlow(core, autoencoder)
             state = _take_steps(config, inputs, objective, trained, average, fabric, resume_from)
     return RunResult(run, average, data, state, interrupted=state.step < c.steps)
 
@@ -140,7 +138,7 @@ def _take_steps(
     inputs: Inputs,
     objective: nn.Module,
     trained: dict[str, nn.Module],
-    average: TarFlow,
+    average: Flow,
     fabric: Any,
     resume_from: Path | None,
 ) -> State:
@@ -151,14 +149,14 @@ def _take_steps(
     if c.compile:
         compile_blocks(flow)
     model = fabric.setup_module(objective)
-    shard_like(average, flow)
+    shard_like(average.core, flow)
     parameters = [p for module in trained.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
     optimizer = fabric.setup_optimizers(optimizer)
     state, writes = State(), fabric.is_global_zero
     if resume_from is not None:
         state = checkpoint.load(resume_from, average, trained, optimizer.optimizer)
-    step, tally = GuardedStep(optimizer.optimizer, c.clip), Tally(state, fabric.device)
+    step, tally = GuardedStep(optimizer.optimizer, c.grad_clip), Tally(state, fabric.device)
     if resume_from is not None and writes:
         console.print(f"resumed from step {state.step}", highlight=False)
     log = MetricsLog(run, state.step) if writes else None
@@ -177,16 +175,16 @@ def _take_steps(
             aligned = inputs.alignment is not None and inputs.alignment.active
             names = ("loss", "nll", "align") if aligned else ("loss", "nll")
             values = dict.fromkeys(names, torch.zeros((), device=fabric.device))
-            for i, piece in enumerate(batch.split(c.accumulate), start=1):
-                with fabric.no_backward_sync(model, enabled=i < c.accumulate):
+            for i, piece in enumerate(batch.split(c.grad_accum_steps), start=1):
+                with fabric.no_backward_sync(model, enabled=i < c.grad_accum_steps):
                     with autocast(fabric.device, c.precision):
                         loss, parts = model(piece.x, piece.y, targets=piece.targets)
-                    fabric.backward(loss / c.accumulate)
+                    fabric.backward(loss / c.grad_accum_steps)
                 found = {"loss": loss.detach(), **parts}
-                values = {name: value + found[name] / c.accumulate for name, value in values.items()}
+                values = {name: value + found[name] / c.grad_accum_steps for name, value in values.items()}
             norm, skipped = step()
             state.step += 1
-            update_ema(average.parameters(), flow.parameters(), c.ema, state.step)
+            update_ema(average.core.parameters(), flow.parameters(), c.ema, state.step)
             optimizer.zero_grad(set_to_none=True)
             tally.add(values | {"grad_norm": norm}, skipped)
             ending = any_says(fabric, interrupted()) or state.step == stop
@@ -212,13 +210,13 @@ def _take_steps(
                 bar.update(state.step, _status(row))
                 last_log, last_seconds, waited = state.step, state.seconds, 0.0
             if evaluates:
-                with unsharded(average), autocast(fabric.device, c.precision):
+                with unsharded(average.core), autocast(fabric.device, c.precision):
                     measured = _evaluate(average, data, c.eval_images) if writes else {}
                 if log is not None:
                     state.held_out_nats_per_dim, state.measured_at = measured["held_out_nats_per_dim"], state.step
                     log.write(state.step, seconds=state.seconds, **measured)
             if samples:
-                with unsharded(average), autocast(fabric.device, c.precision):
+                with unsharded(average.core), autocast(fabric.device, c.precision):
                     grid = class_grid(average, per_class=8, seed=c.seed) if writes else None
                 if grid is not None:
                     save_grid(grid, run / "samples" / f"step_{state.step:08d}.png", columns=8)
@@ -229,21 +227,25 @@ def _take_steps(
             ready = time.perf_counter()
     if log is not None:
         log.close()
-    unshard(average)
+    unshard(average.core)
     fabric.barrier()
     return state
 
 
-def describe(config: RunConfig, flow: TarFlow, data: ImageSet, processes: int = 1) -> str:
+def describe(
+    config: RunConfig, flow: TarFlow, data: ImageSet, autoencoder: Autoencoder | None = None, processes: int = 1
+) -> str:
     """What is about to be trained, in a few lines."""
     a, f, c = config.alignment, flow.config, config.train
     depth = f.layers if isinstance(f.layers, int) else "+".join(map(str, f.layers))
-    sees = "" if f.autoencoder is None else f", latents {flow.data_shape} of {f.autoencoder}"
+    sees = "" if autoencoder is None else f", latents {flow.data_shape} of {autoencoder.config.name}"
     millions = sum(p.numel() for p in flow.parameters()) / 1e6
     where = ", ".join(f"block {t} layer {layer}" for t, layer in a.at)
     aligned = f"{a.strategy} ({a.gradient}) at {where}, weight {a.weight}, with {a.encoder}"
     noise = f"gaussian {f.noise_std}" if f.noise == "gaussian" else "uniform"
-    pieces = [f"{processes} processes ({c.strategy})"] * (processes > 1) + [f"{c.accumulate} pieces"] * (c.accumulate > 1)
+    pieces = [f"{processes} processes ({c.strategy})"] * (processes > 1) + [f"{c.grad_accum_steps} pieces"] * (
+        c.grad_accum_steps > 1
+    )
     return (
         f"data      {data.name}: {len(data.train)} images for training, {len(data.held_out)} held out, "
         f"{data.image_size}x{data.image_size}x{data.channels}, {len(data.classes)} classes\n"
@@ -254,13 +256,13 @@ def describe(config: RunConfig, flow: TarFlow, data: ImageSet, processes: int = 
     )
 
 
-def _evaluate(flow: TarFlow, data: ImageSet, images: int) -> dict[str, float]:
+def _evaluate(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
     """The held-out figures that a run logs."""
     indices = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(0))[:images].sort().values
     x, labels = seen(flow, data.held_out, indices.tolist(), data.levels)
-    row = {"held_out_nats_per_dim": density(flow, x, labels)["nats_per_dim"]}
+    row = {"held_out_nats_per_dim": density(flow.core, x, labels, isinstance(flow, LatentFlow))["nats_per_dim"]}
     if flow.num_classes:
-        row |= {f"held_out_{rule}": value for rule, value in accuracies(flow, x, labels).items()}
+        row |= {f"held_out_{rule}": value for rule, value in accuracies(flow.core, x, labels).items()}
     return row
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flowback.training.parallel import whole
+from flowback.core.distributed import whole
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:

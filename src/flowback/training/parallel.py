@@ -12,31 +12,25 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flowback.devices import pick_device
-from flowback.errors import InputError
-from flowback.training.config import TrainConfig
+from flowback.core.devices import pick_device
+from flowback.core.errors import InputError
+from flowback.runs.config import TrainConfig
 
-T = TypeVar("T")
 LOST = "another process of this run is gone; the last checkpoint is whole, go on from it with --train.resume"
 TIMEOUT = timedelta(hours=2)  # of a process that waits for another, which may be making caches
 
 
 class PeerLost(RuntimeError):
     """Another process of the run is gone, so this one cannot go on."""
-
-
-def is_first() -> bool:
-    """Whether this process is the first one of the run, known before any of them have met."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def world(config: TrainConfig) -> tuple[int, int]:
@@ -54,11 +48,11 @@ def check_batch(config: TrainConfig) -> None:
         InputError: if it cannot be cut into equal pieces.
     """
     devices, nodes = world(config)
-    pieces = devices * nodes * config.accumulate
+    pieces = devices * nodes * config.grad_accum_steps
     if config.batch_size % pieces:
         raise InputError(
-            f"train.batch_size is {config.batch_size}; allowed for {devices * nodes} processes and train.accumulate "
-            f"{config.accumulate} are multiples of {pieces}"
+            f"train.batch_size is {config.batch_size}; allowed for {devices * nodes} processes and train.grad_accum_steps "
+            f"{config.grad_accum_steps} are multiples of {pieces}"
         )
 
 
@@ -168,84 +162,6 @@ def _end_with(parent: int) -> None:
         time.sleep(1)
     print(f"flowback: {LOST}", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def any_says(fabric: Any, flag: bool) -> bool:
-    """Whether the flag is true in any process."""
-    if fabric.world_size == 1:
-        return flag
-    return bool(fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum") > 0)
-
-
-def in_all(fabric: Any, action: Callable[[], T]) -> list[T]:
-    """Do something in every process; returns what each returned, in their order.
-
-    Raises:
-        OSError: if it failed in another process; what it raised in this one is raised as it is.
-    """
-    result, own = None, None
-    try:
-        result = action()
-    except Exception as error:
-        own = error
-    told: list[Any] = [(result, own and str(own))] * fabric.world_size
-    if fabric.world_size > 1:
-        torch.distributed.all_gather_object(told, told[0])
-    if own is not None:
-        raise own
-    for _, problem in told:
-        if problem is not None:
-            raise OSError(problem)
-    return [result for result, _ in told]
-
-
-def is_shard(tensor: Tensor) -> bool:
-    """Whether other processes hold the other slices of this tensor."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: Any) -> Tensor:
-    """A tensor with the slices of all processes, which all ask at once."""
-    return tensor.full_tensor() if is_shard(tensor) else tensor
-
-
-def own_slice(tensor: Any) -> tuple[Tensor, int]:
-    """What this process holds of a tensor, and the row of the whole at which that begins."""
-    if not is_shard(tensor):
-        return tensor, 0
-    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
-    return tensor.to_local(), min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
-
-
-def shard_like(module: nn.Module, sharded: nn.Module) -> None:
-    """Cut a module's parameters, which have the values of those of `sharded`, as those are cut."""
-    for name, parameter in sharded.named_parameters():
-        if is_shard(parameter):
-            _put(module, name, parameter.detach().clone())
-
-
-def unshard(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Make the parameters whole, in all processes; returns the slices by name, none if it was whole."""
-    slices = {name: p for name, p in module.named_parameters() if is_shard(p)}
-    for name, parameter in slices.items():
-        _put(module, name, whole(parameter))
-    return slices
-
-
-@contextmanager
-def unsharded(module: nn.Module) -> Iterator[None]:
-    """Meanwhile the parameters are whole, in all processes."""
-    slices = unshard(module)
-    try:
-        yield
-    finally:
-        for name, parameter in slices.items():
-            _put(module, name, parameter)
-
-
-def _put(module: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 @contextmanager

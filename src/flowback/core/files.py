@@ -1,0 +1,66 @@
+"""Files on disk: known by their content, read as what they should be."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_SEEKING = threading.Lock()  # of files without `pread`
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: if it is none, or nested deeper than any that flowback writes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: as `parse_json`.
+    """
+    return parse_json(file.read_bytes())
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Bytes of an open file from `offset` on; with `pread`, which moves no position, forked processes may share it."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _SEEKING:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside the file, then rename: the name always means a whole one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".partial.{file.name}")
+    write(partial)
+    partial.replace(file)
+
+
+def cache_folder() -> Path:
+    """Where caches live: $FLOWBACK_CACHE, or flowback/ in $XDG_CACHE_HOME or ~/.cache."""
+    if "FLOWBACK_CACHE" in os.environ:
+        return Path(os.environ["FLOWBACK_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowback"

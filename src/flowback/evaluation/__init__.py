@@ -1,1 +1,0 @@
-"""Measuring a flow: density, accuracy, pictures, and the report."""

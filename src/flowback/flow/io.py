@@ -1,0 +1,260 @@
+"""Models on disk and on the Hugging Face hub: a folder with config.json and model.safetensors. Strict, and never a pickle.
+
+The hub's own mixin is not used: it would write a second config.json and a card into every checkpoint of a run, and turns
+an unreachable hub into a warning.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from flowback.core.devices import pick_device
+from flowback.core.errors import InputError
+from flowback.core.files import read_json
+from flowback.flow.autotune import FILE as AUTOTUNE
+from flowback.flow.autotune import Autotune
+
+FORMAT = 1
+CARD = "README.md"
+FILES = ("config.json", "model.safetensors", AUTOTUNE, "classification.json", "classes.json", "autoencoder/*")
+
+
+class Pretrained:
+    """What a model that lives in such a folder has: `save_pretrained`, `from_pretrained` and `push_to_hub`.
+
+    A model says what its config.json holds (`describe`) and is made from it again (`build`); its weights are those of
+    its `core`, the flow.
+    """
+
+    if TYPE_CHECKING:
+        core: Any
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json holds besides the model's name: here the fields of `config`."""
+        return dict(vars(self.core.config))
+
+    @classmethod
+    def build(cls, description: dict[str, Any], folder: Path) -> Self:
+        """The model that a config.json in `folder` describes, without its weights."""
+        return cls(**description)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json, model.safetensors and, where decoders were measured, decoding.json into the folder `path`."""
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.core.state_dict().items()}, folder / "model.safetensors"
+        )
+        config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if self.core.autotune is not None:
+            self.core.autotune.save(folder)
+        else:
+            (folder / AUTOTUNE).unlink(missing_ok=True)  # of another flow
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load a model from a folder written by `save_pretrained`, or from the Hugging Face hub by `owner/name`.
+
+        Args:
+            path_or_hub_id: the folder, or the name.
+            revision: of the hub: a branch, tag or commit; None for main.
+            token: of the hub; None for the one of `hf auth login` or HF_TOKEN.
+            cache_dir: where downloads are kept; None for the hub's own place.
+            device: where to put it; "auto" for the accelerator that is there; None for the CPU.
+
+        Returns:
+            The model in eval mode, in the precision that it was saved in, but at least float32.
+
+        Raises:
+            InputError: if there is no such folder, hub entry or device, or what is there is not a whole model of this kind.
+        """
+        where = pick_device(device or "cpu")
+        folder = find_folder(str(path_or_hub_id), revision=revision, token=token, cache_dir=cache_dir)
+        description = read_description(folder)
+        model = description.pop("model")
+        if model != cls.__name__:
+            raise InputError(f"{folder} holds a {model}, not a {cls.__name__}; flowback.from_pretrained loads either")
+        made: Any = cls.build(description, folder)
+        load_tensors(made.core, folder / "model.safetensors")
+        made.core.autotune, made.core.folder = Autotune.load(folder), folder
+        return made.eval().to(where)
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Upload to the Hugging Face hub, with a short card; `flowback export` writes one of all that a run knows.
+
+        Args:
+            repo_id: owner/name; made if it is not there.
+            private: make it private.
+            token: None for the one of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            InputError: if the name is not usable, or the hub did not take it.
+        """
+        check_repo_id(repo_id)
+        with TemporaryDirectory() as temporary:
+            self.save_pretrained(temporary)
+            call = f'from flowback import from_pretrained\n\nflow = from_pretrained("{repo_id}")\nx = flow.sample(4)'
+            text = f"# {repo_id}\n\nA normalizing flow, made with flowback.\n\n```python\n{call}\n```\n"
+            (Path(temporary) / CARD).write_text(f"---\nlibrary_name: flowback\ntags: [normalizing-flow]\n---\n\n{text}")
+            return upload(Path(temporary), repo_id, private, token)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says: "model", and what that is built from.
+
+    Raises:
+        InputError: if it is missing, or of something else.
+    """
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no readable config.json of a flow ({error})") from error
+    if (
+        not isinstance(config, dict)
+        or config.get("model") not in ("TarFlow", "LatentFlow")
+        or config.pop("format", 0) != FORMAT
+    ):
+        raise InputError(f"{folder / 'config.json'} does not describe a TarFlow or LatentFlow of format {FORMAT}")
+    return _of_earlier_versions(config)
+
+
+def _of_earlier_versions(config: dict[str, Any]) -> dict[str, Any]:
+    """Where the options of an autoencoder are among those of the flow, as version 0.1.0 wrote them, take them out."""
+    if config["model"] != "TarFlow" or "autoencoder" not in config:
+        return config
+    old = {name: config.pop(f"latent_{name}", None) for name in ("channels", "downsample", "scale", "shift", "weights")}
+    old |= {"posterior": config.pop("latent_posterior", "mean"), "name": config.pop("autoencoder")}
+    if old["name"] is None:
+        return config
+    inside = {"image_size": config["image_size"] // old["downsample"], "channels": old["channels"]}
+    autoencoder = old | {"image_channels": config["channels"]}
+    flow = {name: value for name, value in (config | inside).items() if name != "model"}
+    return {"model": "LatentFlow", "flow": flow, "autoencoder": autoencoder}
+
+
+def load_tensors(module: nn.Module, file: Path) -> None:
+    """Load a safetensors file into a module, strictly; the module takes the precision of the file, at least float32.
+
+    Half precision saves room on disk. Exact inverses and likelihoods need more, and `torch.autocast` is there for speed.
+
+    Raises:
+        InputError: naming the first tensor that is missing, superfluous or of another shape, or an unreadable file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error})") from error
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise InputError(f"{file} lacks the tensor {name}")
+        if name not in expected:
+            raise InputError(f"{file} has a tensor {name} that the model does not know")
+        if expected[name].shape != found[name].shape:
+            raise InputError(
+                f"{file} has {name} of shape {list(found[name].shape)}; allowed is {list(expected[name].shape)}"
+            )
+    dtype = torch.promote_types(next(iter(found.values())).dtype, torch.float32)
+    module.to(dtype).load_state_dict(found)
+
+
+def find_folder(path_or_hub_id: str, files: Sequence[str] = FILES, **options: Any) -> Path:
+    """The folder of a model of these `files`: a local one, or a copy from the Hugging Face hub's `owner/name`.
+
+    Args:
+        path_or_hub_id: the folder, or the name.
+        files: patterns of what is downloaded.
+        **options: of `huggingface_hub.snapshot_download`: revision, token, cache_dir.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    folder = Path(path_or_hub_id)
+    if folder.exists():
+        return folder
+    if not is_hub_id(path_or_hub_id):
+        raise InputError(f"{path_or_hub_id} is neither a folder nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=list(files), **options))
+    except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path_or_hub_id} is no local folder and the hub did not give it ({reason})") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no local path can be one on the hub, owner/name."""
+    owner, _, rest = name.partition("/")
+    return bool(owner and rest) and "/" not in rest and ":" not in name and not name.startswith((".", "~"))
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Whether the hub would take a name.
+
+    Raises:
+        InputError: if it would not.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(
+            f"{repo_id!r} is no name on the hub; allowed is owner/name of letters, digits, -, _ and ."
+        ) from error
+    if repo_id.count("/") != 1:
+        raise InputError(f"{repo_id!r} has no owner; allowed is owner/name")
+
+
+def upload(folder: Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
+    """Upload a folder's model and card to the hub, and delete there what an earlier one had and this one has not.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        InputError: if the hub did not take it; a repository that is there and public is not made private.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise PermissionError("it is there already, and public")
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[*FILES, CARD],
+            delete_patterns=list(FILES),
+            commit_message="A flow, by flowback",
+        )
+    except Exception as error:  # the hub client raises many kinds: offline, no token, no permission
+        reason = shorten(getattr(error, "server_message", None) or str(error) or type(error).__name__, 300).rstrip(".")
+        raise InputError(
+            f"the hub did not take {repo_id} ({reason}); allowed: a network, and a token that may write there"
+        ) from error
+    return str(address)

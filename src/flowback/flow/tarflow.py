@@ -1,0 +1,393 @@
+"""TarFlow: a stack of autoregressive blocks with alternating token order (TARFlow, arXiv 2412.06329).
+
+`x = x^0 -> x^1 -> ... -> x^T = z`, block t maps `x^(t-1)` to `x^t`, and the log-determinants add up. A flow works in one
+space, that of its images `x [B, C, H, W]`; these may be the latents of an autoencoder (`flowback.latents.LatentFlow`).
+Noise is `z [B, N, D]`, likelihoods are nats summed per image, and blocks and layers count from 1.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from flowback.core.devices import put
+from flowback.core.errors import InputError
+from flowback.core.seeds import Generators, draw
+from flowback.core.units import LOG_2PI, bin_width
+from flowback.flow import io
+from flowback.flow.autotune import Autotune, solvers
+from flowback.flow.block import BlockOutput, FlowBlock
+from flowback.flow.config import FlowConfig
+from flowback.flow.decoding import CausalMap, Solved, default_tolerance
+from flowback.flow.guidance import Guidance, guided_classes
+from flowback.flow.implicit import solve_with_gradient
+from flowback.flow.labels import Labels, as_tensor, class_weights
+from flowback.flow.patches import patchify, unpatchify
+
+
+@dataclass
+class Trace:
+    """What `encode` saw on its way, on the graph: `inputs[t]` is `x^(t-1)`, `hidden[t, l]` the state after layer l."""
+
+    inputs: dict[int, Tensor] = field(default_factory=dict)  # t -> [B, N, D]
+    hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (t, l) -> [B, N, width]
+
+
+class TarFlow(io.Pretrained, nn.Module):
+    """A transformer autoregressive flow over images.
+
+    Args:
+        config: the options; or give them as keywords. `image_size` is required. `channels` defaults to 3, `num_classes`
+            to 0 (unconditional), `levels` to 256.
+        **options: fields of `FlowConfig`.
+
+    Raises:
+        InputError: if an option does not exist or has an impossible value.
+
+    Example:
+        >>> import torch
+        >>> flow = TarFlow(image_size=8, channels=1, patch_size=2, width=32, blocks=2, layers=1, num_classes=10)
+        >>> x = torch.rand(5, 1, 8, 8) * 2 - 1
+        >>> z, log_det = flow.encode(x, [0, 3, -1, 9, 1])
+        >>> z.shape, log_det.shape
+        (torch.Size([5, 16, 4]), torch.Size([5]))
+        >>> flow.sample(y=[3, 7], guidance=1.0).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, config: FlowConfig | None = None, **options: Any) -> None:
+        super().__init__()
+        self.config = c = FlowConfig.complete(config, options)
+        self.image_size, self.channels, self.num_classes, self.levels = c.size, c.channels, c.num_classes, c.levels
+        height, width = c.size
+        self.data_shape = (c.channels, height, width)
+        self.grid = (height // c.patch_size, width // c.patch_size)
+        self.token_shape = (self.grid[0] * self.grid[1], c.channels * c.patch_size**2)  # N, D
+        self.dims = self.token_shape[0] * self.token_shape[1]  # numbers in an image
+        self.prior_std: Tensor | None
+        self.register_buffer("prior_std", torch.ones(self.token_shape) if c.prior == "scaled" else None)
+        self.autotune: Autotune | None = None  # which decoder is fastest for which block on this machine
+        self.folder: Path | None = None  # where the flow was loaded from
+        self.blocks = nn.ModuleList(
+            FlowBlock(
+                *self.token_shape,
+                width=c.width,
+                layers=depth,
+                head_dim=c.head_dim,
+                num_classes=c.num_classes,
+                flip=t % 2 == 1,
+                mlp=c.mlp,
+                mlp_ratio=c.mlp_ratio,
+                positions=c.positions,
+                log_scale_bound=c.log_scale_bound,
+            )
+            for t, depth in enumerate(c.depths)
+        )
+
+    # ---- where it is, and what enters it ---------------------------------------------------------------------------
+
+    @property
+    def core(self) -> "TarFlow":
+        """The flow in its own space: itself."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are. Inputs are moved there, and results are there."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def data_dtype(self) -> torch.dtype:
+        """Of images, z and likelihoods: that of the parameters, but at least float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Images or z on the flow's device, in `data_dtype`."""
+        return put(x, self.device).to(self.data_dtype)
+
+    def to_data(self, images: Tensor, generator: Generators = None) -> Tensor:
+        """Images as the flow sees them; here unchanged (compare `LatentFlow.to_data`)."""
+        return self.enter(images)
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """What the flow sees as images; here unchanged (compare `LatentFlow.to_images`)."""
+        return x
+
+    def to_prior(self, noise: Tensor) -> Tensor:
+        """Standard normal numbers `[..., N, D]` as z of the prior: unchanged, or scaled."""
+        return noise if self.prior_std is None else noise * self.prior_std
+
+    def class_weights(self, y: Labels, batch: int) -> Tensor | None:
+        """Labels as weights of the class embeddings, `[B, K]`; None for an unconditional flow (`flowback.flow.labels`)."""
+        return class_weights(y, batch, self.num_classes, torch.empty(0, dtype=self.data_dtype, device=self.device))
+
+    def tokenize(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` to `x^0 [B, N, D]`.
+
+        Raises:
+            InputError: if they are no tensor, or of another shape than the flow's.
+        """
+        if not isinstance(x, Tensor):
+            raise InputError(f"images must be a tensor, got {type(x).__name__}; flowback.data.as_images converts others")
+        if x.dim() != 4 or x.shape[1:] != self.data_shape:
+            raise InputError(f"images must have the shape [B, {', '.join(map(str, self.data_shape))}], got {list(x.shape)}")
+        return patchify(self.enter(x), self.config.patch_size)
+
+    # ---- density ---------------------------------------------------------------------------------------------------
+
+    def run_blocks(
+        self, x: Tensor, y: Labels, at: Iterable[tuple[int, int]] = ()
+    ) -> Iterator[tuple[int, Tensor, BlockOutput]]:
+        """Encode block by block, yielding `(t, x^(t-1), output of block t)` for t = 1 … T.
+
+        `x`, `y` are those of `encode`; `at` are (block, layer) pairs whose hidden states the outputs carry.
+        """
+        classes = self.class_weights(y, x.shape[0])  # not len(x), which exporting would take for a constant
+        tokens, at = self.tokenize(x), list(at)
+        for t, block in enumerate(self.blocks, start=1):
+            out = block(tokens, classes, hidden=[layer for b, layer in at if b == t])
+            yield t, tokens, out
+            tokens = out.z
+
+    @overload
+    def encode(self, x: Tensor, y: Labels = None, trace: None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def encode(self, x: Tensor, y: Labels = None, *, trace: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor, Trace]: ...
+    def encode(
+        self, x: Tensor, y: Labels = None, trace: Iterable[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Trace]:
+        """Map images to noise.
+
+        Args:
+            x: images `[B, C, H, W]` in [-1, 1].
+            y: labels `[B]` with -1 for no label; one label for all; class weights `[B, K]`; or None.
+            trace: (block, layer) pairs; if given, a `Trace` is returned as well.
+
+        Returns:
+            `z [B, N, D]`; `log_det [B]`, nats, summed over the image; and the trace, if asked for.
+
+        Raises:
+            InputError: if shapes, labels, blocks or layers do not fit the flow.
+        """
+        record, log_dets, z = Trace(), [], x
+        for t, tokens, out in self.run_blocks(x, y, self.config.check_pairs(trace or ())):
+            record.inputs[t] = tokens
+            record.hidden.update({(t, layer): h for layer, h in out.hidden.items()})
+            log_dets.append(out.log_det)
+            z = out.z
+        log_det = torch.stack(log_dets).sum(0)
+        return (z, log_det) if trace is None else (z, log_det, record)
+
+    def forward(self, x: Tensor, y: Labels = None) -> tuple[Tensor, Tensor]:
+        """`encode` without a trace."""
+        return self.encode(x, y)
+
+    def log_prob(self, x: Tensor, y: Labels = None) -> Tensor:
+        """Log-density `[B]`, nats, of images `x` on the [-1, 1] scale, under the density that samples are drawn from.
+
+        The flow models *noised* images: add the noise first, `flow.log_prob(flow.perturb(x))`. For bits per dimension see
+        `flowback.core.units.bits_per_dim`.
+        """
+        z, log_det = self.encode(x, y)
+        if self.prior_std is not None:
+            z, log_det = z / self.prior_std, log_det - self.prior_std.log().sum()
+        return -0.5 * (z.square() + LOG_2PI).sum(dim=(1, 2)) + log_det
+
+    def perturb(self, x: Tensor, generator: Generators = None) -> Tensor:
+        """Add the noise of training to clean images: Gaussian of `noise_std`, or uniform over a pixel's bin."""
+        if self.config.noise == "uniform":
+            return self.dequantize(x, generator)
+        x = self.enter(x)
+        return x + self.config.noise_std * draw(torch.randn, x, generator)
+
+    def dequantize(self, x: Tensor, generator: Generators = None) -> Tensor:
+        """Spread clean images uniformly over the bins of their pixel values (`flowback.core.units`)."""
+        x = self.enter(x)
+        return x + bin_width(self.levels) * (draw(torch.rand, x, generator) - 0.5)
+
+    # ---- generation ------------------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        z: Tensor,
+        y: Labels = None,
+        guidance: float | Guidance = 0.0,
+        method: str | Sequence[str] = "auto",
+        tolerance: float | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+        compile: bool = False,
+    ) -> Tensor:
+        """Map noise to images; without guidance the inverse of `encode`.
+
+        Differentiable once in z, in class weights and in the parameters, by the adjoint (`flowback.flow.implicit`).
+
+        Args:
+            z: `[B, N, D]`; it is not written to.
+            y: labels, as in `encode`.
+            guidance: scale, or a `Guidance`. It needs labels. Conditional and unconditional passes run as one batch.
+            method: "sequential", "jacobi", "gauss_seidel", or "auto", which takes for each block what `autotune`
+                measured as fastest; or one of them for each block, block 1 first (`flowback.flow.decoding`).
+            tolerance: update at which the parallel methods stop; None for 1e-5 in float32, 1e-10 in float64.
+            known: images `[B, C, H, W]` and a boolean mask of the pixels that block 1 takes from them instead of decoding
+                them; all others follow from them (`flowback.tasks.editing.inpaint`).
+            compile: compile the passes with torch.compile, on CUDA as graphs: pays from the second batch of a shape on.
+                Needs a C++ compiler on CPUs.
+
+        Returns:
+            Images `[B, C, H, W]`.
+
+        Raises:
+            InputError: if shapes or labels do not fit, the method does not exist, or guidance has no labels.
+        """
+        return self.decode_with_report(z, y, guidance, method, tolerance, known, compile)[0]
+
+    def decode_with_report(
+        self,
+        z: Tensor,
+        y: Labels = None,
+        guidance: float | Guidance = 0.0,
+        method: str | Sequence[str] = "auto",
+        tolerance: float | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+        compile: bool = False,
+    ) -> tuple[Tensor, list[Solved]]:
+        """`decode`, and how each block was decoded, block 1 first, with its residual."""
+        if not isinstance(z, Tensor) or z.dim() != 3 or z.shape[1:] != self.token_shape:
+            N, D = self.token_shape
+            raise InputError(f"z must have the shape [B, {N}, {D}], got {list(getattr(z, 'shape', ()))}")
+        if tolerance is not None and not 0 < tolerance < float("inf"):
+            raise InputError(f"tolerance must be above 0, got {tolerance}")
+        z, guidance = self.enter(z), guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        tolerance = tolerance or default_tolerance(self.dtype, self.device)
+        classes = guided_classes(guidance, self.class_weights(y, len(z)), y)
+        chosen = solvers(method, self.autotune, self.config.blocks, len(z) * (2 if guidance.scale else 1), self.device)
+        given = None if known is None else self._known_tokens(*known, batch=len(z))
+        tokens, report = z, []
+        for t in range(self.config.blocks, 0, -1):
+            block: Any = self.blocks[t - 1]
+            F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None, compile)
+            tokens, solved = solve_with_gradient(F, chosen[t - 1], tolerance)
+            report.insert(0, solved)
+        return unpatchify(tokens, self.config.patch_size, self.image_size), report
+
+    def _known_tokens(self, x: Tensor, where: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        tokens = self.tokenize(x)
+        if len(x) != batch or where.dtype != torch.bool:
+            raise InputError(f"known must be {batch} images and a boolean mask, got {len(x)} and {where.dtype}")
+        return tokens, patchify(put(where, self.device).expand_as(x), self.config.patch_size)
+
+    def denoise(self, x: Tensor, y: Labels = None, batch_size: int = 64) -> Tensor:
+        """Remove the training noise by one score step, `x + sigma^2 grad_x log p(x)` (Tweedie; TARFlow, eq. 8).
+
+        The score is of the density that was trained, whose prior is N(0, I), also where `prior` is "scaled".
+
+        Args:
+            x: noisy images `[B, C, H, W]`.
+            y: labels, as in `encode`.
+            batch_size: images that one backward pass takes; bounds the memory.
+        """
+        if self.config.noise != "gaussian" or not self.config.noise_std:
+            return self.enter(x).detach().clone()
+        x, classes = self.enter(x), self.class_weights(y, len(x))
+        parts = []
+        for start in range(0, len(x), batch_size):
+            with torch.inference_mode(False), torch.enable_grad():
+                weights = None if classes is None else classes[start : start + batch_size].clone()
+                part = x[start : start + batch_size].detach().clone().requires_grad_()
+                z, log_det = self.encode(part, weights)
+                (score,) = torch.autograd.grad((log_det - 0.5 * z.square().sum(dim=(1, 2))).sum(), part)
+            parts.append(part.detach() + self.config.noise_std**2 * score)
+        return torch.cat(parts) if parts else x.detach().clone()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num: int | tuple[int, ...] | None = None,
+        y: Labels = None,
+        *,
+        guidance: float | Guidance = 0.0,
+        temperature: float = 1.0,
+        denoise: bool = True,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        method: str | Sequence[str] = "auto",
+        batch_size: int = 64,
+        return_log_prob: bool = False,
+        compile: bool = False,
+    ) -> Any:
+        """Draw images: `sample(8)`, `sample((2, 4))`, `sample(8, y=3)`, `sample(y=[3, 7])`.
+
+        Args:
+            num: how many, or a shape; None for as many as there are labels.
+            y: labels, one for each image or one for all, -1 for no label. None draws them uniformly, if the flow has any.
+            guidance: scale, or a `Guidance`; 0 for none.
+            temperature: standard deviation of z, as a multiple of the prior's.
+            denoise: whether the score step removes the training noise (Gaussian noise only).
+            seed: of z and of drawn labels; or give a `generator`.
+            generator: source of z and of drawn labels.
+            method: as in `decode`.
+            batch_size: images decoded at once; bounds the memory. The images depend on it by rounding only.
+            return_log_prob: also return `log p(x | y)`, nats, of the images before the score step.
+            compile: as in `decode`.
+
+        Returns:
+            Images `[num, C, H, W]` (for a shape `[*num, C, H, W]`), nearly in [-1, 1]; with `return_log_prob` a pair.
+
+        Raises:
+            InputError: if a number, a label, the temperature or the guidance is impossible.
+        """
+        for name, value in (("temperature", temperature), ("batch_size", batch_size)):
+            if not 0 < value < float("inf"):
+                raise InputError(f"{name} must be above 0, got {value}")
+        if seed is not None and generator is not None:
+            raise InputError("give either seed or generator, not both")
+        generator = generator if seed is None else torch.Generator().manual_seed(seed)
+        shape, labels = self._labels_to_draw(num, y, generator)
+        empty = torch.empty(len(labels), *self.token_shape, dtype=self.data_dtype, device=self.device)
+        z = temperature * self.to_prior(draw(torch.randn, empty, generator))
+        images, log_probs = [], []
+        for z_part, y_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
+            x = self.decode(z_part, y_part, guidance, method, compile=compile)
+            if return_log_prob:
+                log_probs.append(self.log_prob(x, y_part))
+            images.append(self.denoise(x, y_part, batch_size) if denoise else x)
+        x = torch.cat(images).unflatten(0, shape)
+        return (x, torch.cat(log_probs).unflatten(0, shape)) if return_log_prob else x
+
+    def _labels_to_draw(
+        self, num: int | tuple[int, ...] | None, y: Labels, generator: torch.Generator | None
+    ) -> tuple[tuple[int, ...], Tensor]:
+        """The shape asked for, and a label for each image."""
+        labels = None if y is None else as_tensor(y)
+        if num is None:
+            if labels is None:
+                raise InputError("give num, the number of images, or y, their labels")
+            num = len(labels) if labels.dim() else 1
+        shape = num if isinstance(num, tuple) else (num,)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in shape) or not shape:
+            raise InputError(f"num must be a whole number of at least 1 or a tuple of them, got {num!r}; labels are y=")
+        count = torch.Size(shape).numel()
+        if labels is None:
+            K = self.num_classes
+            labels = torch.randint(K, (count,), generator=generator) if K else torch.full((count,), -1)
+        return shape, labels.expand(count) if labels.dim() == 0 else labels
+
+    def resized(self, image_size: int | tuple[int, int]) -> "TarFlow":
+        """A copy for images of another size, with the same weights. Rotary positions only.
+
+        Raises:
+            InputError: if positions are learned, which belong to a size, or the prior is scaled number by number.
+        """
+        if self.config.positions != "rotary" or self.config.prior != "standard":
+            raise InputError("a flow for another image size needs rotary positions and the standard prior")
+        flow = TarFlow(replace(self.config, image_size=image_size)).to(self.device, self.dtype)
+        flow.load_state_dict(self.state_dict())
+        return flow.train(self.training)

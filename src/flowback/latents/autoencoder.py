@@ -1,0 +1,212 @@
+"""A frozen autoencoder (diffusers' AutoencoderKL), in whose latents a flow works instead of in pixels.
+
+What the flow sees is `(latent - shift) * scale`, with both numbers from the autoencoder's own configuration, so that it has
+about unit variance (Rombach et al., arXiv 2112.10752). They, the hash of the weights and the kind of latent travel with the
+flow: an autoencoder that is not the one it was trained with is refused.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from flowback.core.devices import put
+from flowback.core.errors import InputError, only_errors
+from flowback.core.files import file_hash, read_json
+from flowback.core.seeds import Generators, draw
+from flowback.flow.io import find_folder
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = ("config.json", WEIGHTS, "vae/config.json", f"vae/{WEIGHTS}")
+BATCH = 16  # images at once; an autoencoder's first layers are the largest thing in memory
+POSTERIORS = ("mean", "sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """What a flow has to know of its autoencoder; it travels with the flow.
+
+    Args:
+        name: a folder or hub id of a diffusers AutoencoderKL.
+        channels: of the latents.
+        downsample: image pixels per latent, along a side.
+        scale, shift: the flow sees `(latent - shift) * scale`.
+        weights: hash of the weights; others are refused.
+        posterior: which latent of an image: the mean of the autoencoder's posterior, or a sample of it.
+        image_channels: of the images.
+
+    Raises:
+        InputError: if the posterior does not exist.
+    """
+
+    name: str
+    channels: int
+    downsample: int
+    scale: float
+    shift: float
+    weights: str
+    posterior: str = "mean"
+    image_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.posterior not in POSTERIORS:
+            raise InputError(f"latents.posterior is {self.posterior!r}; allowed: {', '.join(POSTERIORS)}")
+
+    @classmethod
+    def of(cls, name: str, posterior: str = "mean") -> "AutoencoderConfig":
+        """Read off the autoencoder in a folder, or on the hub.
+
+        Raises:
+            InputError: if it cannot be had.
+        """
+        folder = _folder(name)
+        config = _config(folder)
+        return cls(
+            name=str(Path(name).resolve()) if Path(name).is_dir() else name,
+            channels=config["latent_channels"],
+            downsample=2 ** (len(config["block_out_channels"]) - 1),
+            scale=float(config["scaling_factor"]),
+            shift=float(config.get("shift_factor") or 0.0),
+            weights=_weights_hash(folder),
+            posterior=posterior,
+            image_channels=config["in_channels"],
+        )
+
+    @property
+    def moments(self) -> int:
+        """How many numbers describe a latent: its mean, and where latents are samples its standard deviation."""
+        return 2 if self.posterior == "sample" else 1
+
+    def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the latents of images of a size.
+
+        Raises:
+            InputError: if the autoencoder does not take images of this size.
+        """
+        if size[0] % self.downsample or size[1] % self.downsample:
+            shown = size[0] if size[0] == size[1] else list(size)
+            raise InputError(
+                f"the image size {shown} does not fit the autoencoder; allowed are multiples of {self.downsample}"
+            )
+        return size[0] // self.downsample, size[1] // self.downsample
+
+
+class Autoencoder(nn.Module):
+    """Images to latents and back, by a frozen model, which stays in eval mode. Inputs are moved to where it is.
+
+    Args:
+        model: a diffusers AutoencoderKL.
+        config: what a flow has to know of it.
+    """
+
+    def __init__(self, model: nn.Module, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.model, self.config = model.requires_grad_(False).eval(), config
+
+    def train(self, mode: bool = True) -> "Autoencoder":
+        """Stay in eval mode, whatever mode is asked for: the autoencoder is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: Generators = None) -> Tensor:
+        """Images `[B, C, H, W]` in [-1, 1] to latents `[B, channels, H/downsample, W/downsample]`, as a flow sees them."""
+        return self.from_moments(self.moments(images), generator)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """The posterior's mean `[B, channels, …]`, and where latents are samples as many channels of its deviation."""
+        model: Any = self.model
+        parts = []
+        for part in put(images, model.device).split(BATCH):
+            posterior = model.encode(part.to(model.dtype)).latent_dist
+            both = [posterior.mean] if self.config.posterior == "mean" else [posterior.mean, posterior.std]
+            parts.append(torch.cat(both, dim=1).to(images.dtype))
+        return torch.cat(parts)
+
+    def from_moments(self, moments: Tensor, generator: Generators = None) -> Tensor:
+        """What `moments` gives, as latents that a flow sees; a sample is drawn from `generator`."""
+        latent = moments
+        if self.config.posterior == "sample":
+            mean, std = moments.chunk(2, dim=1)
+            latent = mean + std * draw(torch.randn, mean, generator)
+        return (latent - self.config.shift) * self.config.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents as a flow sees them to images `[B, C, H, W]`, nearly in [-1, 1]."""
+        model: Any = self.model
+        parts = (put(latents, model.device) / self.config.scale + self.config.shift).split(BATCH)
+        return torch.cat([model.decode(part.to(model.dtype)).sample.to(latents.dtype) for part in parts])
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration, for a JSON file."""
+        return asdict(self.config)
+
+
+def load_autoencoder(config: str | AutoencoderConfig, posterior: str = "mean") -> Autoencoder:
+    """Load an autoencoder by name, or the one that a flow was trained with.
+
+    Args:
+        config: a folder or hub id; or what a flow knows of its own.
+        posterior: with a name: "mean" or "sample", which latent stands for an image.
+
+    Raises:
+        InputError: if it cannot be had, or its weights are not those that the flow was trained with.
+    """
+    name = config if isinstance(config, str) else config.name
+    model = _load(_folder(name))
+    found = AutoencoderConfig.of(name, posterior)
+    if isinstance(config, str):
+        return Autoencoder(model, found)
+    if found.weights != config.weights:
+        raise InputError(
+            f"the autoencoder {name} has weights {found.weights}; allowed are {config.weights}, "
+            "in whose latents the flow was trained"
+        )
+    return Autoencoder(model, config)
+
+
+def _load(folder: Path) -> nn.Module:
+    _config(folder)
+    try:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    except ImportError as error:
+        raise InputError("latents need the package diffusers: pip install 'flowback[latent]'") from error
+    options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    try:
+        with only_errors("diffusers"):
+            model, loaded = cast(Any, AutoencoderKL.from_pretrained(folder, **options))
+    except Exception as error:  # its loader raises many kinds
+        raise InputError(f"the autoencoder in {folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"]]  # of which it only warns
+    if wrong:
+        raise InputError(f"the weights in {folder} are not those of its config.json: {wrong[0]} is missing or superfluous")
+    return model
+
+
+def _folder(name: str) -> Path:
+    folder = find_folder(name, FILES)
+    return folder / "vae" if (folder / "vae").is_dir() else folder  # of a whole pipeline
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no readable config.json of an autoencoder ({error})") from error
+    needed = ("in_channels", "latent_channels", "block_out_channels", "scaling_factor")
+    known = isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL"
+    if not known or any(config.get(name) is None for name in needed):
+        raise InputError(f"{folder / 'config.json'} does not describe a diffusers AutoencoderKL")
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        raise InputError(f"{folder} scales every channel by itself; allowed is an autoencoder with one scaling_factor")
+    return config
+
+
+def _weights_hash(folder: Path) -> str:
+    try:
+        return file_hash(folder / WEIGHTS)[:16]
+    except OSError as error:
+        raise InputError(f"{folder} has no {WEIGHTS}; allowed is an autoencoder saved as safetensors") from error

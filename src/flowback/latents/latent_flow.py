@@ -1,0 +1,134 @@
+"""A flow in the latents of an autoencoder, with the methods of a flow and images at its ends."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from flowback.core.errors import InputError
+from flowback.core.seeds import Generators
+from flowback.flow import io
+from flowback.flow.config import FlowConfig
+from flowback.flow.decoding import Solved
+from flowback.flow.labels import Labels
+from flowback.flow.tarflow import TarFlow
+from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+
+
+class LatentFlow(io.Pretrained, nn.Module):
+    """A flow and the autoencoder in whose latents it works. Images enter, z and likelihoods are those of latents.
+
+    Args:
+        flow: models latents: its channels are the autoencoder's, and its noise is Gaussian, since latents have no bins.
+        autoencoder: frozen; it moves with `.to()`.
+
+    Raises:
+        InputError: if the two do not fit each other.
+    """
+
+    def __init__(self, flow: TarFlow, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        a = autoencoder.config
+        if flow.channels != a.channels:
+            raise InputError(f"the flow has {flow.channels} channels; allowed are the latents' {a.channels}")
+        if flow.config.noise != "gaussian":
+            raise InputError(f"flow.noise is {flow.config.noise!r}; allowed in latents, which have no bins: gaussian")
+        self.flow, self.autoencoder = flow, autoencoder
+        self.config, self.num_classes, self.channels = flow.config, flow.num_classes, a.image_channels
+        self.token_shape, self.grid, self.dims = flow.token_shape, flow.grid, flow.dims
+        height, width = (side * a.downsample for side in flow.image_size)
+        self.image_size, self.data_shape = (height, width), (a.image_channels, height, width)
+
+    @property
+    def core(self) -> TarFlow:
+        """The flow in its own space, that of latents."""
+        return self.flow
+
+    @property
+    def device(self) -> torch.device:
+        """Where the flow is."""
+        return self.flow.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the flow's parameters."""
+        return self.flow.dtype
+
+    def to_data(self, images: Tensor, generator: Generators = None) -> Tensor:
+        """Images `[B, C, H, W]` in [-1, 1] as latents `[B, *core.data_shape]`, as the flow sees them.
+
+        `generator`, one for all images or one for each, is the source of noise where latents are samples.
+        """
+        if images.dim() != 4 or images.shape[1:] != self.data_shape:
+            allowed = ", ".join(map(str, self.data_shape))
+            raise InputError(f"images must have the shape [B, {allowed}], got {list(images.shape)}")
+        return self.flow.enter(self.autoencoder.encode(self.flow.enter(images), generator))
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Latents `[B, *core.data_shape]` as images `[B, C, H, W]`, nearly in [-1, 1]; in chunks."""
+        return self.autoencoder.decode(self.flow.enter(x))
+
+    def encode(self, x: Tensor, y: Labels = None, trace: Any = None) -> Any:
+        """Map images `[B, C, H, W]` to z: as `TarFlow.encode`, of their latents."""
+        return self.flow.encode(self.to_data(x), y, trace=trace)
+
+    def forward(self, x: Tensor, y: Labels = None) -> tuple[Tensor, Tensor]:
+        """`encode` without a trace."""
+        return self.encode(x, y)
+
+    def log_prob(self, x: Tensor, y: Labels = None, generator: Generators = None) -> Tensor:
+        """Log-density `[B]`, nats, of the latents of clean images, with the noise of training added from `generator`.
+
+        It is a density of latents, not of pixels, and compares in the same latents with the same noise only.
+        """
+        return self.flow.log_prob(self.flow.perturb(self.to_data(x, generator), generator), y)
+
+    def decode(self, z: Tensor, y: Labels = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Map noise `[B, N, D]` to images: as `TarFlow.decode`, then the autoencoder, which gradients do not pass."""
+        return self.decode_with_report(z, y, *args, **kwargs)[0]
+
+    def decode_with_report(self, z: Tensor, y: Labels = None, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Solved]]:
+        """`decode`, and how each block was decoded."""
+        x, report = self.flow.decode_with_report(z, y, *args, **kwargs)
+        return self.to_images(x), report
+
+    def sample(self, num: int | tuple[int, ...] | None = None, y: Labels = None, **options: Any) -> Any:
+        """Draw images: as `TarFlow.sample`; a log-probability is that of the latents."""
+        drawn = self.flow.sample(num, y, **options)
+        x, rest = (drawn[0], drawn[1:]) if isinstance(drawn, tuple) else (drawn, ())
+        images = self.to_images(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
+        return (images, *rest) if rest else images
+
+    def class_weights(self, y: Labels, batch: int) -> Tensor | None:
+        """As `TarFlow.class_weights`."""
+        return self.flow.class_weights(y, batch)
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json holds: the options of the flow, and what it has to know of the autoencoder."""
+        return {"flow": asdict(self.flow.config), "autoencoder": self.autoencoder.describe()}
+
+    @classmethod
+    def build(cls, description: dict[str, Any], folder: Path) -> Self:
+        """The flow without its weights, and the autoencoder: the one in the flow's own folder, or the one it names."""
+        try:
+            config, flow = AutoencoderConfig(**description["autoencoder"]), TarFlow(FlowConfig(**description["flow"]))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / 'config.json'} does not describe a LatentFlow ({error})") from error
+        inside = folder / "autoencoder"
+        if inside.is_dir():
+            config = AutoencoderConfig(**{**asdict(config), "name": str(inside)})
+        return cls(flow, load_autoencoder(config))
+
+
+Flow = TarFlow | LatentFlow
+
+
+def from_pretrained(path_or_hub_id: str | Path, **options: Any) -> Flow:
+    """Load a flow, whichever of the two a folder or a name on the hub holds; arguments as in `TarFlow.from_pretrained`."""
+    names: Sequence[str] = ("revision", "token", "cache_dir")
+    folder = io.find_folder(str(path_or_hub_id), **{name: options.pop(name) for name in names if name in options})
+    kind = LatentFlow if io.read_description(folder)["model"] == "LatentFlow" else TarFlow
+    return kind.from_pretrained(folder, **options)

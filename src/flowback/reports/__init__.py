@@ -1,0 +1,1 @@
+"""A run measured, runs compared: figures, pages, model cards."""

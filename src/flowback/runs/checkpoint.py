@@ -1,0 +1,276 @@
+"""Checkpoints: folders `checkpoints/step_00000500` that hold everything a run needs to go on. Nothing is pickled.
+
+config.json, model.safetensors    the flow with its averaged (EMA) weights, as `TarFlow.save_pretrained` writes it
+training.safetensors              the raw weights, the projector, and AdamW's state, tensor by tensor
+state.json                        step, seconds of training, steps that were skipped, the last held-out likelihood
+checksums.json                    SHA-256 of all the others, by which a damaged checkpoint is known
+
+Processes that hold slices each write theirs, `training-00001-of-00002.safetensors`; any number of processes reads them.
+"""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from flowback.core.devices import pick_device
+from flowback.core.errors import InputError
+from flowback.core.files import file_hash
+from flowback.latents import Flow, from_pretrained
+from flowback.runs import slices
+from flowback.core.distributed import in_all, is_shard, unsharded
+
+STEM = "training"
+CHECKSUMS = "checksums.json"
+NO_FOLDER_SYNC = {errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL}  # where a system or file system has none
+
+
+@dataclass
+class State:
+    """Where a run stands."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0  # of training, evaluation excluded
+    skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0
+    held_out_nats_per_dim: float | None = None  # as last measured
+    measured_at: int = 0  # the step of that
+
+
+def all_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((run / "checkpoints").glob("step_*[0-9]"), reverse=True)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run, if it has any."""
+    return next(iter(all_of(run)), None)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint on disk, a sentence; None if it is what was written."""
+    try:
+        known = json.loads((checkpoint / CHECKSUMS).read_text())
+        for name, checksum in known.items():
+            if file_hash(checkpoint / name) != checksum:
+                return f"{checkpoint / name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{checkpoint} is not whole ({error})"
+    for name in ("config.json", "model.safetensors", STEM, "state.json"):
+        if not any(file.startswith(name) for file in known):
+            return f"{checkpoint / CHECKSUMS} lacks {name}"
+    return None
+
+
+def save(
+    run: Path,
+    state: State,
+    average: Flow,
+    trained: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    fabric: Any,
+) -> Path:
+    """Write a checkpoint beside the others, then rename it to its name, so that a name always means a whole one.
+
+    Of the others the newest are kept, and the one with the best held-out likelihood that was measured at its step. All
+    processes call this; those that hold slices write them, the first one does the rest.
+
+    Args:
+        run: the run's folder.
+        state: where the run stands.
+        average: the flow with averaged weights.
+        trained: the modules whose raw parameters are trained, by name.
+        optimizer: of exactly those parameters, in their order.
+        keep: how many of the newest checkpoints to keep.
+        fabric: of the run.
+
+    Raises:
+        InputError: if it cannot be written, to a full disk perhaps; the others are untouched.
+    """
+    final = run / "checkpoints" / f"step_{state.step:08d}"
+    partial = final.with_name(f".{final.name}.partial")
+    tensors = _tensors(trained, optimizer)
+    writers = fabric.world_size if any(map(is_shard, tensors.values())) else 1
+    own = partial / slices.file_name(STEM, fabric.global_rank, writers)
+
+    def begin() -> dict[str, str]:
+        if not fabric.is_global_zero:
+            return {}
+        shutil.rmtree(partial, ignore_errors=True)
+        average.save_pretrained(partial)
+        (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+        return _synced(*partial.iterdir())
+
+    def write() -> dict[str, str]:
+        if fabric.global_rank >= writers:
+            return {}
+        slices.write(own, tensors)
+        return _synced(own)
+
+    def finish() -> None:
+        if fabric.is_global_zero:
+            checksums = dict(sorted(pair for told in written for pair in told.items()))
+            (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
+            _sync(partial / CHECKSUMS)
+            _sync(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _sync(final.parent)
+
+    try:
+        with unsharded(average.core):
+            written = in_all(fabric, begin)
+        written += in_all(fabric, write)
+        in_all(fabric, finish)
+    except (OSError, SafetensorError) as error:
+        if fabric.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        whole = newest(run)
+        raise InputError(
+            f"checkpoint {final} cannot be written ({error}); allowed is a disk with room; "
+            + (f"{whole.name} is untouched, go on from it with --train.resume" if whole else "there is none before it")
+        ) from None
+    if fabric.is_global_zero:
+        for old in set(all_of(run)[keep:]) - {_best(run)}:
+            shutil.rmtree(old, ignore_errors=True)  # another process may be reading it
+    return final
+
+
+def _tensors(trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a run needs to go on, by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _named(trained):
+        tensors[f"weights.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def _best(run: Path) -> Path | None:
+    """The checkpoint with the best held-out likelihood of those that were measured at their step."""
+    measured = []
+    for folder in all_of(run):
+        try:
+            state = State(**json.loads((folder / "state.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            continue
+        if state.held_out_nats_per_dim is not None and state.measured_at == state.step:
+            measured.append((state.held_out_nats_per_dim, folder))
+    return min(measured)[1] if measured else None
+
+
+def _synced(*files: Path) -> dict[str, str]:
+    """Have files on disk; returns their checksums by name."""
+    for file in files:
+        _sync(file)
+    return {file.name: file_hash(file) for file in files}
+
+
+def _sync(place: Path) -> None:
+    """Have a file or folder on disk, not only in the system's memory; a folder only where the system can do that."""
+    is_folder = place.is_dir()
+    try:
+        descriptor = os.open(place, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs what may be written
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in NO_FOLDER_SYNC:
+            raise
+
+
+def load(checkpoint: Path, average: Flow, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> State:
+    """Read a checkpoint back into what `save` was given.
+
+    Raises:
+        InputError: if it is not whole, or of another model.
+    """
+    try:
+        reader = slices.Reader(checkpoint, "model")
+        for name, tensor in average.core.state_dict().items():
+            reader.fill(name, tensor)
+        reader = slices.Reader(checkpoint, STEM)
+        unknown = set(reader.slices)
+        for name, parameter in _named(trained):
+            reader.fill(f"weights.{name}", parameter)
+            prefix = f"optimizer.{name}."
+            keys = [key for key in reader.slices if key.startswith(prefix)]
+            optimizer.state[parameter] = {key.removeprefix(prefix): _like(parameter, reader, key) for key in keys}
+            unknown -= {f"weights.{name}", *keys}
+        state = State(**json.loads((checkpoint / "state.json").read_text()))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"checkpoint {checkpoint} cannot be read back ({error})") from None
+    if unknown:
+        raise InputError(f"checkpoint {checkpoint} has a tensor {min(unknown)} that this run does not know")
+    return state
+
+
+def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str = "cpu") -> tuple[Flow, str]:
+    """The flow of a run (its newest checkpoint), of a checkpoint, or of any folder or hub id of a flow.
+
+    Args:
+        run: folder or hub id.
+        weights: "ema" for the averaged weights, "raw" for those of the last step.
+        device: where to put the flow; "auto" for the accelerator that is there, or else the CPU.
+
+    Returns:
+        The flow, and which weights of which checkpoint it has, to be stamped into what is measured with it.
+
+    Raises:
+        InputError: if there is no flow or no such device, or `weights` is something else.
+    """
+    if weights not in ("ema", "raw"):
+        raise InputError(f"weights {weights!r} do not exist; allowed: ema, raw")
+    source = newest(Path(run)) or run
+    if Path(run).is_dir() and source == run and not (Path(run) / "config.json").exists():
+        raise InputError(f"{run} holds no checkpoint and no flow; allowed is a run's folder, a checkpoint or a flow")
+    where = pick_device(device)
+    flow = from_pretrained(source)
+    if weights == "raw":
+        try:
+            reader = slices.Reader(Path(source), STEM)
+        except OSError:
+            raise InputError(f"{source} has no raw weights; allowed here: ema") from None
+        except SafetensorError as error:
+            raise InputError(f"{source} has raw weights that cannot be read ({error}); allowed here: ema") from None
+        try:
+            for name, parameter in flow.core.named_parameters():
+                reader.fill(f"weights.flow.{name}", parameter)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{source} has raw weights of another flow ({error}); allowed here: ema") from None
+    name = source.name if isinstance(source, Path) else str(source)
+    return flow.to(where), f"{weights} weights of {name}"
+
+
+def flow_folder(run: str | Path) -> Path:
+    """The folder that `load_flow` takes the flow from: the newest checkpoint of a run, or the folder itself.
+
+    Raises:
+        InputError: if the flow lies in no local folder.
+    """
+    folder = newest(Path(run)) or Path(run)
+    if not folder.is_dir():
+        raise InputError(f"{run} is no folder; allowed is one, since something is to be stored in it")
+    return folder
+
+
+def _named(trained: dict[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"{k}.{name}", p) for k, module in trained.items() for name, p in module.named_parameters()]
+
+
+def _like(parameter: nn.Parameter, reader: slices.Reader, name: str) -> Tensor:
+    """A tensor of the optimiser, which lives with its parameter: a moment is cut as that is, the count of steps whole."""
+    if not reader.shape(name):
+        return reader.read(name).clone().to(parameter.device)  # not mapped: the file may be deleted
+    value = torch.zeros_like(parameter, requires_grad=False)
+    reader.fill(name, value)
+    return value

@@ -1,0 +1,305 @@
+"""A run's configuration: one dataclass a section, from which the YAML, `--help` and the checks are made."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowback.alignment.alignment import PROJECTORS
+from flowback.alignment.gradients import GRADIENTS, STRATEGIES
+from flowback.data import DataConfig
+from flowback.core.errors import InputError
+from flowback.flow.config import FlowConfig
+from flowback.latents.autoencoder import POSTERIORS
+
+PRECISIONS = ("32-true", "bf16-mixed")
+SHARING = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """What the flow is aligned with, where, and how.
+
+    Args:
+        strategy: none, forward, detach or reverse: where the alignment's gradient flows.
+        gradient: of reverse: cached, one_step, a whole number k (terms of the adjoint), exact or sequential.
+        at: aligned pairs [block, layer], counted from 1.
+        weight: of the alignment loss.
+        encoder: efficientnet_lite0 (ships with its weights), dinov2_b, dinov2_l, dinov3_b, clip_b, mae_b, siglip_b, or any
+            timm model name.
+        encoder_weights: a local file of weights, or random; null for the shipped ones or the hub.
+        encoder_precision: 32-true, or bf16-mixed (autocast).
+        projector: mlp (REPA's, token by token) or conv (iREPA's, one 3x3 convolution over the grid).
+        projector_width: hidden size of the MLP.
+        spatial_norm: take what all patches of an image share out of the targets (iREPA).
+        until: the step after which the flow is trained on likelihood alone; null for never.
+        shuffled: a control: every training image gets the features of another one, the same in all steps.
+        cache: compute the encoder's features once and keep them on disk.
+
+    Raises:
+        InputError: if a value is impossible.
+    """
+
+    strategy: str = "none"
+    gradient: int | str = "one_step"
+    at: list[list[int]] = field(default_factory=list)
+    weight: float = 0.1
+    encoder: str = "efficientnet_lite0"
+    encoder_weights: str | None = None
+    encoder_precision: str = "32-true"
+    projector: str = "mlp"
+    projector_width: int = 1024
+    spatial_norm: bool = False
+    until: int | None = None
+    shuffled: bool = False
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.strategy not in ("none", *STRATEGIES):
+            raise InputError(f"alignment.strategy is {self.strategy!r}; allowed: none, {', '.join(STRATEGIES)}")
+        if isinstance(self.gradient, str) and self.gradient not in GRADIENTS:
+            raise InputError(f"alignment.gradient is {self.gradient!r}; allowed: {', '.join(GRADIENTS)}, or a number")
+        if any(len(pair) != 2 for pair in self.at):
+            raise InputError(f"alignment.at is {self.at}; allowed are pairs of block and layer, like [[3, 2], [4, 2]]")
+        if self.encoder_precision not in PRECISIONS:
+            allowed = ", ".join(PRECISIONS)
+            raise InputError(f"alignment.encoder_precision is {self.encoder_precision!r}; allowed: {allowed}")
+        if self.projector not in PROJECTORS:
+            raise InputError(f"alignment.projector is {self.projector!r}; allowed: {', '.join(PROJECTORS)}")
+        if self.until is not None and self.until < 1:
+            raise InputError(f"alignment.until is {self.until}; allowed is a whole number of at least 1, or null")
+        if self.shuffled and not self.cache:
+            raise InputError("alignment.shuffled needs features that are kept; allowed is alignment.cache true with it")
+        if self.projector_width < 1:
+            raise InputError(f"alignment.projector_width is {self.projector_width}; allowed is at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """In which latents the flow works, if in any.
+
+    Args:
+        autoencoder: a folder or hub id of a diffusers AutoencoderKL; null for pixels.
+        posterior: which latent of an image: the mean of the autoencoder's posterior, or a sample of it.
+        cache: compute the latents once and keep them on disk.
+
+    Raises:
+        InputError: if the posterior does not exist.
+    """
+
+    autoencoder: str | None = None
+    posterior: str = "mean"
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.posterior not in POSTERIORS:
+            raise InputError(f"latents.posterior is {self.posterior!r}; allowed: {', '.join(POSTERIORS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the flow is trained. AdamW with linear warm-up and a cosine to zero.
+
+    Args:
+        steps: optimiser steps in all; the schedule spans them.
+        batch_size: images per step.
+        lr: learning rate at the end of the warm-up.
+        warmup: steps over which the learning rate rises from zero.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        grad_clip: largest norm of the gradient; null for no clipping.
+        ema: decay of the averaged weights, which are the ones used for sampling and evaluation.
+        class_dropout: share of the samples that are trained without their label, for guidance.
+        hflip: mirror half of the images.
+        seed: of weights, order, noise, flips and dropped labels.
+        precision: 32-true, or bf16-mixed (autocast; about twice as fast on CPUs with bfloat16 units, slower on others).
+        compile: compile the blocks with torch.compile; needs a C++ compiler on CPUs.
+        accelerator: where to run: auto (an accelerator, if there is one), cpu, or another device by PyTorch's name, like
+            cuda; `--device` on the command line comes before it.
+        devices: processes on each node, one a device, that share every batch; torchrun's number where it starts them.
+        nodes: machines, each of which runs this command with its NODE_RANK, MASTER_ADDR and MASTER_PORT, or torchrun.
+        strategy: of several processes: ddp has the whole flow in each; fsdp shares weights, gradients and the optimiser's
+            state out among them, for flows too large for one device, and writes checkpoints in as many files.
+        grad_accum_steps: pieces in which each process takes its share of a batch, to save memory.
+        checkpoint_activations: keep only the layers' inputs and compute the rest again, to save more.
+        deterministic: only algorithms that repeat bit for bit, slower on accelerators; on a CPU runs repeat anyway.
+        log_every: steps between rows of metrics.csv.
+        eval_every: steps between evaluations on held-out images.
+        eval_images: held-out images in such an evaluation.
+        sample_every: steps between sample grids.
+        checkpoint_every: steps between checkpoints.
+        keep: newest checkpoints that are kept; besides, the one with the best held-out likelihood.
+        caches: a folder of caches that `flowback cache` made for this configuration; others are refused. null for the
+            user's cache folder, where what is missing is made.
+        resume: go on from the newest checkpoint of the run.
+        until: stop at this step as if interrupted; the schedule still spans all steps.
+
+    Raises:
+        InputError: if a value is impossible.
+    """
+
+    steps: int = 1000
+    batch_size: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float | None = 1.0
+    ema: float = 0.999
+    class_dropout: float = 0.1
+    hflip: bool = False
+    seed: int = 0
+    precision: str = "32-true"
+    compile: bool = False
+    accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    strategy: str = "ddp"
+    grad_accum_steps: int = 1
+    checkpoint_activations: bool = False
+    deterministic: bool = False
+    log_every: int = 10
+    eval_every: int = 250
+    eval_images: int = 500
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    keep: int = 2
+    caches: str | None = None
+    resume: bool = False
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("steps", "batch_size", "keep", "eval_images", "devices", "nodes", "grad_accum_steps"), 1)
+        least |= dict.fromkeys(("log_every", "eval_every", "sample_every", "checkpoint_every"), 1)
+        for name, minimum in (least | {"warmup": 0, "seed": 0, "until": 1}).items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InputError(f"train.{name} is {value}; allowed is a whole number of at least {minimum}")
+        for name, most in (("seed", 2**63 - 1), ("batch_size", 2**20)):
+            if getattr(self, name) > most:
+                raise InputError(f"train.{name} is {getattr(self, name)}; allowed is at most {most}")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"train.lr is {self.lr}; allowed is a number above 0")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise InputError(f"train.grad_clip is {self.grad_clip}; allowed is a number above 0, or null")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise InputError(f"train.weight_decay is {self.weight_decay}; allowed is a number of at least 0")
+        if len(self.betas) != 2:
+            raise InputError(f"train.betas is {self.betas}; allowed are two numbers")
+        for name, value in (("ema", self.ema), ("beta 1", self.betas[0]), ("beta 2", self.betas[1])):
+            if not 0 <= value < 1:
+                raise InputError(f"train.{name} is {value}; allowed is a number from 0 to 1, 1 excluded")
+        if not 0 <= self.class_dropout <= 1:
+            raise InputError(f"train.class_dropout is {self.class_dropout}; allowed is a share from 0 to 1")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"train.precision is {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
+        if self.strategy not in SHARING:
+            raise InputError(f"train.strategy is {self.strategy!r}; allowed: {', '.join(SHARING)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run.
+
+    Args:
+        run: the run's folder; null for runs/ and the name of the data set.
+        data: which images.
+        flow: the model.
+        latents: in which latents it works, if in any.
+        alignment: with what the flow is aligned, if at all.
+        train: how.
+    """
+
+    run: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run or f"runs/{self.data.name}")
+
+    def to_yaml(self) -> str:
+        """All values, in a form that `flowback train --config` takes."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+    @classmethod
+    def read(cls, file: Path) -> "RunConfig":
+        """The configuration in a run's config.yaml.
+
+        Raises:
+            InputError: if the file does not hold a whole one.
+        """
+        try:
+            return cls.from_yaml(file.read_text("utf-8"))
+        except (InputError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} cannot be used: {error}") from None
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "RunConfig":
+        """The inverse of `to_yaml`; what a recipe leaves out has its default.
+
+        Raises:
+            InputError: if the text is not a configuration.
+        """
+        try:
+            values = of_earlier_versions(yaml.safe_load(text))
+            if "betas" in values["train"]:
+                values["train"]["betas"] = tuple(values["train"]["betas"])
+            return cls(**{k: SECTIONS[k](**v) if k in SECTIONS else v for k, v in values.items()})
+        except (yaml.YAMLError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"this is not the configuration of a run ({error})") from None
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "flow": FlowConfig,
+    "latents": LatentConfig,
+    "alignment": AlignmentConfig,
+    "train": TrainConfig,
+}
+RENAMED = {  # options of version 0.1.0, by dotted names; None for what is gone
+    "train.clip": "train.grad_clip",
+    "train.accumulate": "train.grad_accum_steps",
+    "train.label_drop": "train.class_dropout",
+    "train.flip": "train.hflip",
+    "train.cache_latents": "latents.cache",
+    "flow.autoencoder": "latents.autoencoder",
+    "flow.latent_posterior": "latents.posterior",
+    **{f"flow.latent_{name}": None for name in ("channels", "downsample", "scale", "shift", "weights")},
+}
+
+
+def of_earlier_versions(values: Any) -> Any:
+    """A configuration as read from YAML, with the names that options have today."""
+    if not isinstance(values, dict):
+        return values
+    values = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        if isinstance(values.get(section), dict) and name in values[section]:
+            value = values[section].pop(name)
+            if new is not None:
+                section, name = new.split(".")
+                values.setdefault(section, {})[name] = value
+    return values
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections to dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, all the way down."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

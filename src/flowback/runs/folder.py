@@ -1,0 +1,115 @@
+"""The folder of a run: opened by one process at a time, begun once, resumed as what it was."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from filelock import AcquireReturnProxy, MarkerSoftFileLock, Timeout, UnixFileLock, WindowsFileLock
+
+from flowback.core.errors import InputError
+from flowback.runs import checkpoint
+from flowback.runs.config import RunConfig, flat
+from flowback.core.console import console
+
+# what may change when a run goes on
+FREE = {"run", "data.workers", "data.path", "data.unreadable"}
+FREE |= {f"train.{name}" for name in ("resume", "until", "keep", "accelerator", "devices", "nodes", "strategy")}
+FREE |= {f"train.{name}" for name in ("grad_accum_steps", "compile", "checkpoint_activations", "deterministic")}
+FREE |= {f"train.{name}" for name in ("caches", "eval_images")} | {"latents.cache"}
+FREE |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")}
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems say that have none
+
+
+@contextmanager
+def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Iterator[Path | None]:
+    """Begin a run's folder, or find the newest whole checkpoint to resume from; nobody else can train in it meanwhile.
+
+    Args:
+        config: of the run.
+        classes: names of the classes, for those who sample later.
+        first: whether this is the process that writes; the others are told what it found.
+
+    Raises:
+        InputError: if the folder holds another run or none, or another process trains in it.
+    """
+    if not first:
+        yield None
+        return
+    run = config.folder
+    found = checkpoint.newest(run)
+    if found is not None and not config.train.resume:
+        raise InputError(f"{run} holds a run already; allowed: --train.resume to go on, or another --run")
+    if found is None and config.train.resume:
+        raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
+    run.mkdir(parents=True, exist_ok=True)
+    with _lock(run):
+        if config.train.resume:
+            _refuse_other(config)
+            yield _newest_whole(run)
+            return
+        (run / "config.yaml").write_text(config.to_yaml())
+        (run / "classes.json").write_text(json.dumps(classes) + "\n")
+        yield None
+
+
+def _lock(run: Path) -> AcquireReturnProxy:
+    """A lock on a run's folder that is held until the `with` ends, or the process, however that ends.
+
+    Raises:
+        InputError: if another process holds it, or none can.
+    """
+    kind = WindowsFileLock if os.name == "nt" else UnixFileLock
+    try:
+        try:
+            return kind(run / ".lock", fallback_to_soft=False).acquire(timeout=0)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:  # where there are locks, a marker would not be seen by those who hold them
+                raise
+        return _mark(run / ".lock.process")
+    except Timeout:
+        raise InputError(f"another process trains in {run}; allowed is one at a time, or another --run") from None
+    except OSError as error:
+        raise InputError(f"{run} cannot be locked ({error.strerror}); allowed is a folder to write in") from None
+
+
+def _mark(file: Path) -> AcquireReturnProxy:
+    """A file that names this process, in place of a lock; that of a process of this machine which is gone is taken over.
+
+    Raises:
+        InputError: if it names another process, which runs, or of which this machine cannot know.
+    """
+    marker = MarkerSoftFileLock(file)
+    try:
+        return marker.acquire(timeout=0)
+    except Timeout:
+        owner = marker.owner
+        who = f"process {owner.pid} on {owner.hostname}" if owner else "a process"
+        raise InputError(
+            f"{file} says that {who} trains here; allowed is one at a time, another --run, or to delete that file if the "
+            "process is gone"
+        ) from None
+
+
+def _refuse_other(config: RunConfig) -> None:
+    begun = RunConfig.read(config.folder / "config.yaml")  # options that came later have their defaults
+    before, now = (flat(yaml.safe_load(c.to_yaml())) for c in (begun, config))
+    for name in now:
+        if name not in FREE and before.get(name) != now[name]:
+            raise InputError(
+                f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; allowed: the same"
+            )
+
+
+def _newest_whole(run: Path) -> Path:
+    """The newest checkpoint that is what was written; damaged ones are named and passed over."""
+    for folder in checkpoint.all_of(run):
+        problem = checkpoint.damage(folder)
+        if problem is None:
+            return folder
+        console.print(f"passed over: {problem}", highlight=False, soft_wrap=True, markup=False)
+    raise InputError(f"{run} has no whole checkpoint to resume from; allowed is another --run")

@@ -1,0 +1,287 @@
+"""Drawing any number of images to disk: an image is a function of flow, request and its number, whoever draws it.
+
+So work can be cut into parts, done by several processes, interrupted and taken up again; nothing is drawn twice.
+
+    grid.png            one picture
+    folder/             000000.png, 000001.png, …
+    samples.npz         the ADM evaluation format: arr_0 uint8 [n, H, W, C], and the labels as arr_1
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowback.core.console import Bar
+from flowback.core.devices import autocast
+from flowback.core.errors import InputError
+from flowback.core.files import write_whole
+from flowback.core.seeds import keyed_normal
+from flowback.core.units import to_uint8
+from flowback.data.pictures import save_grid, save_png
+from flowback.flow.guidance import Guidance
+from flowback.flow.tarflow import TarFlow
+from flowback.latents import Flow
+from flowback.tasks.refinement import OBJECTIVES, best_of, refine
+
+MOST_CANDIDATES = 10_000
+PART = 64  # images in a part; part of what is on disk, so it is no option
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn. The images are a function of it.
+
+    Args:
+        num: number of images.
+        labels: classes, which take turns; -1 for none.
+        guidance: scale.
+        schedule: of the guidance.
+        guided: which parameters are guided.
+        temperature: standard deviation of z.
+        denoise: whether the score step removes the training noise.
+        seed: of the images.
+        precision: 32-true, or bf16-mixed.
+        best_of: candidates for each image, of which the flow's own favourite is kept; 1 for none.
+        refine: gradient steps on z.
+        objective: what they raise, a key of `flowback.tasks.refinement.OBJECTIVES`.
+    """
+
+    num: int = 64
+    labels: tuple[int, ...] = (-1,)
+    guidance: float = 0.0
+    schedule: str = "constant"
+    guided: str = "both"
+    temperature: float = 1.0
+    denoise: bool = True
+    seed: int = 0
+    precision: str = "32-true"
+    best_of: int = 1
+    refine: int = 0
+    objective: str = "posterior"
+
+    def __post_init__(self) -> None:
+        for name, least in (("num", 1), ("seed", 0), ("best_of", 1), ("refine", 0)):
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"{name} {getattr(self, name)} is not usable; allowed is a whole number of at least {least}"
+                )
+        if self.best_of > MOST_CANDIDATES:
+            raise InputError(f"best_of {self.best_of} is not usable; allowed is at most {MOST_CANDIDATES}")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"temperature {self.temperature} is not usable; allowed is a number above 0")
+        if self.precision not in ("32-true", "bf16-mixed"):
+            raise InputError(f"precision is {self.precision!r}; allowed: 32-true, bf16-mixed")
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective {self.objective!r} does not exist; allowed: {', '.join(OBJECTIVES)}")
+        if (self.best_of > 1 or self.refine) and min(self.labels) < 0:
+            raise InputError("rank and refine need labels to agree with; allowed are flows with classes")
+        if self.seed >= 2**63:
+            raise InputError(f"seed {self.seed} is not usable; allowed is a number below 2^63")
+        Guidance(self.guidance, self.schedule, self.guided)
+
+
+@dataclass(frozen=True)
+class Note:
+    """What became of one part."""
+
+    part: int
+    seconds: float
+    residual: float  # largest update that a parallel decoder accepted
+    fell_back: int  # blocks that went over to the sequential loop
+    not_finite: int  # images with numbers that are not finite, drawn grey where they are
+
+
+def draw(
+    flow: Flow, request: Request, part: int, method: str, batch_size: int, compile: bool = False
+) -> tuple[Tensor, Note]:
+    """Draw one part: images, uint8 `[n, C, H, W]`, and a note on them."""
+    started = time.perf_counter()
+    numbers = range(part * PART, min((part + 1) * PART, request.num))
+    guidance = Guidance(request.guidance, request.schedule, request.guided)
+    whole, flow = flow, flow.core
+    images, residual, fell_back = [], 0.0, 0
+    for start in range(0, len(numbers), batch_size):
+        batch = numbers[start : start + batch_size]
+        y = torch.tensor([request.labels[i % len(request.labels)] for i in batch])
+        z = flow.enter(torch.stack([noise(flow, request.seed, i, request.best_of) for i in batch]))
+        z = request.temperature * flow.to_prior(z)
+        chosen = z[:, 0]
+        with autocast(flow.device, request.precision):
+            if request.best_of > 1:
+                chosen = best_of(flow, z, y, guidance, method=method, batch_size=batch_size, compile=compile)
+            if request.refine:
+                options = {"objective": request.objective, "guidance": guidance, "batch_size": batch_size}
+                chosen = refine(flow, chosen, y, request.refine, **options, compile=compile)
+            x, report = flow.decode_with_report(chosen, y, guidance, method, compile=compile)
+            x = flow.denoise(x, y, batch_size) if request.denoise else x
+        residual = max([residual, *(solved.residual for solved in report)])
+        fell_back += sum(solved.fell_back for solved in report)
+        images.append(whole.to_images(x.float()).float().cpu())
+    x = torch.cat(images)
+    bad = ~x.isfinite()
+    note = Note(part, time.perf_counter() - started, residual, fell_back, int(bad.flatten(1).any(dim=1).sum()))
+    return to_uint8(torch.where(bad, 0, x)), note
+
+
+def noise(flow: TarFlow, seed: int, number: int, candidates: int = 1) -> Tensor:
+    """Standard normal noise of image `number`, `[candidates, N, D]`, on the CPU, so that every device gets the same."""
+    return torch.stack([keyed_normal(flow.token_shape, seed, number, candidate) for candidate in range(candidates)])
+
+
+def fingerprint(flow: Flow) -> str:
+    """A hash of the flow's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in flow.core.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Store:
+    """Where parts wait on disk until all are there.
+
+    A grid and an .npz are put together from a folder `<output>.parts`, which goes when the output is whole; a folder of
+    PNGs is its own store, with `.flowback` in it. Either holds the request, so that only the same one goes on with it.
+    """
+
+    def __init__(self, output: Path, request: Request, flow: Flow) -> None:
+        self.output, self.request, self.flow = output, request, flow
+        self.is_folder = not output.suffix
+        self.folder = output / ".flowback" if self.is_folder else output.with_name(output.name + ".parts")
+        self.parts = range(-(-request.num // PART))
+
+    def open(self) -> None:
+        """Make the store, or find one that was begun by the same request.
+
+        Raises:
+            InputError: if there is an output that does not belong to this request.
+        """
+        text = json.dumps({**asdict(self.request), "model": fingerprint(self.flow)}, indent=1) + "\n"
+        file = self.folder / "request.json"
+        if file.exists():
+            if file.read_text() != text:
+                raise InputError(
+                    f"{self.folder} was begun by another request or with other weights; allowed: the same, another output, "
+                    "or to delete it"
+                )
+            return
+        if self.folder.is_dir():
+            raise InputError(f"{self.folder} does not say what it was begun for; allowed: another output, or to delete it")
+        if self.is_folder and self.output.is_dir() and any(self.output.iterdir()):
+            raise InputError(f"{self.output} holds other files; allowed is a new or empty folder")
+        if not self.is_folder and self.output.is_dir():
+            raise InputError(f"{self.output} is a folder; allowed is a file's name")
+        there = next(place for place in self.folder.absolute().parents if place.exists())
+        free, needed = shutil.disk_usage(there).free, self.request.num * math.prod(self.flow.data_shape)
+        if needed > free:
+            raise InputError(f"{self.request.num} images may take {needed} bytes; allowed in {there} are {free}, its room")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, lambda path: path.write_text(text))
+
+    def missing(self) -> list[int]:
+        """Parts that are not on disk."""
+        return [part for part in self.parts if not self._note(part).exists()]
+
+    def write(self, images: Tensor, note: Note) -> None:
+        """Put a part on disk; its note is written last and says that it is whole."""
+        if self.is_folder:
+            for number, image in enumerate(images, start=note.part * PART):
+                save_png(image, self.output / f"{number:06d}.png")
+        else:
+            np.save(self.folder / f"part_{note.part:06d}.npy", images.permute(0, 2, 3, 1).numpy())
+        write_whole(self._note(note.part), lambda path: path.write_text(json.dumps(asdict(note)) + "\n"))
+
+    def notes(self) -> list[Note]:
+        """The notes of all parts on disk."""
+        return [Note(**json.loads(self._note(part).read_text())) for part in self.parts if self._note(part).exists()]
+
+    def finish(self) -> None:
+        """Put the output together once no part is missing."""
+        if self.is_folder:
+            return
+        suffix = self.output.suffix.lower()
+        if suffix == ".npz":
+            write_whole(self.output, self._write_npz)
+        else:
+            images = torch.from_numpy(np.concatenate([self._load(part) for part in self.parts]))
+            columns = max(1, round(self.request.num**0.5))
+            write_whole(self.output, lambda path: save_grid(images.permute(0, 3, 1, 2), path, columns))
+        old = self.folder.with_name(f".{self.folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        self.folder.rename(old)  # at once: half a store would mislead
+        shutil.rmtree(old)
+
+    def _note(self, part: int) -> Path:
+        return self.folder / f"part_{part:06d}.json"
+
+    def _load(self, part: int) -> np.ndarray:
+        return np.load(self.folder / f"part_{part:06d}.npy")
+
+    def _write_npz(self, path: Path) -> None:
+        """Part by part: 50,000 images need not fit into memory."""
+        shape = (self.request.num, *self._load(0).shape[1:])
+        labels = np.resize(np.array(self.request.labels, dtype=np.int64), self.request.num)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for part in self.parts:
+                    stream.write(self._load(part).tobytes())
+            with archive.open("arr_1.npy", "w") as stream:
+                np.lib.format.write_array(stream, labels)
+
+
+def sample_to_disk(
+    flow: Flow, request: Request, output: Path, method: str = "auto", batch_size: int = 64, compile: bool = False
+) -> list[Note]:
+    """Draw what is missing and put the output together.
+
+    Args:
+        flow: what to draw from.
+        request: what to draw.
+        output: a .png file for a grid, an .npz file, or a folder.
+        method: how to decode; it changes the images by less than 1e-4.
+        batch_size: images decoded at once.
+        compile: compile the passes of decoding; pays for many images.
+
+    Returns:
+        A note on each part.
+
+    Raises:
+        InputError: if the output is not usable, or the request does not fit the flow.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size}")
+    if output.suffix and output.suffix.lower() not in (".png", ".npz"):
+        raise InputError(f"output {output} is not known; allowed: a .png file for a grid, an .npz file, or a folder")
+    flow.class_weights(list(request.labels), len(request.labels))
+    store = Store(output, request, flow)
+    store.open()
+    missing = store.missing()
+    with Bar(str(output), request.num, request.num - _images(missing, request.num)) as bar:
+        for part in list(missing):
+            store.write(*draw(flow, request, part, method, batch_size, compile))
+            missing.remove(part)
+            bar.update(request.num - _images(missing, request.num))
+    notes = store.notes()
+    store.finish()
+    return notes
+
+
+def _images(parts: list[int], num: int) -> int:
+    return sum(min(num, (part + 1) * PART) - part * PART for part in parts)
+
+
+def class_grid(flow: Flow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0) -> Tensor:
+    """Samples `[K * per_class, C, H, W]`, one row a class (or `per_class` rows of unconditional ones); on the CPU."""
+    rows = flow.num_classes or per_class
+    y = torch.arange(rows).repeat_interleave(per_class) if flow.num_classes else torch.full((rows * per_class,), -1)
+    return flow.sample(y=y, guidance=guidance, generator=torch.Generator().manual_seed(seed), batch_size=128).cpu()
