@@ -1,14 +1,12 @@
-"""What the verbs share: the parser, and the options that several of them take."""
+"""What the verbs share: the options that several of them take, and what these stand for."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
+from flowback.cli.parser import Parser
 from flowback.core.console import console
 from flowback.core.errors import InputError
 from flowback.core.files import read_json
@@ -19,43 +17,6 @@ from flowback.runs.checkpoint import load_flow
 from flowback.tasks.classify import classify
 
 
-class Parser(ArgumentParser):
-    """An argument parser whose errors are one line and exit status 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Print the message in one line and exit with status 2."""
-        fail(message)
-
-    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse a configuration file.
-
-        Raises:
-            InputError: if it is not text, or empties a section.
-        """
-        try:
-            found = super().parse_path(cfg_path, *args, **kwargs)
-        except UnicodeDecodeError:
-            raise InputError(f"{cfg_path} is not text in UTF-8; allowed is a recipe, or the config.yaml of a run") from None
-        for name, value in vars(found).items():
-            if value is None and any(action.dest.startswith(f"{name}.") for action in self._actions):
-                raise InputError(f"{cfg_path} has {name} without options; allowed are some, or to leave {name} out")
-        return found
-
-
-def fail(message: str) -> NoReturn:
-    """Print one clear line and exit with status 2."""
-    print(f"flowback: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-class Verb(Protocol):
-    """Adds a verb: its name, the function that runs it and returns the exit status, and its help text."""
-
-    def __call__(self, name: str, run: Callable[[Namespace], int], text: str) -> Parser:
-        """Returns the verb's own parser, for its options."""
-        ...
-
-
 def add_flow(command: Parser) -> None:
     """The options of every verb that needs a trained flow."""
     command.add_argument("run", type=str, help="a run's folder, a checkpoint, a folder or hub id of a flow")
@@ -63,9 +24,13 @@ def add_flow(command: Parser) -> None:
 
 
 def add_images(command: Parser) -> None:
-    """The options of every verb that takes image files."""
+    """The option of every verb that takes image files."""
     command.add_argument("images", type=str, nargs="+", help="image files")
-    command.add_argument("--labels", type=str, default=None, help="their classes (default: as the flow classifies them)")
+
+
+def add_output(command: Parser, default: str, text: str) -> None:
+    """The option of every verb that writes a file or a folder."""
+    command.add_argument("-o", "--output", type=str, default=default, help=text)
 
 
 def say(text: str) -> None:
@@ -113,7 +78,7 @@ def class_names(run: str, flow: Flow) -> list[str]:
     try:
         names = read_json(file) if file.is_file() else []
     except ValueError as error:
-        raise InputError(f"{file} cannot be read ({error}); allowed is a list of names, or no such file") from None
+        raise InputError(f"{file} cannot be read ({error}); allowed is a list of names, or no such file") from error
     known = isinstance(names, list) and len(names) == flow.num_classes
     return [str(name) for name in names] if known else [str(k) for k in range(flow.num_classes)]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from flowback.cli.common import Verb, add_flow, class_names, flow_and_clean_images, say
+from flowback.cli.common import add_flow, class_names, flow_and_clean_images, say
+from flowback.cli.parser import Verb
 from flowback.core.errors import InputError
 from flowback.measure.fidelity import EXTRACTORS
 from flowback.reports.compare import write_comparison
@@ -16,18 +17,14 @@ from flowback.tasks.classify import RULES, ClassStatistics, classify
 
 def add(verb: Verb) -> None:
     """Add these verbs to the command line."""
-    command = verb("classify", _classify, "Classify image files with the flow's own likelihood. No classifier is trained.")
+    command = verb("classify", _classify)
     add_flow(command)
     command.add_argument("images", type=str, nargs="+", help="image files")
     command.add_argument("--rule", type=str, default=None, help=f"{', '.join(RULES)} (default: as evaluated, see the docs)")
     command.add_argument("--top", type=int, default=3, help="classes to print for each image")
     command.add_argument("--draws", type=int, default=4, help="draws of the training noise that are averaged")
 
-    command = verb(
-        "evaluate",
-        _evaluate,
-        "Measure a run on its data: density, classification, probes, fidelity. Writes evaluation.json.",
-    )
+    command = verb("evaluate", _evaluate)
     add_flow(command)
     command.add_argument("--metrics", type=str, default=",".join(DEFAULT), help=f"any of: {', '.join(METRICS)}")
     command.add_argument("--images", type=int, default=None, help="held-out images for bpd, accuracy, probe (default: all)")
@@ -39,10 +36,10 @@ def add(verb: Verb) -> None:
     command.add_argument("--extractor-weights", type=str, default=None, help="a local file of the extractor's weights")
     command.add_argument("--reference", type=str, default="train", help="real images: train or held_out")
     command.add_argument("--seed", type=int, default=0, help="seed of the samples")
-    command.add_argument("--compile", action="store_true", help="compile the decoding of the samples; pays for many")
+    command.add_argument("--compile", type=bool, default=False, help="compile the decoding of the samples; pays for many")
     command.add_argument("--sweep", type=str, default=None, help="guidance scales to measure FID at, like 0,1,2")
 
-    command = verb("compare", _compare, "Report on evaluated runs side by side. Writes report.html and report.json.")
+    command = verb("compare", _compare)
     command.add_argument("runs", type=str, nargs="+", help="folders of runs")
     command.add_argument("-o", "--output", type=str, default="runs/comparison", help="a folder")
 
@@ -95,8 +92,8 @@ def _compare(options: Namespace) -> int:
 def _scales(text: str | None) -> list[float]:
     try:
         return [float(word) for word in text.split(",")] if text else []
-    except ValueError:
-        raise InputError(f"--sweep {text} is not a list of numbers; allowed is something like 0,1,2") from None
+    except ValueError as error:
+        raise InputError(f"--sweep {text} is not a list of numbers; allowed is something like 0,1,2") from error
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from flowback.cli.common import Verb, add_flow, chosen_labels, class_names, say
+from flowback.cli.common import add_flow, chosen_labels, class_names, say
+from flowback.cli.parser import Verb
 from flowback.core.errors import InputError
 from flowback.flow.autotune import FILE
 from flowback.flow.decoding import DECODERS
@@ -17,12 +18,7 @@ from flowback.tasks.sampling import Request, sample_to_disk
 
 def add(verb: Verb) -> None:
     """Add these verbs to the command line."""
-    command = verb(
-        "sample",
-        _sample,
-        "Draw images from a trained flow. Writes a grid (.png), an .npz in the ADM evaluation format, or a folder of PNGs. "
-        "Interrupted, the same command goes on.",
-    )
+    command = verb("sample", _sample)
     add_flow(command)
     command.add_argument("-o", "--output", type=str, default="samples.png", help="a .png or .npz file, or a folder")
     command.add_argument("--labels", type=str, default=None, help="classes by number or name, like 3,7 (default: all)")
@@ -31,7 +27,7 @@ def add(verb: Verb) -> None:
     command.add_argument("--schedule", type=str, default="constant", help=f"of the guidance: {' or '.join(SCHEDULES)}")
     command.add_argument("--guided", type=str, default="both", help=f"what is guided: {', '.join(TARGETS)}")
     command.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the latent noise")
-    command.add_argument("--no-denoise", action="store_true", help="keep the training noise in the images")
+    command.add_argument("--no-denoise", type=bool, default=False, help="keep the training noise in the images")
     command.add_argument("--best-of", type=int, default=1, help="draw so many for each image and keep the flow's favourite")
     command.add_argument("--refine", type=int, default=0, help="gradient steps on z that raise log p(label | image)")
     command.add_argument("--objective", type=str, default="posterior", help=f"of the steps: {' or '.join(OBJECTIVES)}")
@@ -39,13 +35,9 @@ def add(verb: Verb) -> None:
     command.add_argument("--precision", type=str, default="32-true", help="32-true or bf16-mixed")
     command.add_argument("--method", type=str, default="auto", help=f"of decoding: auto, {', '.join(DECODERS)}")
     command.add_argument("--batch-size", type=int, default=64, help="images decoded at once; bounds the memory")
-    command.add_argument("--compile", action="store_true", help="compile decoding; pays for many images")
+    command.add_argument("--compile", type=bool, default=False, help="compile decoding; pays for many images")
 
-    command = verb(
-        "autotune",
-        _autotune,
-        "Measure which decoder is fastest for each block on this machine. Stored with the model, for sampling to use.",
-    )
+    command = verb("autotune", _autotune)
     add_flow(command)
     command.add_argument(
         "--rows", type=str, default=",".join(map(str, ROWS)), help="batch sizes; guided images count twice"
@@ -77,8 +69,8 @@ def _autotune(options: Namespace) -> int:
     flow, _ = load_flow(options.run, options.weights, options.device)
     try:
         rows = [int(word) for word in options.rows.split(",")]
-    except ValueError:
-        raise InputError(f"--rows {options.rows} is not a list of numbers; allowed is something like 1,8,32") from None
+    except ValueError as error:
+        raise InputError(f"--rows {options.rows} is not a list of numbers; allowed is something like 1,8,32") from error
     folder = flow_folder(options.run)
     autotune(flow.core, rows, report=say).save(folder)
     say(f"stored in {folder / FILE}")

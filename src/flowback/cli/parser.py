@@ -1,0 +1,71 @@
+"""The parser of every verb: errors in one line, switches, recipes of every version."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from jsonargparse import ArgumentParser, Namespace
+
+from flowback.cli import fail
+from flowback.core.errors import InputError
+
+Run = Callable[[Namespace], int]
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose errors are one line and exit status 2, and whose options of type bool are switches."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Print the message in one line and exit with status 2."""
+        fail(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:
+        """Parse words; a bare switch such as `--compile` means true, `--compile false` and `--compile=false` mean false."""
+        words: list[str] = []
+        for word in args or ():
+            if words and words[-1] in self._switches and word in ("true", "false"):
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return super().parse_args([f"{w}=true" if w in self._switches else w for w in words], *others, **kwargs)
+
+    @property
+    def _switches(self) -> set[str]:
+        return {name for action in self._actions if _is_bool(action) for name in action.option_strings}
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a configuration file in UTF-8, with the names of options that version 0.1.0 had, too.
+
+        Raises:
+            InputError: if it is not text, or a section in it has no options.
+        """
+        import yaml
+
+        from flowback.runs.config import of_earlier_versions
+
+        try:
+            text = Path(path).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not text in UTF-8; allowed is a recipe, or the config.yaml of a run") from error
+        try:
+            values = yaml.safe_load(text)
+            current = of_earlier_versions(values)
+        except (yaml.YAMLError, RecursionError):
+            values = current = None  # the parser says what is wrong
+        found = self.parse_string(text if values == current else yaml.safe_dump(current), str(path), *args, **kwargs)
+        for name, value in vars(found).items():
+            if value is None and any(action.dest.startswith(f"{name}.") for action in self._actions):
+                raise InputError(f"{path} has {name} without options; allowed are some, or to leave {name} out")
+        return found
+
+
+class Verb(Protocol):
+    """Adds a verb: its name, and the function that runs it and returns the exit status."""
+
+    def __call__(self, name: str, run: Run) -> Parser:
+        """Returns the verb's own parser, for its options."""
+        ...
+
+
+def _is_bool(action: Any) -> bool:
+    return getattr(action, "_typehint", None) is bool
