@@ -29,6 +29,12 @@ class Parser(ArgumentParser):
                 words.append(word)
         return super().parse_args([f"{w}=true" if w in self._switches else w for w in words], *others, **kwargs)
 
+    def format_help(self) -> str:
+        """The help, in which the value of a switch is optional."""
+        for action in filter(_is_bool, self._actions):
+            action.metavar = "[true|false]"
+        return super().format_help()
+
     @property
     def _switches(self) -> set[str]:
         return {name for action in self._actions if _is_bool(action) for name in action.option_strings}
