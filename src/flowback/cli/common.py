@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+import docstring_parser
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from torch import Tensor
 
 from flowback.core.console import console
@@ -60,6 +62,15 @@ def add_flow(command: Parser) -> None:
     """The options of every verb that needs a trained flow."""
     command.add_argument("run", type=str, help="a run's folder, a checkpoint, a folder or hub id of a flow")
     command.add_argument("--weights", type=str, default="ema", help="ema (averaged) or raw (of the last step)")
+
+
+def add_options(command: Parser, config: type, *skip: str) -> None:
+    """The fields of a dataclass as options, with the types, defaults and descriptions that stand there."""
+    descriptions = {each.arg_name: each.description for each in docstring_parser.parse(config.__doc__ or "").params}
+    for field in (field for field in fields(config) if field.name not in skip):
+        kind = {"action": ActionYesNo(no_prefix="no-"), "nargs": "?"} if field.type is bool else {"type": field.type}
+        name = f"--{field.name.replace('_', '-')}"
+        command.add_argument(name, default=field.default, help=descriptions[field.name], **kind)
 
 
 def add_images(command: Parser) -> None:
