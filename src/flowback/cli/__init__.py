@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         from torch import OutOfMemoryError
 
-        from flowback.training.parallel import PeerLost
+        from flowback.core.distributed import PeerLost
 
         if isinstance(error, PeerLost):
             print(f"flowback: {error}", file=sys.stderr)

@@ -1,7 +1,10 @@
 """What the verbs share: the options that several of them take, and what these stand for."""
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
+import docstring_parser
 import torch
 from jsonargparse import Namespace
 from torch import Tensor
@@ -16,11 +19,55 @@ from flowback.latents import Flow
 from flowback.runs.checkpoint import load_flow
 from flowback.tasks.classify import classify
 
+T = TypeVar("T")
+
 
 def add_flow(command: Parser) -> None:
     """The options of every verb that needs a trained flow."""
     command.add_argument("run", type=str, help="a run's folder, a checkpoint, a folder or hub id of a flow")
     command.add_argument("--weights", type=str, default="ema", help="ema (averaged) or raw (of the last step)")
+
+
+def add_options(command: Parser, config: type, *skip: str) -> None:
+    """Options for the fields of a dataclass, with the types, defaults and descriptions of it; tuples have commas."""
+    descriptions = {entry.arg_name: entry.description for entry in docstring_parser.parse(config.__doc__ or "").params}
+    types = get_type_hints(config)
+    for field in (field for field in fields(config) if field.name not in skip):
+        kind, default = types[field.name], field.default
+        if isinstance(default, tuple):
+            kind, default = str, ",".join(map(str, default))
+        name = f"--{field.name.replace('_', '-')}"
+        command.add_argument(name, type=kind, default=default, help=descriptions[field.name])
+
+
+def read_options(options: Namespace, config: type[T], **given: Any) -> T:
+    """The dataclass of the options that `add_options` added, and of the fields that are given.
+
+    Raises:
+        InputError: if a list is none, or the dataclass refuses a value.
+    """
+    types, values = get_type_hints(config), dict(given)
+    for field in (field for field in fields(cast(Any, config)) if field.name not in given):
+        value = options[field.name]
+        if isinstance(field.default, tuple):
+            kind = get_args(types[field.name])[0]
+            words = value.split(",") if kind is str else number_list(value, field.name, kind) if value else ()
+            value = tuple(words)
+        values[field.name] = value
+    return config(**values)
+
+
+def number_list(text: str, name: str, kind: type[int] | type[float] = int) -> list[Any]:
+    """Numbers with commas.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError as error:
+        what = "whole numbers like 1,8,32" if kind is int else "numbers like 0,1,2"
+        raise InputError(f"{name} must be {what}, got {text!r}") from error
 
 
 def add_images(command: Parser) -> None:

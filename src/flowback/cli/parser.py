@@ -20,13 +20,13 @@ class Parser(ArgumentParser):
         fail(message)
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:
-        """Parse words; a bare switch such as `--compile` means true, `--compile false` and `--compile=false` mean false."""
+        """Parse words. A bare switch, such as `--compile`, means true; `--compile false` and `--no-compile` mean false."""
         words: list[str] = []
         for word in args or ():
             if words and words[-1] in self._switches and word in ("true", "false"):
                 words[-1] += f"={word}"
             else:
-                words.append(word)
+                words.append(f"--{word[5:]}=false" if f"--{word[5:]}" in self._switches and word[:5] == "--no-" else word)
         return super().parse_args([f"{w}=true" if w in self._switches else w for w in words], *others, **kwargs)
 
     def format_help(self) -> str:
