@@ -1,10 +1,12 @@
 """What the verbs share: the parser, and the options that several of them take."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar, cast, get_args, get_type_hints
 
+import docstring_parser
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
@@ -17,6 +19,8 @@ from flowback.flow.io import find_folder
 from flowback.latents import Flow
 from flowback.runs.checkpoint import load_flow
 from flowback.tasks.classify import classify
+
+T = TypeVar("T")
 
 
 class Parser(ArgumentParser):
@@ -66,6 +70,41 @@ def add_images(command: Parser) -> None:
     """The options of every verb that takes image files."""
     command.add_argument("images", type=str, nargs="+", help="image files")
     command.add_argument("--labels", type=str, default=None, help="their classes (default: as the flow classifies them)")
+
+
+def add_fields(command: Parser, config: type, skip: Collection[str] = ()) -> None:
+    """An option for each field of a dataclass, with the type, default and help that stand there; tuples with commas."""
+    texts = {entry.arg_name: entry.description for entry in docstring_parser.parse(config.__doc__ or "").params}
+    types = get_type_hints(config)
+    for field in fields(config):
+        name, text = f"--{field.name.replace('_', '-')}", texts[field.name]
+        if field.name in skip:
+            continue
+        if types[field.name] is bool:
+            command.add_argument(name, action="store_true", help=text)
+        elif isinstance(field.default, tuple):
+            command.add_argument(name, type=str, default=",".join(map(str, field.default)), help=f"{text} With commas.")
+        else:
+            command.add_argument(name, type=types[field.name], default=field.default, help=text)
+
+
+def read_fields(options: Namespace, config: type[T]) -> T:
+    """The dataclass of the options that `add_fields` added.
+
+    Raises:
+        InputError: if a list is none, or the dataclass refuses a value.
+    """
+    types, values = get_type_hints(config), {}
+    for field in fields(cast(Any, config)):
+        value = options[field.name]
+        if isinstance(field.default, tuple):
+            kind = get_args(types[field.name])[0]
+            try:
+                value = tuple(kind(word) for word in value.split(",")) if value else ()
+            except ValueError as error:
+                raise InputError(f"--{field.name} must be numbers like 0,1,2, got {value}") from error
+        values[field.name] = value
+    return config(**values)
 
 
 def say(text: str) -> None:

@@ -1,16 +1,14 @@
 """`flowback classify`, `flowback evaluate` and `flowback compare`."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from flowback.cli.common import Verb, add_flow, class_names, flow_and_clean_images, say
+from flowback.cli.common import Verb, add_fields, add_flow, class_names, flow_and_clean_images, read_fields, say
 from flowback.core.errors import InputError
-from flowback.measure.fidelity import EXTRACTORS
 from flowback.reports.compare import write_comparison
-from flowback.reports.evaluate import DEFAULT, METRICS, EvaluationConfig, evaluate
+from flowback.reports.evaluate import EvaluationConfig, evaluate
 from flowback.tasks.classify import RULES, ClassStatistics, classify
 
 
@@ -26,23 +24,12 @@ def add(verb: Verb) -> None:
     command = verb(
         "evaluate",
         _evaluate,
-        "Measure a run on its data: density, classification, probes, fidelity. Writes evaluation.json.",
+        "Measure a run on its data: density, classification, probes, fidelity. Writes evaluation.json and report.html.",
     )
     add_flow(command)
-    command.add_argument("--metrics", type=str, default=",".join(DEFAULT), help=f"any of: {', '.join(METRICS)}")
-    command.add_argument("--images", type=int, default=None, help="held-out images for bpd, accuracy, probe (default: all)")
-    command.add_argument("--draws", type=int, default=1, help="draws of the training noise that an accuracy averages")
-    command.add_argument("--samples", type=int, default=4096, help="images drawn for fidelity, against as many real ones")
-    command.add_argument("--samples-from", type=str, default=None, help="a folder of PNGs or an .npz to measure instead")
-    command.add_argument("--guidance", type=float, default=0.0, help="guidance scale of the samples drawn")
-    command.add_argument("--extractor", type=str, default="efficientnet_lite0", help=f"one of: {', '.join(EXTRACTORS)}")
-    command.add_argument("--extractor-weights", type=str, default=None, help="a local file of the extractor's weights")
-    command.add_argument("--reference", type=str, default="train", help="real images: train or held_out")
-    command.add_argument("--seed", type=int, default=0, help="seed of the samples")
-    command.add_argument("--compile", action="store_true", help="compile the decoding of the samples; pays for many")
-    command.add_argument("--sweep", type=str, default=None, help="guidance scales to measure FID at, like 0,1,2")
+    add_fields(command, EvaluationConfig, skip={"weights"})
 
-    command = verb("compare", _compare, "Report on evaluated runs side by side. Writes report.html and report.json.")
+    command = verb("compare", _compare, "Compare evaluated runs side by side. Writes report.html and report.json.")
     command.add_argument("runs", type=str, nargs="+", help="folders of runs")
     command.add_argument("-o", "--output", type=str, default="runs/comparison", help="a folder")
 
@@ -70,9 +57,7 @@ def _classify(options: Namespace) -> int:
 
 
 def _evaluate(options: Namespace) -> int:
-    names = [field.name for field in fields(EvaluationConfig) if field.name != "metrics"]
-    config = EvaluationConfig(tuple(options.metrics.split(",")), **{name: options[name] for name in names})
-    results = evaluate(options.run, config, _scales(options.sweep), options.device)
+    results = evaluate(options.run, read_fields(options, EvaluationConfig), options.device)
     for name, value in results.items():
         if isinstance(value, list):
             for row in value:
@@ -90,13 +75,6 @@ def _compare(options: Namespace) -> int:
     write_comparison(options.runs, Path(options.output), options.device)
     say(f"report   {Path(options.output) / 'report.html'}")
     return 0
-
-
-def _scales(text: str | None) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")] if text else []
-    except ValueError:
-        raise InputError(f"--sweep {text} is not a list of numbers; allowed is something like 0,1,2") from None
 
 
 def _short(value: Any) -> str:
