@@ -39,12 +39,12 @@ VERBS = {  # the module of each verb, and its help
     "interpolate": ("editing", "Interpolate between images through z. Writes one grid, a row per pair."),
     "swap": ("editing", "Change the class of images and keep their z. Writes one grid: image, then classes."),
     "inpaint": ("editing", "Draw a region of images anew, given the rest. Writes one grid, a row per image."),
-    "classify": ("measuring", "Classify image files with the flow's own likelihood. No classifier is trained."),
+    "classify": ("classifying", "Classify image files with the flow's own likelihood. No classifier is trained."),
     "evaluate": (
         "measuring",
         "Measure a run on its data: density, classes, probes, fidelity. Writes evaluation.json.",
     ),
-    "compare": ("measuring", "Report on evaluated runs side by side. Writes report.html and report.json."),
+    "compare": ("measuring", "Compare evaluated runs side by side. Writes report.html and report.json."),
     "import-tarflow": ("importing", "Convert a checkpoint of the published TARFlow code to a flow. Its outputs are equal."),
     "export": (
         "publishing",

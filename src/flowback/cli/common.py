@@ -33,11 +33,10 @@ def add_options(command: Parser, config: type, *skip: str) -> None:
     descriptions = {entry.arg_name: entry.description for entry in docstring_parser.parse(config.__doc__ or "").params}
     types = get_type_hints(config)
     for field in (field for field in fields(config) if field.name not in skip):
-        kind, default = types[field.name], field.default
+        kind, default, text = types[field.name], field.default, descriptions[field.name]
         if isinstance(default, tuple):
-            kind, default = str, ",".join(map(str, default))
-        name = f"--{field.name.replace('_', '-')}"
-        command.add_argument(name, type=kind, default=default, help=descriptions[field.name])
+            kind, default, text = str, ",".join(map(str, default)), f"{text} With commas."
+        command.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=default, help=text)
 
 
 def read_options(options: Namespace, config: type[T], **given: Any) -> T:
@@ -75,7 +74,7 @@ def add_images(command: Parser) -> None:
     command.add_argument("images", type=str, nargs="+", help="image files")
 
 
-def add_output(command: Parser, default: str, text: str) -> None:
+def add_output(command: Parser, default: str | None, text: str) -> None:
     """The option of every verb that writes a file or a folder."""
     command.add_argument("-o", "--output", type=str, default=default, help=text)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from flowback.core.devices import pick_device
 from flowback.core.errors import InputError
-from flowback.core.files import file_hash
+from flowback.core.files import file_hash, read_json
 from flowback.latents import Flow, from_pretrained
 from flowback.runs import slices
 from flowback.core.distributed import in_all, is_shard, unsharded
@@ -42,6 +42,18 @@ class State:
     skipped_in_a_row: int = 0
     held_out_nats_per_dim: float | None = None  # as last measured
     measured_at: int = 0  # the step of that
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "State":
+        """What a checkpoint's state.json says.
+
+        Raises:
+            InputError: if it is missing, or says something else.
+        """
+        try:
+            return cls(**read_json(checkpoint / "state.json"))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{checkpoint} has no usable state.json of a run ({error})") from error
 
 
 def all_of(run: Path) -> list[Path]:
