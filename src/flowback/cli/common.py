@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_loader
 from torch import Tensor
 
 from flowback.core.console import console
@@ -16,7 +17,10 @@ from flowback.data import as_images
 from flowback.flow.io import find_folder
 from flowback.latents import Flow
 from flowback.runs.checkpoint import load_flow
+from flowback.runs.config import load_yaml
 from flowback.tasks.classify import classify
+
+set_loader("yaml", load_yaml, (yaml.YAMLError,))  # a config.yaml of an earlier version has other names
 
 
 class Parser(ArgumentParser):
