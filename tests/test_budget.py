@@ -90,7 +90,7 @@ def test_a_step_without_content_counts_like_a_real_one(strategy):
 MEASURE = """
 import json, sys, torch
 from flowback import TarFlow
-from flowback.devices import autocast
+from flowback.core.devices import autocast
 from flowback.training.apply import checkpoint_layers
 from flowback.training.loop import Likelihood
 

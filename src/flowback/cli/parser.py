@@ -1,4 +1,4 @@
-"""The parser of every verb: errors in one line, switches, recipes of every version."""
+"""The parser of every verb: errors in one line, switches, recipes in UTF-8."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,25 +40,16 @@ class Parser(ArgumentParser):
         return {name for action in self._actions if _is_bool(action) for name in action.option_strings}
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse a configuration file in UTF-8, with the names of options that version 0.1.0 had, too.
+        """Parse a configuration file in UTF-8.
 
         Raises:
             InputError: if it is not text, or a section in it has no options.
         """
-        import yaml
-
-        from flowback.runs.config import of_earlier_versions
-
         try:
             text = Path(path).read_text("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not text in UTF-8; allowed is a recipe, or the config.yaml of a run") from error
-        try:
-            values = yaml.safe_load(text)
-            current = of_earlier_versions(values)
-        except (yaml.YAMLError, RecursionError):
-            values = current = None  # the parser says what is wrong
-        found = self.parse_string(text if values == current else yaml.safe_dump(current), str(path), *args, **kwargs)
+        found = self.parse_string(text, str(path), *args, **kwargs)
         for name, value in vars(found).items():
             if value is None and any(action.dest.startswith(f"{name}.") for action in self._actions):
                 raise InputError(f"{path} has {name} without options; allowed are some, or to leave {name} out")

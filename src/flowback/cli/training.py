@@ -3,17 +3,20 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, set_loader
 
 from flowback.cli.common import add_output, say
 from flowback.cli.parser import Parser, Verb
 from flowback.core.console import console
 from flowback.core.distributed import is_first
 from flowback.core.errors import InputError
-from flowback.runs.config import RunConfig
+from flowback.runs.config import RunConfig, load_yaml
 from flowback.training import train
 from flowback.training.budget import Device, plan
 from flowback.training.caches import make_caches
+
+set_loader("yaml", load_yaml, (yaml.YAMLError,))  # a config.yaml of an earlier version has other names
 
 
 def add(verb: Verb) -> None:

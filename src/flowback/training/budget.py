@@ -128,8 +128,9 @@ class Budget:
 def plan(config: RunConfig, device: Device | None = None) -> Budget:
     """What a recipe takes, on 1, 8 and 64 devices.
 
-    A device takes its share of the batch in as many pieces (`train.grad_accum_steps`, doubled) as its memory asks for. Where
-    `data.path` of imagenet is not given, or an autoencoder of `AUTOENCODERS` not read, what is published of them is taken.
+    A device takes its share of the batch in as many pieces (`train.grad_accum_steps`, doubled) as its memory asks for.
+    Where `data.path` of imagenet is not given, or an autoencoder of `AUTOENCODERS` not read, what is published of them is
+    taken.
 
     Raises:
         InputError: if the configuration or the data is not usable.
