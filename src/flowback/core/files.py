@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 _SEEKING = threading.Lock()  # of files without `pread`
 
@@ -52,11 +53,17 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file, then rename: the name always means a whole one."""
+    """Write beside the file, then rename: the name always means a whole one, whoever else writes it.
+
+    `write` gets a path with the file's suffix. If it raises, nothing is left behind, and an earlier file stays.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial.{file.name}")
-    write(partial)
-    partial.replace(file)
+    partial = file.with_name(f".{uuid4().hex}.partial{file.suffix}")
+    try:
+        write(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
