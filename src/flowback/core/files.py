@@ -51,12 +51,26 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
         return os.read(descriptor, size)
 
 
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file, then rename: the name always means a whole one."""
+def write_whole(file: Path, write: Callable[[Path], Any], prefix: str = ".partial.") -> None:
+    """Write a file beside its place, flush it to the disk, then rename it: the name always means a complete file.
+
+    Args:
+        file: the file; its folder is made.
+        write: called with the path to write to.
+        prefix: before the name in that path. Processes that may write the same file at once each need their own.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left behind.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial.{file.name}")
-    write(partial)
-    partial.replace(file)
+    partial = file.with_name(prefix + file.name)
+    try:
+        write(partial)
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
