@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flowback.core.errors import InputError
 from flowback.data import ImageSet, Split
 from flowback.latents import Flow
 from flowback.measure.density import seen, spread
@@ -26,11 +27,17 @@ def probe_layers(
         batch_size: images that the flow sees at once.
 
     Returns:
-        A row a layer: "block", "layer" (from 1), "accuracy".
+        A row for each layer: "block", "layer" (from 1), "accuracy".
+
+    Raises:
+        InputError: if scikit-learn is not installed.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise InputError("probes need the package scikit-learn: pip install 'flowback[eval]'") from error
 
     fit, fit_y = _pooled_states(flow, data.train, data.levels, training_images, batch_size)
     held, held_y = _pooled_states(flow, data.held_out, data.levels, images or len(data.held_out), batch_size)
