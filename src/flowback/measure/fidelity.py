@@ -198,12 +198,10 @@ def reference_of(data: ImageSet, count: int, training: bool = True) -> tuple[Ima
 
 def _calculate(extractor: str, weights: str | None, device: torch.device | str, **options: Any) -> dict[str, float]:
     """What torch-fidelity measures with an extractor."""
-    try:
-        from torch_fidelity.metrics import calculate_metrics
+    from torch_fidelity.metrics import calculate_metrics
 
-        from flowback.measure import extractors
-    except ImportError as error:
-        raise InputError("fidelity needs the package torch-fidelity: pip install 'flowback[eval]'") from error
+    from flowback.measure import extractors
+
     name = extractors.registered(extractor, torch.device(device))
     options["feature_extractor_weights_path"] = extractors.checked_weights(weights, extractor)
     try:

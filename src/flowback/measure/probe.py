@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowback.core.errors import InputError
 from flowback.data import ImageSet, Split
 from flowback.latents import Flow
 from flowback.measure.density import seen, spread
@@ -28,16 +27,10 @@ def probe_layers(
 
     Returns:
         A row for each layer: "block", "layer" (from 1), "accuracy".
-
-    Raises:
-        InputError: if scikit-learn is not installed.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise InputError("probes need the package scikit-learn: pip install 'flowback[eval]'") from error
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     fit, fit_y = _pooled_states(flow, data.train, data.levels, training_images, batch_size)
     held, held_y = _pooled_states(flow, data.held_out, data.levels, images or len(data.held_out), batch_size)
