@@ -18,7 +18,7 @@ import torch
 
 from flowback.core.devices import machine
 from flowback.flow.tarflow import TarFlow
-from flowback.tasks.classify import classify, fit_statistics, rule_named
+from flowback.tasks.classify import class_scores, fit_statistics, rule_named
 
 CLASSES = (10, 100, 1000)
 RULES = ("single_gradient", "z_score", "shortlist_3", "exact")
@@ -48,14 +48,15 @@ def main() -> None:
         shape = {"image_size": 32, "channels": 4, "patch_size": 2, "head_dim": 32, "positions": "rotary", "mlp": "swiglu"}
         flow = TarFlow(**shape, width=o.width, blocks=4, layers=3, num_classes=K).eval()
         x = torch.randn(o.images, 4, 32, 32)
-        flow.statistics = fit_statistics(flow, x)
+        statistics = fit_statistics(flow, x)
 
         with torch.no_grad():
             forward = seconds(lambda f=flow, x=x: f.log_prob(x), len(x), o.repeats)
         for rule in RULES:
             _, passes, _ = rule_named(rule, K)
             part = x[: max(1, min(len(x), 2000 // K))] if rule == "exact" else x
-            cost = seconds(lambda f=flow, part=part, rule=rule: classify(f, part, rule), len(part), o.repeats) / forward
+            known = {"rule": rule, "statistics": statistics}
+            cost = seconds(lambda f=flow, x=part, known=known: class_scores(f, x, **known), len(part), o.repeats) / forward
             rows.append({"classes": K, "rule": rule, "passes": passes, "forward_passes_measured": cost})
             print(f"{K:5} classes  {rule:16} {passes:5} passes counted  {cost:8.2f} measured", flush=True)
     if o.json:

@@ -5,7 +5,7 @@
 
 The textbook decoder is the published TARFlow code's way, written out here: token by token, keys and values in lists
 that are concatenated at every token, and with guidance two separate passes. Beside it our sequential loop, and `auto` as
-`flowback calibrate` found, or as calibrated first. For each, seconds a batch (the least of the repeats, which alternate),
+`flowback autotune` found, or as measured first. For each, seconds a batch (the least of the repeats, which alternate),
 and for the result:
 
 - error: largest difference from the textbook's images, which are in about [-1, 1];
@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowback.core.devices import fast_bfloat16, machine, pick_device, synchronize
-from flowback.flow.autotune import calibrate, machine_name
+from flowback.flow.autotune import machine_name
 from flowback.flow.block import affine_decode
 from flowback.flow.patches import unpatchify
 from flowback.flow.tarflow import TarFlow
 from flowback.flow.transformer import Cache
 from flowback.runs.checkpoint import load_flow
+from flowback.tasks.autotune import autotune
 
 
 class ListCache(Cache):
@@ -105,7 +106,7 @@ def main() -> None:
     if o.uncalibrated:
         flow.autotune = None
     elif flow.autotune is None or flow.autotune.machine != machine_name(device):
-        calibrate(flow, sorted({B * (2 if w else 1) for B in batches for w in scales}), report=print)
+        flow.autotune = autotune(flow, sorted({B * (2 if w else 1) for B in batches for w in scales}), report=print)
     speed = gemm_speed(device)
     print(f"GEMM speed {speed / 1e9:.0f} GFLOP/s")
 
@@ -115,7 +116,7 @@ def main() -> None:
             z = torch.randn(B, *flow.token_shape, generator=torch.Generator().manual_seed(0)).to(device)
             y = (torch.arange(B) % flow.num_classes).to(device)
             with FlopCounterMode(display=False) as counter:
-                flow.encode(torch.zeros(B, flow.channels, flow.image_size, flow.image_size, device=device), y)
+                flow.encode(torch.zeros(B, *flow.data_shape, device=device), y)
             bound = counter.get_total_flops() * (2 if w else 1) / speed
             ways = {
                 "textbook": lambda z=z, y=y, w=w: textbook(flow, z, y, w),

@@ -135,7 +135,7 @@ def cached_shapes() -> dict[str, tuple[int, ...]]:
     for name in ("imagenet64", "imagenet256", "imagenet256_patch1"):
         values = yaml.safe_load(recipe(name).read_text())
         flow, side = values["flow"], values["data"]["image_size"]
-        if "autoencoder" in flow:
+        if "latents" in values:
             side //= DOWNSAMPLE
             shapes.setdefault("latents of imagenet256", (CHANNELS, side, side))
         shapes[f"features of {name}"] = ((side // flow["patch_size"]) ** 2, DINO_DIM)

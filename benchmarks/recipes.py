@@ -74,7 +74,7 @@ def command(
         "alignment.encoder_weights": "random",
         "alignment.projector_width": o.width,
         "alignment.cache": str(caches).lower(),
-        "train.cache_latents": str(caches).lower(),
+        "latents.cache": str(caches).lower(),
         "train.batch_size": o.batch,
         "train.log_every": 1,
         "train.checkpoint_every": 1,
@@ -82,8 +82,7 @@ def command(
         "train.until": until,
     }
     if recipe != "imagenet64":
-        names = ("channels", "downsample", "scale", "shift", "weights")
-        options |= {"flow.autoencoder": work / "autoencoder"} | {f"flow.latent_{name}": "null" for name in names}
+        options |= {"latents.autoencoder": work / "autoencoder"}
     program = Path(sys.executable).with_name("flowback")
     return [str(program), "train", *(f"--{name}={value}" for name, value in options.items())]
 

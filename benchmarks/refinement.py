@@ -1,4 +1,4 @@
-"""What ranking and refinement at test time do to samples, judged by a classifier that the flow never saw.
+"""What choosing the best and refinement at test time do to samples, judged by a classifier that the flow never saw.
 
     python benchmarks/refinement.py RUN [--num 1000] [--guidance 1] [--json FILE]
 
@@ -50,15 +50,15 @@ def main() -> None:
     print(f"the judge takes {100 * judge:.1f} % of {len(held_out)} held-out real images for what they are")
 
     reference, name = reference_of(data, o.num)
-    plain = Request(run=o.run, num=o.num, labels=tuple(range(flow.num_classes)), seed=o.seed)
+    plain = Request(num=o.num, labels=tuple(range(flow.num_classes)), seed=o.seed)
     guided = replace(plain, guidance=o.guidance)
     ways = {
         "plain": plain,
-        "rank 4": replace(plain, rank=4),
+        "best of 4": replace(plain, best_of=4),
         "refine 3": replace(plain, refine=3),
         "refine 3, contrast": replace(plain, refine=3, objective="contrast"),
         f"guidance {o.guidance:g}": guided,
-        f"guidance {o.guidance:g}, rank 4": replace(guided, rank=4),
+        f"guidance {o.guidance:g}, best of 4": replace(guided, best_of=4),
         f"guidance {o.guidance:g}, refine 3": replace(guided, refine=3),
         f"guidance {o.guidance:g}, refine 3, contrast": replace(guided, refine=3, objective="contrast"),
     }
@@ -67,7 +67,7 @@ def main() -> None:
     for way, request in ways.items():
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "samples.npz"
-            notes = sample_to_disk(request, file)
+            notes = sample_to_disk(flow, request, file)
             images, labels = open_images(file), np.load(file)["arr_1"]
             right = float(np.mean(probe.predict(pooled_features(images).numpy()) == labels))
             figures = fidelity(images, reference, ("fid", "prc"), reference_name=name)

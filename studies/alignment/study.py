@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flowback.flow.convergence import errors_by_sweep, sweeps_until
 from judge import right, trained
 
 from flowback.core.devices import autocast, machine, pick_device
@@ -35,11 +34,15 @@ from flowback.runs import checkpoint
 from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import AlignmentConfig, DataConfig, RunConfig, TrainConfig
 from flowback.runs.log import read_metrics
-from flowback.tasks.classify import classify_by_all, fit_statistics
+from flowback.tasks.classify import class_scores_by_all, fit_statistics
 from flowback.training import train
 from flowback.training.caches import make_caches
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parents[1] / "benchmarks"))
+
+from convergence import errors_by_sweep, sweeps_until  # noqa: E402
+
 RESULTS = HERE / "results"
 RUNS = Path("runs/studies/alignment")
 JUDGE = RUNS / "judge.pth"
@@ -232,11 +235,10 @@ def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool, inside: boo
     row: dict[str, Any] = density(flow, x, y)
     if brief:
         return row
-    device = next(flow.parameters()).device
     some = slice(None, None, 1 if final else FINAL_IMAGES // CURVE_IMAGES)
-    with autocast(device, BASE.train.precision):
+    with autocast(flow.device, BASE.train.precision):
         unlabelled, _ = seen(flow, data.train, spread(len(data.train), STANDARD_IMAGES), data.levels)
-        scores = classify_by_all(flow, x[some], RULES, fit_statistics(flow, unlabelled))
+        scores = class_scores_by_all(flow, x[some], RULES, fit_statistics(flow, unlabelled))
     correct = {rule: (s.argmax(1).cpu() == y[some]).float() for rule, s in scores.items()}
     if final:
         row["accuracy"] = {rule: float(c.mean()) for rule, c in correct.items()}
@@ -245,7 +247,7 @@ def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool, inside: boo
 
     count = FINAL_SAMPLES if final else CURVE_SAMPLES
     labels = torch.arange(count) % flow.num_classes
-    samples = flow.sample(labels, generator=torch.Generator().manual_seed(0), batch_size=250)
+    samples = flow.sample(y=labels, generator=torch.Generator().manual_seed(0), batch_size=250)
     images = to_uint8(samples.float().cpu())
     row["judge"] = judged(images[:CURVE_SAMPLES], data)
     row["judge"]["right"] = right(trained(JUDGE), images[:CURVE_SAMPLES], labels[:CURVE_SAMPLES])
