@@ -30,7 +30,7 @@ def test_loaded_flow_gives_equal_outputs(flow, folder, as_text):
     for found, expected in zip(loaded.encode(x, y), flow.encode(x, y), strict=True):
         assert torch.equal(found, expected)
     g = [torch.Generator().manual_seed(0) for _ in range(2)]
-    assert torch.equal(loaded.sample([0, 1], generator=g[0]), flow.sample([0, 1], generator=g[1]))
+    assert torch.equal(loaded.sample(y=[0, 1], generator=g[0]), flow.sample(y=[0, 1], generator=g[1]))
 
 
 def test_every_parameter_can_be_trained_on(folder):
@@ -94,9 +94,9 @@ BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), r"no readable config\.json"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("width: 16"), r"no readable config\.json"),
     "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x80"), r"no readable config\.json"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"does not describe a TarFlow of format 1"),
-    "config is of another model": (lambda f: change_config(f, model="GPT"), r"does not describe a TarFlow of format 1"),
-    "config is of another format": (lambda f: change_config(f, format=2), r"does not describe a TarFlow of format 1"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"does not describe a TarFlow or LatentFlow of format 1"),
+    "config is of another model": (lambda f: change_config(f, model="GPT"), r"does not describe a TarFlow or LatentFlow of format 1"),
+    "config is of another format": (lambda f: change_config(f, format=2), r"does not describe a TarFlow or LatentFlow of format 1"),
     "unknown option": (lambda f: change_config(f, depth=3), r"no option 'depth'"),
     "option of another type": (lambda f: change_config(f, width="16"), r"flow\.width is '16'"),
     "impossible option": (lambda f: change_config(f, head_dim=5), r"flow\.head_dim 5 does not divide"),
@@ -119,7 +119,7 @@ def test_broken_checkpoint_is_refused_by_name(folder, damage):
 def test_hub_id_is_downloaded(folder, flow, monkeypatch):
     asked = []
 
-    def download(repo, allow_patterns):
+    def download(repo, allow_patterns, **options):
         asked.append((repo, sorted(allow_patterns)))
         return str(folder)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd.functional import jacobian
 
 from builders import SMALL, attributes, gradients, images, labels, random_flow
-from flowback import InputError, TarFlow
+from flowback import InputError, TarFlow, classify
 from flowback.core.units import LOG_2PI, bin_width
 from flowback.flow.block import FlowBlock
 from flowback.flow.config import FlowConfig
@@ -327,7 +327,7 @@ def test_noise_follows_the_generator_and_leaves_the_images_alone(noise):
         ("noise_std", -0.1, r"flow\.noise_std is -0\.1; allowed is a number of at least 0"),
         ("noise_std", float("inf"), r"flow\.noise_std is inf"),
         ("noise_std", float("nan"), r"flow\.noise_std is nan"),
-        ("depth", 3, r"no option 'depth'; allowed: image_size, .*latent_posterior$"),
+        ("depth", 3, r"no option 'depth'; allowed: image_size, .*prior$"),
     ],
 )
 def test_impossible_options_are_named(option, value, message):
@@ -340,10 +340,10 @@ def test_impossible_options_are_named(option, value, message):
     [
         (torch.tensor([0, 1, 4]), r"label 4 is out of range; allowed: 0 to 3, or -1 for no label"),
         (torch.tensor([0, -2, 3]), r"label -2 is out of range"),
-        (torch.tensor([0, 1]), r"labels of shape \[2\] do not fit 3 images; allowed is \[3\]"),
-        (torch.tensor([[0], [1], [2]]), r"labels of shape \[3, 1\]"),
-        (torch.full((3, 5), 0.2), r"class weights of shape \[3, 5\] do not fit; allowed is \[3, 4\]"),
-        (torch.full((2, 4), 0.25), r"class weights of shape \[2, 4\]"),
+        (torch.tensor([0, 1]), r"labels must have the shape \[3\], .*got \[2\]"),
+        (torch.tensor([[0], [1], [2]]), r"labels must .* got \[3, 1\]"),
+        (torch.full((3, 5), 0.2), r"class weights must have the shape \[3, 4\], got \[3, 5\]"),
+        (torch.full((2, 4), 0.25), r"class weights must .* got \[2, 4\]"),
     ],
 )
 def test_impossible_labels_are_named(y, message):
@@ -363,13 +363,13 @@ def test_labels_of_an_unconditional_flow_are_refused(y):
 
 @pytest.mark.parametrize("shape", [(3, 2, 6, 5), (3, 1, 6, 6), (2, 6, 6), (3, 2, 8, 8)])
 def test_images_of_another_shape_are_refused(shape):
-    with pytest.raises(InputError, match=r"images of shape .* do not fit; allowed is \[B, 2, 6, 6\]"):
+    with pytest.raises(InputError, match=r"images must have the shape \[B, 2, 6, 6\], got"):
         random_flow().encode(torch.zeros(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(3, 9, 7), (3, 8, 8), (9, 8)])
 def test_z_of_another_shape_is_refused(shape):
-    with pytest.raises(InputError, match=r"z of shape .* does not fit; allowed is \[B, 9, 8\]"):
+    with pytest.raises(InputError, match=r"z must have the shape \[B, 9, 8\], got"):
         random_flow().decode(torch.zeros(shape, dtype=torch.float64))
 
 
@@ -409,7 +409,7 @@ def test_a_call_that_fails_midway_leaves_nothing_behind(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(FlowBlock, "predict_next", failing)
         with pytest.raises(RuntimeError, match="power cut"):
-            flow.sample(y)
+            flow.sample(y=y)
     assert attributes(flow) == before
     assert torch.equal(flow.decode(z, y), expected)
 
@@ -419,7 +419,8 @@ def test_ordinary_calls_leave_nothing_behind():
     before = attributes(flow)
     flow.encode(images(flow), labels(flow), trace=[(1, 1)])
     flow.sample(3, guidance=1.0)
-    flow.classify(images(flow))
+    classify(flow, images(flow), "exact")
+    classify(flow, images(flow), "single_gradient")
     assert attributes(flow) == before
 
 
