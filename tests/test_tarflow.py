@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 from dataclasses import fields
 
 import pytest
@@ -17,7 +19,7 @@ from flowback.flow.patches import patchify
 OPTIONS = st.fixed_dictionaries(
     {
         "patch_size": st.integers(1, 2),
-        "image_size": st.sampled_from([2, 4]),
+        "image_size": st.sampled_from([2, 4, (2, 4), (4, 2)]),
         "channels": st.integers(1, 3),
         "blocks": st.integers(1, 3),
         "layers": st.integers(1, 2),
@@ -187,6 +189,74 @@ def test_decode_leaves_z_alone():
     flow.decode(z, y)
     flow.decode(z, y, guidance=2.0)
     assert torch.equal(z, before)
+
+
+# ---- images that are not square, other sizes, copies ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_images_need_not_be_square(positions):
+    flow = random_flow(image_size=(4, 6), channels=1, positions=positions)
+    assert (flow.image_size, flow.data_shape, flow.grid) == ((4, 6), (1, 4, 6), (2, 3))
+    x, y = images(flow), labels(flow)
+    z, log_det = flow.encode(x, y)
+    assert z.shape == (3, 6, 4)
+    assert torch.allclose(flow.decode(z, y), x, atol=1e-10)
+    for i in range(3):
+        J = jacobian(lambda v, i=i: flow.encode(v, y[i : i + 1])[0].flatten(), x[i : i + 1]).reshape(24, 24)
+        assert abs(torch.linalg.slogdet(J)[1] - log_det[i]) < 1e-9
+    drawn, log_prob = flow.sample(3, y=2, denoise=False, return_log_prob=True)
+    assert drawn.shape == (3, 1, 4, 6)
+    assert torch.allclose(flow.log_prob(drawn, 2), log_prob, atol=1e-9)
+    assert flow.sample(2).shape == (2, 1, 4, 6)
+    with pytest.raises(InputError, match=r"images must have the shape \[B, 1, 4, 6\], got \[3, 1, 6, 4\]"):
+        flow.encode(x.mT, y)
+
+
+def test_tokens_of_a_wide_image_are_in_raster_order():
+    flow = TarFlow(image_size=(2, 6), channels=1, patch_size=2, width=16, head_dim=8, blocks=1, layers=1)
+    x = torch.arange(12.0).view(1, 1, 2, 6)
+    assert flow.encode(x)[0].tolist() == [[[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]]
+
+
+def test_a_flow_with_rotary_positions_serves_other_sizes():
+    flow = random_flow(positions="rotary", noise_std=0.2)
+    for size in (8, (4, 10)):
+        other = flow.resized(size)
+        height, width = (size, size) if isinstance(size, int) else size
+        assert other.image_size == (height, width)
+        assert other.token_shape == (height * width // 4, 8)
+        x = images(other)
+        assert torch.allclose(other.decode(other.encode(x, 1)[0], 1), x, atol=1e-9)
+        assert all(torch.equal(p, q) for p, q in zip(flow.parameters(), other.parameters(), strict=True))
+        assert other.dtype == flow.dtype
+        assert not other.training
+    same = flow.resized(6)
+    assert torch.equal(same.encode(images(flow))[0], flow.encode(images(flow))[0])
+    same.blocks[0].proj_in.weight.data += 1
+    assert not torch.equal(same.blocks[0].proj_in.weight, flow.blocks[0].proj_in.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "rotary", "prior": "scaled"}])
+def test_positions_and_priors_that_belong_to_a_size_are_not_resized(options):
+    with pytest.raises(InputError, match="rotary positions and the standard prior"):
+        random_flow(**options).resized(8)
+    with pytest.raises(InputError, match="patch_size 2 does not divide the image size 7"):
+        random_flow(positions="rotary").resized(7)
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "rotary", "prior": "scaled", "image_size": (4, 6)}])
+def test_copies_pickles_and_state_dicts_give_equal_outputs(options):
+    flow = random_flow(**options)
+    x, y = images(flow), labels(flow)
+    loaded = TarFlow(flow.config).double()
+    assert loaded.load_state_dict(flow.state_dict()).missing_keys == []
+    for other in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)), loaded):
+        assert other.config == flow.config
+        assert torch.equal(other.log_prob(x, y), flow.log_prob(x, y))
+        assert torch.equal(other.sample(2, seed=0), flow.sample(2, seed=0))
+        other.blocks[0].proj_in.weight.data += 1
+        assert not torch.equal(other.log_prob(x, y), flow.log_prob(x, y))
 
 
 # ---- labels -----------------------------------------------------------------------------------------------------
