@@ -298,7 +298,7 @@ def test_tensors_of_inference_mode_are_decoded_outside_or_refused_by_name():
     assert torch.allclose(back, x, atol=1e-9)
     back.sum().backward()
     assert flow.blocks[0].proj_in.weight.grad is not None
-    with pytest.raises(RuntimeError, match="[Ii]nference tensors"):
+    with pytest.raises(RuntimeError, match=r"[Ii]nference tensors"):
         flow.decode(z, weights)
 
 

@@ -29,7 +29,7 @@ ONE = {"int": 2, "tensor": torch.tensor(2), "numpy": np.int64(2)}
 def test_every_form_of_labels_is_the_same(flow, form):
     y, expected = FORMS[form], torch.tensor([2, 0, 3])
     x = images(flow)
-    z, log_det = flow.encode(x, expected)
+    z, _ = flow.encode(x, expected)
     assert torch.equal(flow.encode(x, y)[0], z)
     assert torch.equal(flow.log_prob(x, y), flow.log_prob(x, expected))
     assert torch.equal(flow.decode(z, y, 1.0), flow.decode(z, expected, 1.0))

@@ -77,6 +77,7 @@ def truncate(folder):
 
 
 NAME = "blocks.1.proj_in.weight"
+OTHER = "does not describe a TarFlow or LatentFlow of format 1"
 BROKEN = {
     "missing tensor": (lambda f: change_tensors(f, lambda t: t.pop(NAME)), rf"lacks the tensor {NAME}"),
     "extra tensor": (lambda f: change_tensors(f, lambda t: t.update(foo=torch.zeros(2))), "has a tensor foo that the"),
@@ -96,15 +97,15 @@ BROKEN = {
     "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x80"), r"no readable config\.json"),
     "config is a list": (
         lambda f: (f / "config.json").write_text("[]"),
-        r"does not describe a TarFlow or LatentFlow of format 1",
+        OTHER,
     ),
     "config is of another model": (
         lambda f: change_config(f, model="GPT"),
-        r"does not describe a TarFlow or LatentFlow of format 1",
+        OTHER,
     ),
     "config is of another format": (
         lambda f: change_config(f, format=2),
-        r"does not describe a TarFlow or LatentFlow of format 1",
+        OTHER,
     ),
     "unknown option": (lambda f: change_config(f, depth=3), r"no option 'depth'"),
     "option of another type": (lambda f: change_config(f, width="16"), r"flow\.width is '16'"),

@@ -57,8 +57,7 @@ class _Decode(torch.autograd.Function):
             with torch.autocast(device, ctx.low, ctx.low is not None):
                 mu, a = ctx.F.parameters(leaf)
             u, _ = solve_adjoint(grad_outputs[0], leaf, mu, a, x.shape[1] - 1, TOLERANCES.get(x.dtype, TOLERANCE))
-            found = iter(
-                torch.autograd.grad((mu, a), wanted, (u, u * (x - mu.detach())), allow_unused=True) if wanted else ()
-            )
+            cotangents = (u, u * (x - mu.detach()))
+            found = iter(torch.autograd.grad((mu, a), wanted, cotangents, allow_unused=True) if wanted else ())
         gradients = [next(found) if need else None for need in needed]
         return None, None, None, None, u * torch.exp(a.detach()) if needs_z else None, *gradients

@@ -22,7 +22,8 @@ def class_weights(y: Labels, batch: int, classes: int, dtype: torch.dtype, devic
         y: labels `[B]` with -1 for none; one label for all; weights `[B, K]`, which pass unchanged; None for no label.
         batch: B.
         classes: K; 0 for an unconditional flow, of which None is returned.
-        dtype, device: of the weights.
+        dtype: of the weights.
+        device: of the weights.
 
     Raises:
         InputError: if a label is out of range, or `y` has another length than the batch.

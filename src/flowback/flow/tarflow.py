@@ -8,7 +8,7 @@ Noise is `z [B, N, D]`, likelihoods are nats summed per image, and blocks and la
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +65,7 @@ class TarFlow(io.Pretrained, nn.Module):
     def __init__(self, config: FlowConfig | None = None, **options: Any) -> None:
         super().__init__()
         self.config = c = FlowConfig.complete(config, options)
-        assert c.channels is not None and c.num_classes is not None and c.levels is not None  # of a complete one
-        self.channels, self.num_classes, self.levels = c.channels, c.num_classes, c.levels
+        self.channels, self.num_classes, self.levels = cast("tuple[int, int, int]", (c.channels, c.num_classes, c.levels))
         height, width = self.image_size = c.size
         self.data_shape = (self.channels, height, width)
         self.grid = (height // c.patch_size, width // c.patch_size)
@@ -249,10 +248,10 @@ class TarFlow(io.Pretrained, nn.Module):
         if tolerance is not None and not 0 < tolerance < float("inf"):
             raise InputError(f"tolerance must be above 0, got {tolerance}")
         tolerance = tolerance or default_tolerance(self.dtype, self.device)
-        guidance = checked(guidance, y, self.num_classes)
+        classes, guidance = self.class_weights(y, len(z)), checked(guidance, y, self.num_classes)
         chosen = solvers(method, self.autotune, self.config.blocks, len(z) * (2 if guidance.scale else 1), self.device)
         given = None if known is None else self._known_tokens(*known, batch=len(z))
-        tokens, classes, report = self.enter(z), self.class_weights(y, len(z)), []
+        tokens, report = self.enter(z), []
         for t in range(self.config.blocks, 0, -1):
             block: Any = self.blocks[t - 1]
             F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None, compile)
@@ -306,13 +305,15 @@ class TarFlow(io.Pretrained, nn.Module):
         Args:
             num: how many, or a shape; None for as many as there are labels.
             y: labels, as in `encode`. None draws them uniformly, if the flow has any.
-            guidance, method, compile: as in `decode`.
+            guidance: scale, or a `Guidance`; 0 for none.
             temperature: standard deviation of z, as a multiple of the prior's.
             denoise: whether the score step removes the training noise (Gaussian noise only).
             seed: of z and of drawn labels; or give a `generator`.
             generator: source of z and of drawn labels.
+            method: as in `decode`.
             batch_size: images decoded at once; bounds the memory. The images depend on it by rounding only.
             return_log_prob: also return `log p(x | y)`, nats, of the images before the score step.
+            compile: as in `decode`.
 
         Returns:
             Images `[num, C, H, W]` (for a shape `[*num, C, H, W]`), nearly in [-1, 1]; with `return_log_prob` a pair.
@@ -329,7 +330,7 @@ class TarFlow(io.Pretrained, nn.Module):
         generator = generator if seed is None else torch.Generator().manual_seed(seed)
         shape, y = to_draw(num, y, self.num_classes, generator)
         empty = torch.empty(*shape, *self.token_shape, dtype=self.data_dtype, device=self.device).flatten(0, -3)
-        guidance, classes = checked(guidance, y, self.num_classes), self.class_weights(y, len(empty))
+        classes, guidance = self.class_weights(y, len(empty)), checked(guidance, y, self.num_classes)
         z = temperature * self.to_prior(draw(torch.randn, empty, generator))
         images, log_probs = [], []
         for start in range(0, len(z), batch_size):
