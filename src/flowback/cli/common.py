@@ -68,7 +68,9 @@ def add_options(command: Parser, config: type, *skip: str) -> None:
     """The fields of a dataclass as options, with the types, defaults and descriptions that stand there."""
     descriptions = {each.arg_name: each.description for each in docstring_parser.parse(config.__doc__ or "").params}
     for field in (field for field in fields(config) if field.name not in skip):
-        kind = {"action": ActionYesNo(no_prefix="no-"), "nargs": "?"} if field.type is bool else {"type": field.type}
+        kind: dict[str, Any] = (
+            {"action": ActionYesNo(no_prefix="no-"), "nargs": "?"} if field.type is bool else {"type": field.type}
+        )
         name = f"--{field.name.replace('_', '-')}"
         command.add_argument(name, default=field.default, help=descriptions[field.name], **kind)
 
