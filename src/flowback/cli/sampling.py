@@ -5,13 +5,22 @@ import re
 import subprocess
 import sys
 import threading
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from jsonargparse import Namespace
 
-from flowback.cli.common import Verb, add_flow, add_options, chosen_labels, class_names, say
+from flowback.cli.common import (
+    add_flow,
+    add_options,
+    add_output,
+    chosen_labels,
+    class_names,
+    number_list,
+    read_options,
+    say,
+)
+from flowback.cli.parser import Verb
 from flowback.core.devices import pick_device
 from flowback.core.distributed import PeerLost, is_first
 from flowback.core.errors import InputError
@@ -26,26 +35,17 @@ STARTED = "FLOWBACK_STARTED_BY_SAMPLE"  # in the environment of processes whose 
 
 def add(verb: Verb) -> None:
     """Add these verbs to the command line."""
-    command = verb(
-        "sample",
-        _sample,
-        "Draw images from a trained flow. Writes a grid (.png), an .npz in the ADM evaluation format, or a folder of PNGs. "
-        "If interrupted, run the same command again to resume.",
-    )
+    command = verb("sample", _sample)
     add_flow(command)
-    command.add_argument("-o", "--output", type=str, default="samples.png", help="a .png or .npz file, or a folder")
+    add_output(command, "samples.png", "a .png or .npz file, or a folder")
     command.add_argument("--labels", type=str, default=None, help="classes by number or name, like 3,7 (default: all)")
     add_options(command, Request, "labels")
     command.add_argument("--method", type=str, default="auto", help=f"of decoding: auto, {', '.join(DECODERS)}")
     command.add_argument("--batch-size", type=int, default=64, help="images decoded at once; bounds the memory")
     command.add_argument("--processes", type=int, default=1, help="processes that share the cores, or the accelerators")
-    command.add_argument("--compile", action="store_true", help="compile decoding; pays for many images")
+    command.add_argument("--compile", type=bool, default=False, help="compile decoding; pays for many images")
 
-    command = verb(
-        "autotune",
-        _autotune,
-        "Measure which decoder is fastest for each block on this machine. Stored with the model, for sampling to use.",
-    )
+    command = verb("autotune", _autotune)
     add_flow(command)
     command.add_argument(
         "--rows", type=str, default=",".join(map(str, ROWS)), help="batch sizes; guided images count twice"
@@ -62,8 +62,7 @@ def _sample(options: Namespace) -> int:
     flow, _ = load_flow(options.run, options.weights, "cpu" if starts else device)
     names = class_names(options.run, flow)
     labels = chosen_labels(options.labels, names, flow) if options.labels else range(flow.num_classes)
-    chosen = {field.name: options[field.name] for field in fields(Request)}
-    request, output = Request(**{**chosen, "labels": tuple(labels) or (-1,)}), Path(options.output)
+    request, output = read_options(options, Request, labels=tuple(labels) or (-1,)), Path(options.output)
     if starts:
         checked_store(flow, request, output, options.method, options.batch_size).open()
         _start(options)
@@ -92,11 +91,8 @@ def _start(options: Namespace) -> None:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
     words += [f"--nproc-per-node={options.processes}", "-m", "--", "flowback", "sample", options.run]
     for name, value in vars(options).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words += [f"--{flag}"] if value else [f"--no-{flag}"] * (name == "denoise")
-        elif value is not None and name not in ("run", "processes"):
-            words.append(f"--{flag}={value}")
+        if value is not None and name not in ("run", "processes"):
+            words.append(f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}")
     threads = max(1, torch.get_num_threads() // options.processes)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), STARTED: "1"}
     pipe = subprocess.PIPE
@@ -127,11 +123,7 @@ def _end_with_input() -> None:
 
 def _autotune(options: Namespace) -> int:
     flow, _ = load_flow(options.run, options.weights, options.device)
-    try:
-        rows = [int(word) for word in options.rows.split(",")]
-    except ValueError as error:
-        raise InputError(f"rows must be whole numbers like 1,8,32, got {options.rows!r}") from error
-    folder = flow_folder(options.run)
+    rows, folder = number_list(options.rows, "rows"), flow_folder(options.run)
     autotune(flow.core, rows, report=say).save(folder)
     say(f"stored in {folder / FILE}")
     return 0
