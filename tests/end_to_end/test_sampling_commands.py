@@ -192,7 +192,7 @@ def test_killed_or_interrupted_nothing_goes_on_and_what_was_drawn_is_kept(run, t
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 1
     assert len(errors.strip().splitlines()) == 1
-    assert all(word in errors for word in ("flowback: ", "ended early", "-9", "again to resume"))
+    assert all(word in errors for word in ("flowback: ", "ended early", "signal 9", "again to resume"))
     assert not processes_of(output)
 
     process = start(run, output)
