@@ -488,7 +488,7 @@ def test_the_quickstart_ends_on_the_device(second, tmp_path):
         report = quickstart(config)
     assert counts.operations > 0
     assert second in report["machine"]
-    assert set(report["plain"]["accuracy"]) == {"single_gradient", "exact"}
+    assert {"single_gradient", "exact"} <= set(report["plain"]["accuracy"])
     assert (tmp_path / "report.html").is_file()
 
 

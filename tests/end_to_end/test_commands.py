@@ -17,6 +17,8 @@ from sklearn.datasets import load_digits
 from builders import SMALL_RUN
 from flowback.cli import main
 from flowback.quickstart import recipe
+from flowback.runs.checkpoint import load_flow
+from flowback.tasks.classify import classify
 
 FLOWBACK = [sys.executable, "-c", "from flowback.cli import main; raise SystemExit(main())"]
 
@@ -38,7 +40,8 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     for name in ("plain", "aligned"):
         figures = report[name]
-        assert set(figures["accuracy"]) == {"single_gradient", "exact"}
+        assert {"single_gradient", "shortlist_3", "exact"} <= set(figures["accuracy"])
+        assert (figures["held_out_images"], figures["noise_draws"]) == (359, 4)
         assert figures["steps"] == 2
         assert figures["seconds"] > 0
         assert np.isfinite([figures["nats_per_dim"], figures["bits_per_dim"]]).all()
@@ -46,8 +49,11 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys):
     assert report["aligned"]["strategy"] == "reverse"
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
-    assert page.count("data:image/png;base64,") == 5
-    assert page.count("data:image/svg+xml;base64,") == 3
+    assert page.count("data:image/png;base64,") == 7  # real images; and of each flow samples, guided ones, judged ones
+    assert page.count("data:image/svg+xml;base64,") == 4  # two of curves, and each flow's rules
+    assert (tmp_path / "overview.png").is_file()
+    flow, _ = load_flow(tmp_path / "aligned")
+    assert classify(flow, flow.sample(2)).shape == (2, 10)  # by shortlist_3, whose statistics the evaluation left
     printed = capsys.readouterr().out
     assert str(tmp_path / "report.html") in printed
     assert "exact" in printed
