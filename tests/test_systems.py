@@ -19,7 +19,7 @@ from flowback.core.errors import InputError
 from flowback.core.files import read_at
 from flowback.data import DataConfig, batches, load_data
 from flowback.data.cache import ArrayCache
-from flowback.data.datasets import MemorySplit
+from flowback.data.splits import MemorySplit
 from flowback.runs.checkpoint import _sync
 from flowback.runs.folder import _lock
 
@@ -103,7 +103,7 @@ HOLDER = """
         socket.gethostname = lambda: host
     if not int(exchange):
         platform.machine = lambda: "one without renameat2"
-    from flowback.training.run import _lock
+    from flowback.runs.folder import _lock
     with _lock(Path(run)):
         print("held", flush=True)
         time.sleep(100)

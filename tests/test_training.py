@@ -15,9 +15,10 @@ from flowback.core.errors import InputError
 from flowback.core.units import from_levels
 from flowback.data import DataConfig, ImageSet, load_data
 from flowback.data.batches import Raw
-from flowback.data.datasets import MemorySplit
+from flowback.data.splits import MemorySplit
 from flowback.flow.config import FlowConfig
 from flowback.flow.tarflow import TarFlow
+from flowback.latents import AutoencoderConfig
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import AlignmentConfig, RunConfig, TrainConfig
@@ -120,8 +121,8 @@ def test_shuffled_targets_are_those_of_another_image_the_same_in_all_steps(tmp_p
     for shuffled in (False, True):
         one = replace(plain, alignment=replace(plain.alignment, shuffled=shuffled))
         data = load_data(one.data)
-        flow = build_flow(one.flow, data)
-        inputs = Inputs(one, data, flow, make_alignment(one.alignment, flow), torch.device("cpu"))
+        flow = build_flow(one, data)
+        inputs = Inputs(one, data, flow, None, make_alignment(one.alignment, flow), torch.device("cpu"))
         for step, raw in enumerate(inputs.stream(0, 2)):
             order = raw[0].argsort()
             targets[shuffled, step] = inputs.prepare(raw, step).targets[order]
@@ -143,9 +144,8 @@ def test_finished_run_is_not_trained_further(whole):
 def test_rows_of_a_run_that_was_killed_are_dropped_on_resume(whole, tmp_path):
     run = tmp_path / "run"
     train(config(run, until=6))
-    log = MetricsLog(run, 6)
-    log.write(9, loss=123.0)
-    log.close()
+    with MetricsLog(run, 6) as log:
+        log.write(9, loss=123.0)
     train(config(run, resume=True))
     steps = [row["step"] for row in read_metrics(run / "metrics.csv") if "loss" in row]
     assert steps == [3, 6, 9, 12]
@@ -172,10 +172,10 @@ def test_interruption_saves_and_ends_after_the_step(tmp_path, monkeypatch, numbe
 
 def test_every_parameter_moves_and_ema_lags_behind(whole):
     start = tensors(whole)
-    flow = build_flow(config(whole).flow, load_data(DataConfig()))
+    flow = build_flow(config(whole), load_data(DataConfig()))
     names = dict(flow.named_parameters())
     torch.manual_seed(0)
-    fresh = build_flow(config(whole).flow, load_data(DataConfig())).state_dict()
+    fresh = build_flow(config(whole), load_data(DataConfig())).state_dict()
     assert [n for n in names if torch.equal(start[f"weights.flow.{n}"], fresh[n])] == []
     assert [n for n in names if torch.equal(start[f"weights.flow.{n}"], start[n])] == []
 
@@ -243,12 +243,12 @@ def test_impossible_alignment_is_refused_before_anything_is_written(tmp_path, at
 
 def test_flow_takes_the_facts_of_the_data_and_refuses_others():
     data = load_data(DataConfig())
-    flow = build_flow(FlowConfig(patch_size=2), data)
-    assert (flow.image_size, flow.channels, flow.levels, flow.num_classes) == (8, 1, 17, 10)
-    assert build_flow(FlowConfig(patch_size=2, num_classes=0), data).num_classes == 0
+    flow = build_flow(RunConfig(flow=FlowConfig(patch_size=2)), data)
+    assert (flow.image_size, flow.channels, flow.levels, flow.num_classes) == ((8, 8), 1, 17, 10)
+    assert build_flow(RunConfig(flow=FlowConfig(patch_size=2, num_classes=0)), data).num_classes == 0
     for options in ({"image_size": 16}, {"channels": 3}, {"levels": 256}, {"num_classes": 7}):
         with pytest.raises(InputError, match=f"flow.{next(iter(options))} is"):
-            build_flow(FlowConfig(patch_size=2, **options), data)
+            build_flow(RunConfig(flow=FlowConfig(patch_size=2, **options)), data)
 
 
 def test_unconditional_uniform_bfloat16_and_uncached_runs_train(tmp_path):
@@ -275,7 +275,7 @@ def test_labels_are_dropped_by_a_coin_for_each_image():
     split = MemorySplit(images, labels)
     data = ImageSet("stripes", split, split, [str(k) for k in range(10)], image_size=8, channels=1, levels=17)
     settings = TrainConfig(class_dropout=0.1, hflip=True, batch_size=4000)
-    inputs = Inputs(RunConfig(train=settings), data, flow, None, torch.device("cpu"))
+    inputs = Inputs(RunConfig(train=settings), data, flow, None, None, torch.device("cpu"))
     raw = Raw(torch.arange(4000), images, labels)
     batch = inputs.prepare(raw, step=7)
     assert 0.08 < float((batch.y == -1).float().mean()) < 0.12
@@ -359,32 +359,27 @@ def test_text_that_is_no_config_is_refused(text):
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SIDES = {"digits": 8, "fashion_mnist": 28}
-PUBLISHED = {"channels": 4, "downsample": 8, "scale": 0.18215, "shift": 0.0, "weights": "unknown"}  # of sd-vae-ft-ema
+SD_VAE = {"channels": 4, "downsample": 8, "scale": 0.18215, "shift": 0.0}  # as published
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_are_valid(file):
-    values = yaml.safe_load(file.read_text())
-    data, flow = DataConfig(**values["data"]), FlowConfig(**values["flow"])
-    options = {name: value for name, value in vars(flow).items() if value is not None}
-    options |= {} if flow.autoencoder is None else {f"latent_{name}": value for name, value in PUBLISHED.items()}
-    options |= {
-        "image_size": data.image_size or SIDES[data.name],
-        "num_classes": 10,
-        "log_scale_bound": flow.log_scale_bound,
-    }
+    recipe = RunConfig.from_yaml(file.read_text())
+    data, flow = recipe.data, recipe.flow
+    autoencoder = None if recipe.latents.autoencoder is None else AutoencoderConfig(name="", weights="", **SD_VAE)
+    side = data.image_size or SIDES[data.name]
+    images = ImageSet(data.name, None, None, [""] * 10, side, 3 if data.name == "imagenet" else 1, 256)
     with torch.device("meta"):
-        built = TarFlow(**options)
-    TrainConfig(**values["train"])
-    alignment = AlignmentConfig(**values.get("alignment", {}))
-    assert built.check_pairs(alignment.at) == [tuple(pair) for pair in alignment.at]
+        built = build_flow(recipe, images, autoencoder)
+    assert built.data_shape == ((4, side // 8, side // 8) if autoencoder else (images.channels, side, side))
+    assert flow.check_pairs(recipe.alignment.at) == [tuple(pair) for pair in recipe.alignment.at]
 
 
 def test_the_imagenet_recipes_have_the_papers_shapes():
     shapes = {}
     for file in (file for file in RECIPES if file.stem.startswith("imagenet")):
         values = yaml.safe_load(file.read_text())
-        f, side = values["flow"], values["data"]["image_size"] // (8 if "autoencoder" in values["flow"] else 1)
+        f, side = values["flow"], values["data"]["image_size"] // (8 if "latents" in values else 1)
         assert (f["width"], f["blocks"], f["layers"], f["head_dim"]) == (1024, 8, 8, 64)
         shapes[file.stem] = ((side // f["patch_size"]) ** 2, f["noise_std"])
     assert shapes == {"imagenet64": (256, 0.05), "imagenet256": (256, 0.2), "imagenet256_patch1": (1024, 0.2)}

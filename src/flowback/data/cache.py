@@ -24,7 +24,6 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -488,7 +487,7 @@ def _write(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file of a cache, which other processes may write at the same time."""
     try:
         with suppress(FileNotFoundError):  # another process found all shards complete and tidied up
-            write_whole(file, write, f".partial-{uuid4().hex}-")
+            write_whole(file, write)
     except OSError as error:
         raise InputError(
             f"{file} cannot be written ({error.strerror or error}); make room on the disk and run the command again, which "

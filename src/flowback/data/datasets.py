@@ -29,6 +29,7 @@ FASHION_CLASSES = [
     "bag",
     "ankle boot",
 ]
+OWN = "own"  # the name of what is given in Python
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 
 
@@ -227,7 +228,11 @@ def _on_disk(config: DataConfig, report: Report | None) -> ImageSet:
     )
 
 
-LOADERS = {"digits": _digits, "fashion_mnist": _fashion_mnist}
+def _own(config: DataConfig) -> ImageSet:
+    raise InputError(f"data.name is {OWN}: the images were given in Python; allowed is train(config, data=...)")
+
+
+LOADERS = {"digits": _digits, "fashion_mnist": _fashion_mnist, OWN: _own}
 SOURCES: dict[str, tuple[Callable[[str, Report | None], Source], str]] = {
     "folder": (FolderSource, "the tree of class/image files, or of train/class/image and val/class/image files"),
     "imagenet": (FolderSource, "the folder that holds train/class/image and val/class/image files"),

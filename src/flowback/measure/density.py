@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowback.core.devices import put
+from flowback.core.seeds import keyed_generator
 from flowback.core.units import bits_per_dim, from_levels, nats_per_dim, nats_to_bits
 from flowback.data import ImageSet
 from flowback.data.datasets import Split
@@ -30,7 +31,7 @@ def seen(flow: Flow, split: Split, indices: Sequence[int], levels: int, batch_si
 
     The images are where the flow is, the labels on the CPU.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = keyed_generator(0)  # independent of the noise that is added later
     parts = []
     for start in range(0, len(indices), batch_size):
         pixels, _ = split[indices[start : start + batch_size]]

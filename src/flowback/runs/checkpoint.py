@@ -10,7 +10,9 @@ Processes that hold slices each write theirs, `training-00001-of-00002.safetenso
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +23,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flowback.core.devices import pick_device
+from flowback.core.distributed import in_all, is_shard, unsharded
 from flowback.core.errors import InputError
-from flowback.core.files import file_hash
+from flowback.core.files import file_hash, read_json
 from flowback.latents import Flow, from_pretrained
 from flowback.runs import slices
-from flowback.core.distributed import in_all, is_shard, unsharded
 
 STEM = "training"
 CHECKSUMS = "checksums.json"
@@ -40,13 +42,26 @@ class State:
     seconds: float = 0.0  # of training, evaluation excluded
     skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
-    held_out_nats_per_dim: float | None = None  # as last measured
+    held_out_nats_per_dim: float | None = None  # as last measured; None where that was not finite
     measured_at: int = 0  # the step of that
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "State":
+        """What a checkpoint's state.json says.
+
+        Raises:
+            InputError: if it is missing, or says something else.
+        """
+        try:
+            return cls(**read_json(checkpoint / "state.json"))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{checkpoint} has no usable state.json of a run ({error})") from error
 
 
 def all_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    return sorted((run / "checkpoints").glob("step_*[0-9]"), reverse=True)
+    """The checkpoints of a run, newest first: of all folders there those that `save` named and finished."""
+    found = (folder for folder in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8}", folder.name))
+    return sorted((folder for folder in found if (folder / CHECKSUMS).is_file()), reverse=True)
 
 
 def newest(run: Path) -> Path | None:
@@ -57,7 +72,7 @@ def newest(run: Path) -> Path | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint on disk, a sentence; None if it is what was written."""
     try:
-        known = json.loads((checkpoint / CHECKSUMS).read_text())
+        known = read_json(checkpoint / CHECKSUMS)
         for name, checksum in known.items():
             if file_hash(checkpoint / name) != checksum:
                 return f"{checkpoint / name} is not what was written"
@@ -90,7 +105,7 @@ def save(
         trained: the modules whose raw parameters are trained, by name.
         optimizer: of exactly those parameters, in their order.
         keep: how many of the newest checkpoints to keep.
-        fabric: of the run.
+        fabric: the run's Fabric.
 
     Raises:
         InputError: if it cannot be written, to a full disk perhaps; the others are untouched.
@@ -106,7 +121,7 @@ def save(
             return {}
         shutil.rmtree(partial, ignore_errors=True)
         average.save_pretrained(partial)
-        (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+        (partial / "state.json").write_text(json.dumps(asdict(state), allow_nan=False) + "\n")
         return _synced(*partial.iterdir())
 
     def write() -> dict[str, str]:
@@ -137,7 +152,7 @@ def save(
         raise InputError(
             f"checkpoint {final} cannot be written ({error}); allowed is a disk with room; "
             + (f"{whole.name} is untouched, go on from it with --train.resume" if whole else "there is none before it")
-        ) from None
+        ) from error
     if fabric.is_global_zero:
         for old in set(all_of(run)[keep:]) - {_best(run)}:
             shutil.rmtree(old, ignore_errors=True)  # another process may be reading it
@@ -159,11 +174,12 @@ def _best(run: Path) -> Path | None:
     measured = []
     for folder in all_of(run):
         try:
-            state = State(**json.loads((folder / "state.json").read_text()))
+            state = State.read(folder)
         except (OSError, ValueError, TypeError):
             continue
-        if state.held_out_nats_per_dim is not None and state.measured_at == state.step:
-            measured.append((state.held_out_nats_per_dim, folder))
+        nats = state.held_out_nats_per_dim
+        if nats is not None and math.isfinite(nats) and state.measured_at == state.step:
+            measured.append((nats, folder))
     return min(measured)[1] if measured else None
 
 
@@ -206,9 +222,9 @@ def load(checkpoint: Path, average: Flow, trained: dict[str, nn.Module], optimiz
             keys = [key for key in reader.slices if key.startswith(prefix)]
             optimizer.state[parameter] = {key.removeprefix(prefix): _like(parameter, reader, key) for key in keys}
             unknown -= {f"weights.{name}", *keys}
-        state = State(**json.loads((checkpoint / "state.json").read_text()))
+        state = State.read(checkpoint)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"checkpoint {checkpoint} cannot be read back ({error})") from None
+        raise InputError(f"checkpoint {checkpoint} cannot be read back ({error})") from error
     if unknown:
         raise InputError(f"checkpoint {checkpoint} has a tensor {min(unknown)} that this run does not know")
     return state
@@ -238,15 +254,14 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
     if weights == "raw":
         try:
             reader = slices.Reader(Path(source), STEM)
-        except OSError:
-            raise InputError(f"{source} has no raw weights; allowed here: ema") from None
-        except SafetensorError as error:
-            raise InputError(f"{source} has raw weights that cannot be read ({error}); allowed here: ema") from None
-        try:
             for name, parameter in flow.core.named_parameters():
                 reader.fill(f"weights.flow.{name}", parameter)
+        except OSError as error:
+            raise InputError(f"{source} has no raw weights; allowed here: ema") from error
+        except SafetensorError as error:
+            raise InputError(f"{source} has raw weights that cannot be read ({error}); allowed here: ema") from error
         except (KeyError, ValueError) as error:
-            raise InputError(f"{source} has raw weights of another flow ({error}); allowed here: ema") from None
+            raise InputError(f"{source} has raw weights of another flow ({error}); allowed here: ema") from error
     name = source.name if isinstance(source, Path) else str(source)
     return flow.to(where), f"{weights} weights of {name}"
 

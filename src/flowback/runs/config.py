@@ -1,19 +1,22 @@
 """A run's configuration: one dataclass a section, from which the YAML, `--help` and the checks are made."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from flowback.alignment.alignment import PROJECTORS
 from flowback.alignment.gradients import GRADIENTS, STRATEGIES
-from flowback.data import DataConfig
 from flowback.core.errors import InputError
+from flowback.data import DataConfig
 from flowback.flow.config import FlowConfig
 from flowback.latents.autoencoder import POSTERIORS
 
+READ_YAML: Callable[[str], Any] = get_loader("yaml")
 PRECISIONS = ("32-true", "bf16-mixed")
 SHARING = ("ddp", "fsdp")
 
@@ -63,11 +66,9 @@ class AlignmentConfig:
             raise InputError(f"alignment.gradient is {self.gradient!r}; allowed: {', '.join(GRADIENTS)}, or a number")
         if any(len(pair) != 2 for pair in self.at):
             raise InputError(f"alignment.at is {self.at}; allowed are pairs of block and layer, like [[3, 2], [4, 2]]")
-        if self.encoder_precision not in PRECISIONS:
-            allowed = ", ".join(PRECISIONS)
-            raise InputError(f"alignment.encoder_precision is {self.encoder_precision!r}; allowed: {allowed}")
-        if self.projector not in PROJECTORS:
-            raise InputError(f"alignment.projector is {self.projector!r}; allowed: {', '.join(PROJECTORS)}")
+        for name, allowed in (("encoder_precision", PRECISIONS), ("projector", PROJECTORS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"alignment.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.until is not None and self.until < 1:
             raise InputError(f"alignment.until is {self.until}; allowed is a whole number of at least 1, or null")
         if self.shuffled and not self.cache:
@@ -177,7 +178,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"train.{name} is {value}; allowed is a whole number of at least {minimum}")
-        for name, most in (("seed", 2**63 - 1), ("batch_size", 2**20)):
+        for name, most in (("seed", 2**63 - 1), ("batch_size", 2**20), ("steps", 10**8 - 1)):
             if getattr(self, name) > most:
                 raise InputError(f"train.{name} is {getattr(self, name)}; allowed is at most {most}")
         if not 0 < self.lr < float("inf"):
@@ -193,10 +194,9 @@ class TrainConfig:
                 raise InputError(f"train.{name} is {value}; allowed is a number from 0 to 1, 1 excluded")
         if not 0 <= self.class_dropout <= 1:
             raise InputError(f"train.class_dropout is {self.class_dropout}; allowed is a share from 0 to 1")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"train.precision is {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
-        if self.strategy not in SHARING:
-            raise InputError(f"train.strategy is {self.strategy!r}; allowed: {', '.join(SHARING)}")
+        for name, allowed in (("precision", PRECISIONS), ("strategy", SHARING)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"train.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,12 +233,12 @@ class RunConfig:
         """The configuration in a run's config.yaml.
 
         Raises:
-            InputError: if the file does not hold a whole one.
+            InputError: if the file does not hold one.
         """
         try:
             return cls.from_yaml(file.read_text("utf-8"))
         except (InputError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be used: {error}") from None
+            raise InputError(f"{file} cannot be used: {error}") from error
 
     @classmethod
     def from_yaml(cls, text: str) -> "RunConfig":
@@ -247,22 +247,16 @@ class RunConfig:
         Raises:
             InputError: if the text is not a configuration.
         """
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls)
         try:
-            values = of_earlier_versions(yaml.safe_load(text))
-            if "betas" in values["train"]:
-                values["train"]["betas"] = tuple(values["train"]["betas"])
-            return cls(**{k: SECTIONS[k](**v) if k in SECTIONS else v for k, v in values.items()})
-        except (yaml.YAMLError, TypeError, KeyError, RecursionError) as error:
-            raise InputError(f"this is not the configuration of a run ({error})") from None
+            return cls(**vars(parser.instantiate(parser.parse_object(load_yaml(text)))))
+        except InputError:
+            raise
+        except (yaml.YAMLError, ArgumentError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"this is not the configuration of a run ({error})") from error
 
 
-SECTIONS: dict[str, type] = {
-    "data": DataConfig,
-    "flow": FlowConfig,
-    "latents": LatentConfig,
-    "alignment": AlignmentConfig,
-    "train": TrainConfig,
-}
 RENAMED = {  # options of version 0.1.0, by dotted names; None for what is gone
     "train.clip": "train.grad_clip",
     "train.accumulate": "train.grad_accum_steps",
@@ -288,6 +282,11 @@ def of_earlier_versions(values: Any) -> Any:
                 section, name = new.split(".")
                 values.setdefault(section, {})[name] = value
     return values
+
+
+def load_yaml(text: str) -> Any:
+    """A YAML text as jsonargparse reads it (1e-3 is a number), with the names that options have today."""
+    return of_earlier_versions(READ_YAML(text))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,15 +5,16 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import yaml
 from filelock import AcquireReturnProxy, MarkerSoftFileLock, Timeout, UnixFileLock, WindowsFileLock
 
+from flowback.core.console import console
 from flowback.core.errors import InputError
+from flowback.core.files import write_whole
 from flowback.runs import checkpoint
 from flowback.runs.config import RunConfig, flat
-from flowback.core.console import console
 
 # what may change when a run goes on
 FREE = {"run", "data.workers", "data.path", "data.unreadable"}
@@ -52,8 +53,9 @@ def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Itera
             _refuse_other(config)
             yield _newest_whole(run)
             return
-        (run / "config.yaml").write_text(config.to_yaml())
-        (run / "classes.json").write_text(json.dumps(classes) + "\n")
+        again = replace(config, train=replace(config.train, resume=False, until=None))  # as it is run to its end
+        write_whole(run / "classes.json", lambda file: file.write_text(json.dumps(classes) + "\n", "utf-8"))
+        write_whole(run / "config.yaml", lambda file: file.write_text(again.to_yaml(), "utf-8"))
         yield None
 
 
@@ -71,10 +73,10 @@ def _lock(run: Path) -> AcquireReturnProxy:
             if error.errno not in NO_LOCKS:  # where there are locks, a marker would not be seen by those who hold them
                 raise
         return _mark(run / ".lock.process")
-    except Timeout:
-        raise InputError(f"another process trains in {run}; allowed is one at a time, or another --run") from None
+    except Timeout as error:
+        raise InputError(f"another process trains in {run}; allowed is one at a time, or another --run") from error
     except OSError as error:
-        raise InputError(f"{run} cannot be locked ({error.strerror}); allowed is a folder to write in") from None
+        raise InputError(f"{run} cannot be locked ({error.strerror}); allowed is a folder to write in") from error
 
 
 def _mark(file: Path) -> AcquireReturnProxy:
@@ -86,18 +88,18 @@ def _mark(file: Path) -> AcquireReturnProxy:
     marker = MarkerSoftFileLock(file)
     try:
         return marker.acquire(timeout=0)
-    except Timeout:
+    except Timeout as error:
         owner = marker.owner
         who = f"process {owner.pid} on {owner.hostname}" if owner else "a process"
         raise InputError(
             f"{file} says that {who} trains here; allowed is one at a time, another --run, or to delete that file if the "
             "process is gone"
-        ) from None
+        ) from error
 
 
 def _refuse_other(config: RunConfig) -> None:
-    begun = RunConfig.read(config.folder / "config.yaml")  # options that came later have their defaults
-    before, now = (flat(yaml.safe_load(c.to_yaml())) for c in (begun, config))
+    begun = RunConfig.read(config.folder / "config.yaml")  # old names are today's, options that came later have defaults
+    before, now = (flat(asdict(c)) for c in (begun, config))
     for name in now:
         if name not in FREE and before.get(name) != now[name]:
             raise InputError(

@@ -3,14 +3,13 @@
 import csv
 import logging
 import os
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from flowback.core.console import console
+from flowback.core.files import write_whole
 
 COLUMNS = [
     "step",
@@ -31,7 +30,7 @@ COLUMNS = [
 
 
 class MetricsLog:
-    """Rows of numbers by step, in metrics.csv and as TensorBoard events.
+    """Rows of numbers by step, in metrics.csv and as TensorBoard events. What cannot be written does not end a run.
 
     Args:
         run: the run's folder.
@@ -43,33 +42,52 @@ class MetricsLog:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = run / "metrics.csv"
+        self.file, self.fails, self.events = run / "metrics.csv", False, None
         kept = [row for row in read_metrics(self.file) if row["step"] <= step] if self.file.exists() and step else []
-        with self.file.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        self.events = SummaryWriter(str(run / "events"), purge_step=step + 1)
+        with self._or_without():
+            write_whole(self.file, lambda file: _write_rows(file, "w", kept))
+            self.events = SummaryWriter(str(run / "events"), purge_step=step + 1)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._or_without():
+            if self.events is not None:
+                self.events.close()
 
     def write(self, step: int, **values: float) -> None:
         """Append one row."""
-        with self.file.open("a", newline="") as stream:
-            csv.DictWriter(stream, COLUMNS).writerow({"step": step, **values})
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        with self._or_without():
+            _write_rows(self.file, "a", [{"step": step, **values}])
+            for name, value in values.items() if self.events is not None else ():
+                self.events.add_scalar(name, value, step)
 
-    def image(self, step: int, name: str, grid: Any) -> None:
-        """Add a picture `[3, H, W]` in [0, 1] to the events."""
-        self.events.add_image(name, grid, step)
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        """What fails in here is said once."""
+        try:
+            yield
+        except OSError as error:
+            if not self.fails:
+                sentence = f"the log in {self.file.parent} cannot be written ({error}); training continues"
+                console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+            self.fails = True
 
-    def close(self) -> None:
-        """Flush what is not on disk yet."""
-        self.events.close()
+
+def _write_rows(file: Path, mode: str, rows: list[dict[str, float]]) -> None:
+    with file.open(mode, newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        if mode == "w":
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, as numbers; empty fields are left out."""
-    with file.open(newline="") as stream:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(stream)]
-
-
+    """The rows of a metrics.csv, as numbers; empty fields are left out, and lines that were not written to their end."""
+    rows: list[dict[str, float]] = []
+    lines = file.read_text("utf-8", errors="replace").splitlines(keepends=True)
+    for row in csv.DictReader(line for line in lines if line.endswith("\n")):
+        with suppress(ValueError, TypeError):
+            rows.append({name: float(value) for name, value in row.items() if value})
+    return [row for row in rows if "step" in row]

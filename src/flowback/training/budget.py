@@ -54,14 +54,11 @@ class Device:
     utilization: float = 0.4
 
     def __post_init__(self) -> None:
-        for name, value, most in (
-            ("device-tflops", self.tflops, math.inf),
-            ("device-gb", self.gigabytes, math.inf),
-            ("utilization", self.utilization, 1.0),
-        ):
-            if not 0 < value <= most or math.isinf(value):
-                allowed = "a number above 0" if math.isinf(most) else "a share above 0, at most 1"
-                raise InputError(f"--{name} is {value}; allowed is {allowed}")
+        for name in ("tflops", "gigabytes"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number above 0, got {getattr(self, name)}")
+        if not 0 < self.utilization <= 1:
+            raise InputError(f"utilization must be above 0 and at most 1, got {self.utilization}")
 
 
 @dataclass(frozen=True)
@@ -131,8 +128,9 @@ class Budget:
 def plan(config: RunConfig, device: Device | None = None) -> Budget:
     """What a recipe takes, on 1, 8 and 64 devices.
 
-    A device takes its share of the batch in as many pieces (`train.grad_accum_steps`, doubled) as its memory asks for. Where
-    `data.path` of imagenet is not given, or an autoencoder of `AUTOENCODERS` not read, what is published of them is taken.
+    A device takes its share of the batch in as many pieces (`train.grad_accum_steps`, doubled) as its memory asks for.
+    Where `data.path` of imagenet is not given, or an autoencoder of `AUTOENCODERS` not read, what is published of them is
+    taken.
 
     Raises:
         InputError: if the configuration or the data is not usable.

@@ -1,32 +1,114 @@
-"""The flow and the alignment that a configuration describes."""
+"""The flow and the alignment that a configuration describes, and what a caller gives in place of what it names."""
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from hashlib import sha256
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from flowback.alignment import Alignment
 from flowback.core.errors import InputError
 from flowback.core.units import as_size
-from flowback.data import ImageSet
-from flowback.encoders import load_encoder
+from flowback.data import DataConfig, ImageSet, Split
+from flowback.data.datasets import OWN
+from flowback.data.splits import MemorySplit
+from flowback.encoders import Encoder, load_encoder
 from flowback.flow.tarflow import TarFlow
-from flowback.latents import Autoencoder, AutoencoderConfig, load_autoencoder
+from flowback.latents import Autoencoder, AutoencoderConfig, Flow, LatentFlow, load_autoencoder
 from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig
 
 
-def build_flow(config: RunConfig, data: ImageSet, autoencoder: AutoencoderConfig | None = None) -> TarFlow:
+def settle(config: RunConfig, data: Any = None, encoder: Encoder | None = None, flow: Flow | None = None) -> RunConfig:
+    """The configuration of a run that is given its own data, encoder or flow: it says so, and has the flow's options.
+
+    Raises:
+        InputError: if the configuration sets something else.
+    """
+    if data is not None:
+        own = DataConfig(name=OWN, workers=config.data.workers, unreadable=config.data.unreadable)
+        config = replace(config, run=str(config.folder), data=own)
+    if encoder is not None:
+        a, known = config.alignment, fingerprint(encoder)
+        if a.strategy == "none":
+            raise InputError("alignment.strategy is 'none'; allowed with an encoder: forward, detach, reverse")
+        cache = a.cache and known is not None
+        config = replace(config, alignment=replace(a, encoder=OWN, encoder_weights=known, cache=cache))
+    if flow is not None:
+        has = replace(flow.core.config, levels=config.flow.levels)  # which are the data's
+        _refuse_contradiction("flow", config.flow, has)
+        config = replace(config, flow=has)
+    if isinstance(flow, LatentFlow):
+        a = flow.autoencoder.config
+        has = replace(config.latents, autoencoder=a.name, posterior=a.posterior)
+        _refuse_contradiction("latents", config.latents, has)
+        config = replace(config, latents=has)
+    return config
+
+
+def _refuse_contradiction(section: str, wanted: Any, has: Any) -> None:
+    """Whether all options that are set, and so not their defaults, are what the given flow has."""
+    for field in fields(wanted):
+        value, own = getattr(wanted, field.name), getattr(has, field.name)
+        if value not in (field.default, own):
+            raise InputError(f"{section}.{field.name} is {value!r}; allowed for this flow: {own!r}")
+
+
+def fingerprint(encoder: Encoder) -> str | None:
+    """A hash of an encoder's structure and tensors; None if it has no tensors, so that nothing tells it from others."""
+    tensors = encoder.state_dict() if isinstance(encoder, nn.Module) else {}
+    digest = sha256(re.sub("0x[0-9a-f]+", "", repr(encoder)).encode())  # without addresses
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16] if tensors else None
+
+
+def as_image_set(data: Any) -> ImageSet:
+    """A data set of one's own: what it does not say is read off its images.
+
+    Args:
+        data: an `ImageSet`; or anything with `train` and `held_out`, each a `Split` or a pair of images (uint8
+            `[n, C, H, W]`) and labels `[n]`, and, if it likes, `name`, `classes` and `levels`.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if isinstance(data, ImageSet):
+        return data
+    try:
+        train, held_out = (s if isinstance(s, Split) else MemorySplit(*s) for s in (data.train, data.held_out))
+        images, labels = train[[0]][0], torch.cat([train.labels, held_out.labels])
+        (_, channels, *size), count = images.shape, int(labels.max()) + 1
+        classes = [str(name) for name in getattr(data, "classes", range(count))]
+        if images.dtype != torch.uint8 or len(size) != 2 or count > len(classes):
+            raise TypeError(f"{images.dtype} {list(images.shape)}, {count} labels, {len(classes)} classes")
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"the data set cannot be used ({error}); allowed is an ImageSet, or an object with train and held_out, each a "
+            "Split or a pair of images, uint8 [n, C, H, W], and labels [n]"
+        ) from error
+    name, levels = getattr(data, "name", type(data).__name__), getattr(data, "levels", 256)
+    return ImageSet(name, train, held_out, classes, as_size(size, "the size"), channels, levels)
+
+
+def build_flow(
+    config: RunConfig, data: ImageSet, autoencoder: AutoencoderConfig | None = None, start: Flow | None = None
+) -> TarFlow:
     """The flow for a data set: what the recipe leaves open comes from the data; what it sets must agree.
 
     Args:
         config: of the run.
         data: its images.
         autoencoder: what is known of the one in whose latents the flow works; None for pixels.
+        start: a flow of the same configuration whose weights to begin with; None for random ones.
 
     Raises:
         InputError: if the recipe's image size, channels or levels are not the data's, or the autoencoder's.
     """
-    flow, size, of = config.flow, data.image_size, f"the data set {data.name}"
+    flow, size, of = config.flow, as_size(data.image_size, "the size"), f"the data set {data.name}"
     facts: dict[str, Any] = {"image_size": size, "channels": data.channels, "levels": data.levels}
     if autoencoder is not None:
         if autoencoder.image_channels != data.channels:
@@ -43,7 +125,10 @@ def build_flow(config: RunConfig, data: ImageSet, autoencoder: AutoencoderConfig
     classes = len(data.classes) if flow.num_classes is None else flow.num_classes
     if classes not in (0, len(data.classes)):
         raise InputError(f"flow.num_classes is {classes}; allowed here: {len(data.classes)}, or 0 for no classes")
-    return TarFlow(replace(flow, num_classes=classes, **facts))
+    built = TarFlow(replace(flow, num_classes=classes, **facts))
+    if start is not None:
+        built.load_state_dict(start.core.state_dict())
+    return built
 
 
 def make_autoencoder(config: LatentConfig) -> Autoencoder | None:
@@ -51,11 +136,19 @@ def make_autoencoder(config: LatentConfig) -> Autoencoder | None:
     return None if config.autoencoder is None else load_autoencoder(config.autoencoder, config.posterior)
 
 
-def make_alignment(config: AlignmentConfig, flow: TarFlow) -> Alignment:
-    """The alignment that a configuration describes. An encoder of random weights has the same ones in every run."""
+def make_alignment(config: AlignmentConfig, flow: TarFlow, encoder: Encoder | None = None) -> Alignment:
+    """The alignment that a configuration describes, with the encoder that it names, or with a given one.
+
+    An encoder of random weights has the same ones in every run.
+
+    Raises:
+        InputError: if the encoder was given to `train` and is not now.
+    """
+    if encoder is None and config.encoder == OWN:
+        raise InputError(f"alignment.encoder is {OWN}: it was given in Python; allowed is train(config, encoder=...)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)
+        encoder = encoder or load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)
     where = config.at, config.strategy, config.gradient
     projector = config.projector_width, config.projector, config.spatial_norm
     return Alignment(flow, encoder, *where, config.weight, *projector)

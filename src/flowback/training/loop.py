@@ -1,9 +1,10 @@
 """The training loop, from top to bottom."""
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from flowback.core.errors import InputError
 from flowback.core.units import LOG_2PI, nll_per_dim
 from flowback.data import ImageSet, load_data
 from flowback.data.pictures import save_grid
+from flowback.encoders import Encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, Flow, LatentFlow
 from flowback.measure.density import density, seen
@@ -30,8 +32,8 @@ from flowback.runs.log import MetricsLog
 from flowback.tasks.classify import accuracies
 from flowback.tasks.sampling import class_grid
 from flowback.training.apply import checkpoint_layers, compile_blocks
-from flowback.training.build import build_flow, make_alignment, make_autoencoder
-from flowback.training.inputs import Inputs
+from flowback.training.build import as_image_set, build_flow, make_alignment, make_autoencoder, settle
+from flowback.training.inputs import Batch, Inputs
 from flowback.training.optim import GuardedStep, learning_rate, update_ema
 from flowback.training.parallel import check_batch, launch, peers
 
@@ -97,25 +99,33 @@ class Likelihood(nn.Module):
         return nll, {"nll": nll.detach()}
 
 
-def train(config: RunConfig) -> RunResult:
+def train(
+    config: RunConfig, data: ImageSet | Any = None, encoder: Encoder | None = None, flow: Flow | None = None
+) -> RunResult:
     """Train a flow as `config` says; the run's folder gets configuration, checkpoints, metrics and sample grids.
+
+    Args:
+        config: of the run.
+        data: images to use in place of `config.data`, of which only `workers` and `unreadable` then apply: an `ImageSet`,
+            or what `as_image_set` makes one of.
+        encoder: to align with in place of the one that `config.alignment` names. Its features are cached if it is a module
+            with tensors, by which the cache knows it.
+        flow: a flow to copy and train further; `config.flow` becomes its configuration. With a `LatentFlow` comes its
+            autoencoder.
 
     Raises:
         InputError: if the configuration, the data or the run's folder is not usable, or the loss stays not finite.
         PeerLost: if another process of the run is gone.
     """
-    c, run = config.train, config.folder
+    config = settle(config, data, encoder, flow)
+    c = config.train
     check_batch(c)
     pick_device(c.accelerator)
-    data = load_data(config.data)
+    data = load_data(config.data) if data is None else as_image_set(data)
     torch.manual_seed(c.seed)
-    autoencoder = make_autoencoder(config.latents)
-    flow = build_flow(config, data, autoencoder and autoencoder.config)
-    alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow)
-    objective: nn.Module = alignment or Likelihood(flow)
-    trained: dict[str, nn.Module] = {"flow": flow}
-    if alignment is not None:
-        trained["projector"] = alignment.projector
+    autoencoder = flow.autoencoder if isinstance(flow, LatentFlow) else make_autoencoder(config.latents)
+    trained_flow = build_flow(config, data, autoencoder and autoencoder.config, start=flow)
+    alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, trained_flow, encoder)
     # nothing is written before everything that was asked for exists
     with deterministic(c.deterministic), open_run(config, data.classes, first=is_first()) as found:
         fabric = launch(c)
@@ -124,64 +134,54 @@ def train(config: RunConfig) -> RunResult:
             resume_from = fabric.broadcast(found)
             with fabric.rank_zero_first():  # which makes the caches that are missing
                 share = (fabric.global_rank, fabric.world_size)
-                inputs = Inputs(config, data, flow, autoencoder, alignment, fabric.device, share)
+                inputs = Inputs(config, data, trained_flow, autoencoder, alignment, fabric.device, share)
             if fabric.is_global_zero:
-                console.print(describe(config, flow, data, autoencoder, fabric.world_size), highlight=False, soft_wrap=True)
-            core = deepcopy(flow).to(fabric.device).requires_grad_(False).eval()
+                said = describe(config, trained_flow, data, autoencoder, fabric.world_size)
+                console.print(said, highlight=False, soft_wrap=True)
+            core = deepcopy(trained_flow).to(fabric.device).requires_grad_(False).eval()
             average = core if autoencoder is None else LatentFlow(core, autoencoder)
-            state = _take_steps(config, inputs, objective, trained, average, fabric, resume_from)
-    return RunResult(run, average, data, state, interrupted=state.step < c.steps)
+            state = _take_steps(config, inputs, average, fabric, resume_from)
+    return RunResult(config.folder, average, data, state, interrupted=state.step < c.steps)
 
 
-def _take_steps(
-    config: RunConfig,
-    inputs: Inputs,
-    objective: nn.Module,
-    trained: dict[str, nn.Module],
-    average: Flow,
-    fabric: Any,
-    resume_from: Path | None,
-) -> State:
+def _take_steps(config: RunConfig, inputs: Inputs, average: Flow, fabric: Any, resume_from: Path | None) -> State:
     """Train from the first step, or from a checkpoint, to the last."""
-    c, run, flow, data = config.train, config.folder, inputs.flow, inputs.data
+    c, run, flow, alignment, writes = config.train, config.folder, inputs.flow, inputs.alignment, fabric.is_global_zero
     if c.checkpoint_activations:
         checkpoint_layers(flow)
     if c.compile:
         compile_blocks(flow)
-    model = fabric.setup_module(objective)
+    model = fabric.setup_module(alignment or Likelihood(flow))
     shard_like(average.core, flow)
+    trained: dict[str, nn.Module] = {"flow": flow}
+    if alignment is not None:
+        trained["projector"] = alignment.projector
     parameters = [p for module in trained.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True)
     optimizer = fabric.setup_optimizers(optimizer)
-    state, writes = State(), fabric.is_global_zero
+    state = State()
     if resume_from is not None:
         state = checkpoint.load(resume_from, average, trained, optimizer.optimizer)
+        if writes:
+            console.print(f"resumed from step {state.step}", highlight=False)
     step, tally = GuardedStep(optimizer.optimizer, c.grad_clip), Tally(state, fabric.device)
-    if resume_from is not None and writes:
-        console.print(f"resumed from step {state.step}", highlight=False)
-    log = MetricsLog(run, state.step) if writes else None
     stop = min(c.steps, c.until or c.steps)
     last_log, last_seconds, waited = state.step, state.seconds, 0.0
 
-    with _interruptible() as interrupted, Bar(str(run), c.steps, state.step, shown=writes) as bar:
+    with (
+        _interruptible() as interrupted,
+        Bar(str(run), c.steps, state.step, shown=writes) as bar,
+        MetricsLog(run, state.step) if writes else nullcontext() as log,
+    ):
         ready = time.perf_counter()
         for raw in inputs.stream(state.step, stop):
-            if inputs.alignment is not None and config.alignment.until is not None:
-                inputs.alignment.active = state.step < config.alignment.until
+            if alignment is not None and config.alignment.until is not None:
+                alignment.active = state.step < config.alignment.until
             batch = inputs.prepare(raw, state.step)
             waited += time.perf_counter() - ready
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, c.lr, c.warmup, c.steps)
-            aligned = inputs.alignment is not None and inputs.alignment.active
-            names = ("loss", "nll", "align") if aligned else ("loss", "nll")
-            values = dict.fromkeys(names, torch.zeros((), device=fabric.device))
-            for i, piece in enumerate(batch.split(c.grad_accum_steps), start=1):
-                with fabric.no_backward_sync(model, enabled=i < c.grad_accum_steps):
-                    with autocast(fabric.device, c.precision):
-                        loss, parts = model(piece.x, piece.y, targets=piece.targets)
-                    fabric.backward(loss / c.grad_accum_steps)
-                found = {"loss": loss.detach(), **parts}
-                values = {name: value + found[name] / c.grad_accum_steps for name, value in values.items()}
+            values = _add_gradients(model, batch.split(c.grad_accum_steps), c.precision, fabric)
             norm, skipped = step()
             state.step += 1
             update_ema(average.core.parameters(), flow.parameters(), c.ema, state.step)
@@ -209,27 +209,39 @@ def _take_steps(
                     log.write(state.step, seconds=state.seconds, skipped=state.skipped, **row)
                 bar.update(state.step, _status(row))
                 last_log, last_seconds, waited = state.step, state.seconds, 0.0
-            if evaluates:
+            if evaluates or samples:
                 with unsharded(average.core), autocast(fabric.device, c.precision):
-                    measured = _evaluate(average, data, c.eval_images) if writes else {}
-                if log is not None:
-                    state.held_out_nats_per_dim, state.measured_at = measured["held_out_nats_per_dim"], state.step
-                    log.write(state.step, seconds=state.seconds, **measured)
-            if samples:
-                with unsharded(average.core), autocast(fabric.device, c.precision):
-                    grid = class_grid(average, per_class=8, seed=c.seed) if writes else None
-                if grid is not None:
-                    save_grid(grid, run / "samples" / f"step_{state.step:08d}.png", columns=8)
+                    if evaluates and log is not None:
+                        measured = _evaluate(average, inputs.data, c.eval_images)
+                        nats = measured["held_out_nats_per_dim"]
+                        state.held_out_nats_per_dim = nats if math.isfinite(nats) else None
+                        state.measured_at = state.step
+                        log.write(state.step, seconds=state.seconds, **measured)
+                    if samples and log is not None:
+                        grid = class_grid(average, per_class=8, seed=c.seed)
+                        save_grid(grid, run / "samples" / f"step_{state.step:08d}.png", columns=8)
             if saves:
                 checkpoint.save(run, state, average, trained, optimizer.optimizer, c.keep, fabric)
             if ending:
                 break
             ready = time.perf_counter()
-    if log is not None:
-        log.close()
     unshard(average.core)
     fabric.barrier()
     return state
+
+
+def _add_gradients(model: nn.Module, pieces: list[Batch], precision: str, fabric: Any) -> dict[str, Tensor]:
+    """Add up the gradients of a batch, piece by piece; returns the loss and its parts, averaged over the pieces."""
+    values: dict[str, Any] = {}
+    for i, piece in enumerate(pieces, start=1):
+        with fabric.no_backward_sync(model, enabled=i < len(pieces)):
+            with autocast(fabric.device, precision):
+                loss, parts = model(piece.x, piece.y, targets=piece.targets)
+            fabric.backward(loss / len(pieces))
+        found = {"loss": loss.detach(), **parts}
+        for name in (name for name in ("loss", "nll", "align") if name in found):
+            values[name] = values.get(name, 0) + found[name] / len(pieces)
+    return values
 
 
 def describe(

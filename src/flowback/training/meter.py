@@ -2,6 +2,9 @@
 
 Under `FakeTensorMode` tensors have shapes and no content, so that the step of any model can be counted in seconds on any
 machine, by the code that trains it.
+
+The formulas are PyTorch's. Its counters, `FlopCounterMode` and `MemTracker`, are not used: both hook the gradients of all
+modules, which raises an error as soon as a step calls `torch.autograd.grad`, as the alignment does.
 """
 
 import weakref
