@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from flowback.core.distributed import PeerLost
 from flowback.core.units import to_uint8
 from flowback.latents.autoencoder import load_autoencoder
 from flowback.tasks.refinement import best_of, refine
-from flowback.tasks.sampling import Request, class_grid, draw, noise, sample_to_disk
+from flowback.tasks.sampling import Request, checked_store, class_grid, draw, noise, sample_to_disk
 
 OPTIONS = {"image_size": 4, "patch_size": 2, "blocks": 2, "layers": 1, "noise_std": 0.1}
 
@@ -271,45 +271,39 @@ def test_processes_of_torchrun_draw_what_one_draws(flow, request_, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["flow", "one.npz", "two.npz"]
 
 
+@contextmanager
+def as_process(monkeypatch, rank, world, barrier):
+    """This process is one of several, of which nobody else is there."""
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda: rank)
+        patch.setattr(torch.distributed, "get_world_size", lambda: world)
+        patch.setattr(torch.distributed, "barrier", barrier)
+        yield
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_each_process_draws_its_share_and_waits_for_the_others(flow, request_, world, monkeypatch, drawn, tmp_path):
-    """The last process first, one after the other, with a barrier that only counts."""
-    met, request = [], replace(request_, num=19)  # five parts
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: met.append(1))
-    monkeypatch.setenv("RANK", "as torchrun says")
-    monkeypatch.setattr(flowback.tasks.sampling.Store, "missing", lambda store: list(store.parts))
+    request, output, met = replace(request_, num=19), tmp_path / "a.npz", []  # five parts
+    checked_store(flow, request, output).open()
     for rank in reversed(range(world)):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         drawn.clear()
-        if rank:  # the store has been opened by the first one
-            (tmp_path / "images" / ".flowback").mkdir(parents=True, exist_ok=True)
-        else:
-            flowback.tasks.sampling.Store(tmp_path / "images", request, flow)
-            (tmp_path / "images" / ".flowback" / "request.json").write_text(as_stored(flow, request))
-        notes = sample_to_disk(flow, request, tmp_path / "images")
+        with as_process(monkeypatch, rank, world, lambda: met.append(drawn.copy())):
+            notes = sample_to_disk(flow, request, output, batch_size=4)
         assert drawn == list(range(rank, 5, world))
-        assert [note.part for note in notes] == (list(range(5)) if rank == 0 else drawn)
-    assert len(met) == 2 * world
-    sample_to_disk(flow, request, tmp_path / "alone")
-    assert content(tmp_path / "images") == content(tmp_path / "alone")
-
-
-def as_stored(flow, request):
-    return json.dumps({**asdict(request), "model": flowback.tasks.sampling.fingerprint(flow)}, indent=1) + "\n"
+        assert met[-2:] == [[], drawn]  # before and after
+        assert [note.part for note in notes] == (drawn if rank else list(range(5)))
+        assert output.exists() == (rank == 0)
+    sample_to_disk(flow, request, tmp_path / "alone.npz", batch_size=4)
+    assert content(output) == content(tmp_path / "alone.npz")
 
 
 def test_a_process_that_is_gone_is_said(flow, request_, monkeypatch, tmp_path):
     def closed():
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "barrier", closed)
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(PeerLost, match="again to resume"):
+    with as_process(monkeypatch, 0, 2, closed), pytest.raises(PeerLost, match="again to resume"):
         sample_to_disk(flow, request_, tmp_path / "a.npz")
 
 
@@ -411,7 +405,7 @@ def test_another_request_does_not_go_on_with_it(flow, request_, name, change, mo
 def test_a_folder_with_other_files_is_left_alone(flow, request_, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "000000.png").write_text("mine")
-    with pytest.raises(InputError, match="new or empty folder.*mine holds other files"):
+    with pytest.raises(InputError, match=r"new or empty folder.*mine holds other files"):
         sample_to_disk(flow, request_, tmp_path / "mine")
     assert list(snapshot(tmp_path).values()) == [b"mine"]
 

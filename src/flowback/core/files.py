@@ -53,14 +53,23 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file, then rename: the name always means a whole one, whoever else writes it.
+    """Write a file beside its place, flush it to the disk, then rename it: the name always means a complete file.
 
-    `write` gets a path with the file's suffix. If it raises, nothing is left behind, and an earlier file stays.
+    Any number of processes may do so at once. If `write` raises, nothing is left behind and an earlier file stays.
+
+    Args:
+        file: the file; its folder is made.
+        write: called with the path to write to, which ends with the file's name.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{uuid4().hex}.partial{file.suffix}")
+    partial = file.with_name(f".partial-{uuid4().hex}-{file.name}")
     try:
         write(partial)
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)

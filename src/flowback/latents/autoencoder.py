@@ -1,8 +1,8 @@
 """A frozen autoencoder (diffusers' AutoencoderKL) whose latents a flow models instead of pixels.
 
-The flow sees `(latent - shift) * scale`, which has about unit variance (Rombach et al., arXiv 2112.10752); both numbers come
-from the autoencoder's configuration. They, the hash of the weights and the kind of latent are saved with the flow: another
-autoencoder than the one of training is refused.
+The flow sees `(latent - shift) * scale`, which has about unit variance (Rombach et al., arXiv 2112.10752); both numbers are
+those of the autoencoder's configuration. They, the hash of the weights and the kind of latent are saved with the flow:
+another autoencoder than the one of training is refused.
 """
 
 from dataclasses import dataclass
@@ -113,7 +113,7 @@ class Autoencoder(nn.Module):
         return self.from_moments(self.moments(images), generator)
 
     def moments(self, images: Tensor) -> Tensor:
-        """The posterior's mean `[B, channels, …]`, and where latents are samples as many channels of its standard deviation."""
+        """The posterior's mean, `[B, channels, …]`; where latents are samples, its standard deviation follows as channels."""
         model: Any = self.model
         parts = []
         for part in put(images, model.device).split(BATCH):

@@ -4,7 +4,7 @@ Every rule maps noised images, one or several draws of `[B, C, H, W]`, to scores
 are only comparable under the same rule. Costs are in forward passes of one image; a backward pass counts two.
 
 - **single_gradient** (3 passes, whatever K is): the published rule, `d log p(x | softmax(lam)) / d lam` at `lam = 0`.
-- **z_score** (3): the same, with each class' gradient standardized by its mean and standard deviation over unlabelled images.
+- **z_score** (3): the same, each class' gradient standardized by its mean and standard deviation over unlabelled images.
 - **shortlist_m** (3 + m): the exact likelihoods of the m classes that z_score ranks highest.
 - **exact** (K): all likelihoods, `log p(x | k)`.
 
@@ -229,7 +229,7 @@ def class_scores(
 def class_scores_by_all(
     flow: TarFlow, x: Tensor, rules: Sequence[str], statistics: ClassStatistics, draws: int = 1, seed: int = 0
 ) -> dict[str, Tensor]:
-    """`class_scores` by several rules: rule -> scores `[B, K]`. The gradient and the likelihoods are computed once for all."""
+    """`class_scores` by several rules: rule -> scores `[B, K]`. Gradients and likelihoods are computed once for all."""
     options: dict[str, Any] = {"draws": draws, "seed": seed, "statistics": statistics}
     gradient = class_scores(flow, x, "single_gradient", **options)
     scores = {"single_gradient": gradient, "z_score": statistics.standardized(gradient)}

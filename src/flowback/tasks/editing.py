@@ -1,7 +1,7 @@
 """Edits of one's own images by exact inversion: interpolation, another class, inpainting.
 
-Images are clean: a tensor `[B, C, H, W]` in [-1, 1], or what else `flowback.data.as_images` takes. A flow in latents takes and
-returns images, too.
+Images are clean: a tensor `[B, C, H, W]` in [-1, 1], or what else `flowback.data.as_images` takes. A flow in latents takes
+and returns images, too.
 """
 
 import math
@@ -94,12 +94,12 @@ def inpaint(
 ) -> Inpainting:
     """Draw the masked pixels of images from the flow's density of them given all others.
 
-    It starts with a guess by one decode: block 1, the last when generating, is given the known pixels and continues them. In
-    a flow of one block that reads the known pixels before the masked ones, this is a draw from the conditional density. In
-    other flows it is not, since the other blocks did not see the known pixels. Therefore Metropolis-adjusted Langevin steps
-    (Roberts and Tweedie, 1996) on the masked pixels follow, whose stationary density is exactly the conditional one, because
-    the flow's likelihood is exact. Each costs a forward and a backward pass. Step sizes adapt in the first half. The steps
-    are local, so they start from the likeliest of several guesses.
+    It starts with a guess by one decode: block 1, the last when generating, is given the known pixels and continues them.
+    In a flow of one block that reads the known pixels before the masked ones, this is a draw from the conditional density.
+    In other flows it is not, since the other blocks did not see the known pixels. Therefore Metropolis-adjusted Langevin
+    steps (Roberts and Tweedie, 1996) on the masked pixels follow, whose stationary density is exactly the conditional one,
+    because the flow's likelihood is exact. Each costs a forward and a backward pass. Step sizes adapt in the first half.
+    The steps are local, so they start from the likeliest of several guesses.
 
     Args:
         flow: the flow.

@@ -3,8 +3,8 @@
 - **best_of**: draw several candidates, and keep the one that the flow classifies as the asked class with most confidence.
 - **refine**: a few gradient steps on z that raise `log p(label | x)`, on the sphere that z lies on.
 
-z and x are those of the flow's own space; of a LatentFlow its `core` is used. Costs are in passes, one forward of all blocks
-on one image; a backward pass counts two.
+z and x are those of the flow's own space; of a LatentFlow its `core` is used. Costs are in passes, one forward of all
+blocks on one image; a backward pass counts two.
 """
 
 from collections.abc import Callable, Sequence
