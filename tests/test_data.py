@@ -184,7 +184,7 @@ def test_unreadable_image_is_one_sentence(tmp_path, content, workers):
 
 
 BAD_CONFIGS = [
-    ({"name": "cats"}, "data.name is 'cats'; allowed: digits, fashion_mnist, folder"),
+    ({"name": "cats"}, "data.name is 'cats'; allowed: digits, fashion_mnist, own, folder"),
     ({"holdout": 0.0}, "data.holdout is 0.0"),
     ({"holdout": 1.0}, "data.holdout is 1.0"),
     ({"channels": 2}, "data.channels is 2"),

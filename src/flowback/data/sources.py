@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -149,7 +148,7 @@ def save_index(kind: str, place: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         arrays |= {name: value.blob, name + OFFSETS: value.offsets} if isinstance(value, Texts) else {name: value}
     with suppress(OSError):  # without an index the next start only takes longer
-        write_whole(_index_file(kind, place), lambda path: np.savez(path, **arrays), f".partial-{uuid4().hex}-")
+        write_whole(_index_file(kind, place), lambda path: np.savez(path, **arrays))
 
 
 def _index_file(kind: str, place: str) -> Path:
