@@ -333,3 +333,17 @@ def test_known_images_must_come_with_a_mask_and_for_every_z():
     for known in ((given[:1], mask[:1]), (given, mask.float())):
         with pytest.raises(InputError, match="known must be 2 images and a boolean mask"):
             flow.decode(z, 1, known=known)
+
+
+def test_gradients_on_another_device(second):
+    flow = tiny().float()
+    z, weights = (part.detach().float() for part in arguments(flow)[:2])
+    names, results = ["z", "weights", *dict(flow.named_parameters())], []
+    for device in ("cpu", second):
+        flow = flow.to(device)
+        inputs = [part.to(device).requires_grad_() for part in (z, weights)]
+        value = flow.decode(*inputs, 1.0, tolerance=1e-6).square().sum()
+        results.append(torch.autograd.grad(value, [*inputs, *flow.parameters()]))
+        assert {gradient.device.type for gradient in results[-1]} == {torch.device(device).type}
+    for name, expected, found in zip(names, *results, strict=True):
+        assert torch.allclose(found.cpu(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max()), name

@@ -19,7 +19,7 @@ keys under a mask (`flowback.flow.transformer.StaticCache`). So one program serv
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -142,14 +142,9 @@ class CausalMap:
 
     def for_tokens(self) -> "CausalMap":
         """The same map, with a copy of the block that is laid out for passes of few tokens."""
-        return _replaced(self, block=few_row_block(self.block, self.z.device))
-
-
-def _replaced(F: CausalMap, **values: Any) -> CausalMap:
-    """A map with other values of some attributes."""
-    new = object.__new__(CausalMap)
-    new.__dict__ = {**F.__dict__, **values}
-    return new
+        new = copy(self)
+        new.block = few_row_block(self.block, self.z.device)
+        return new
 
 
 def few_row_block(block: FlowBlock, device: torch.device) -> FlowBlock:
