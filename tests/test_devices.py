@@ -38,6 +38,11 @@ STRATEGIES = [("forward", "one_step"), ("detach", "one_step")]
 STRATEGIES += [("reverse", gradient) for gradient in ("cached", "one_step", 2, "exact", "sequential")]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path_factory.getbasetemp() / "device_cache"))
+
+
 @pytest.fixture(scope="module")
 def second():
     if real := accelerator.named():
