@@ -19,7 +19,9 @@ from sklearn.datasets import load_digits
 from builders import SMALL_RUN
 from flowback.cli import VERBS, build_parser, main
 from flowback.quickstart import recipe
+from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import RunConfig
+from flowback.tasks.classify import classify
 
 FLOWBACK = [sys.executable, "-c", "from flowback.cli import main; raise SystemExit(main())"]
 
@@ -45,7 +47,8 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys, mo
     report = json.loads((run / "report.json").read_text())
     for name in ("plain", "aligned"):
         figures = report[name]
-        assert {"single_gradient", "exact"} <= set(figures["accuracy"])
+        assert {"single_gradient", "shortlist_3", "exact"} <= set(figures["accuracy"])
+        assert (figures["held_out_images"], figures["noise_draws"]) == (359, 4)
         assert figures["steps"] == 30
         assert figures["seconds"] > 0
         assert np.isfinite([figures["nats_per_dim"], figures["bits_per_dim"]]).all()
@@ -56,8 +59,11 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys, mo
     assert report["aligned"]["strategy"] == "reverse"
     page = (run / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
-    assert page.count("data:image/png;base64,") >= 5
-    assert page.count("data:image/svg+xml;base64,") >= 3
+    assert page.count("data:image/png;base64,") == 7  # real images; and of each flow samples, guided ones, judged ones
+    assert page.count("data:image/svg+xml;base64,") == 4  # two of curves, and each flow's rules
+    assert (run / "overview.png").is_file()
+    flow, _ = load_flow(run / "aligned")
+    assert classify(flow, flow.sample(2)).shape == (2, 10)  # by shortlist_3, whose statistics the evaluation left
     printed = capsys.readouterr().out
     assert str(run / "report.html") in printed
     assert "exact" in printed

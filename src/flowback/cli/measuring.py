@@ -24,6 +24,7 @@ def add(verb: Verb) -> None:
 
 def _evaluate(options: Namespace) -> int:
     results = evaluate(options.run, read_options(options, EvaluationConfig), options.device)
+    results.pop("judged", None)  # for the page
     for name, value in results.items():
         if isinstance(value, list):
             for row in value:

@@ -5,6 +5,7 @@ those of the autoencoder's configuration. They, the hash of the weights and the 
 another autoencoder than the one of training is refused.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -113,7 +114,7 @@ class Autoencoder(nn.Module):
         return self.from_moments(self.moments(images), generator)
 
     def moments(self, images: Tensor) -> Tensor:
-        """The posterior's mean, `[B, channels, …]`; where latents are samples, its standard deviation follows as channels."""
+        """The posterior's mean, `[B, channels, …]`; where latents are samples, then its standard deviation, as channels."""
         model: Any = self.model
         parts = []
         for part in put(images, model.device).split(BATCH):
@@ -157,6 +158,19 @@ def load_autoencoder(config: str | AutoencoderConfig, posterior: str = "mean") -
             f"got {found.weights}"
         )
     return Autoencoder(_load(_folder(name)), config)
+
+
+def copy_files(name: str, target: Path) -> None:
+    """Copy the files of an autoencoder, by folder or hub id, into a folder.
+
+    Raises:
+        InputError: if there is none.
+    """
+    source = _folder(name)
+    _config(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", WEIGHTS):
+        shutil.copyfile(source / file, target / file)
 
 
 def _load(folder: Path) -> nn.Module:

@@ -1,5 +1,6 @@
 """A flow in the latents of an autoencoder, with the methods of a flow and images at its ends."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowback.core.errors import InputError
+from flowback.core.files import read_json
 from flowback.core.seeds import Generators, keyed_generator
 from flowback.data.images import Images, as_images
 from flowback.flow import io
@@ -15,7 +17,7 @@ from flowback.flow.config import FlowConfig
 from flowback.flow.decoding import Solved
 from flowback.flow.labels import Labels
 from flowback.flow.tarflow import TarFlow
-from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, copy_files, load_autoencoder
 
 
 class LatentFlow(io.Pretrained, nn.Module):
@@ -112,6 +114,20 @@ class LatentFlow(io.Pretrained, nn.Module):
     def describe(self) -> dict[str, Any]:
         """What config.json holds: the options of the flow, and what it has to know of the autoencoder."""
         return {"flow": asdict(self.flow.config), "autoencoder": asdict(self.autoencoder.config)}
+
+    def save_portable(self, path: str | Path, with_autoencoder: bool = False) -> None:
+        """`save_pretrained`, with the autoencoder in the folder `autoencoder` if it is not on the hub, or if asked.
+
+        Raises:
+            InputError: if the autoencoder's files are gone.
+        """
+        self.save_pretrained(path)
+        file, name = Path(path) / "config.json", self.autoencoder.config.name
+        if with_autoencoder or Path(name).is_dir() or not io.is_hub_id(name):
+            copy_files(name, file.parent / "autoencoder")
+            described = read_json(file)
+            described["autoencoder"]["name"] = "autoencoder"  # a place on this machine means nothing on another one
+            file.write_text(json.dumps(described, indent=2) + "\n")
 
     @classmethod
     def build(cls, description: dict[str, Any], folder: Path) -> Self:

@@ -10,6 +10,7 @@ from torch import Tensor
 from flowback.core.devices import synchronize
 from flowback.core.errors import InputError
 from flowback.flow.tarflow import TarFlow
+from flowback.measure.density import confusion
 from flowback.tasks.classify import (
     ClassStatistics,
     calibration_error,
@@ -21,7 +22,8 @@ from flowback.tasks.classify import (
 
 CURVE = ("single_gradient", "z_score", "shortlist_2", "shortlist_3", "shortlist_5", "exact")
 UNLABELLED = 512  # training images, without their labels, that z_score's statistics are learned from
-TIMED = 128  # images that a rule's seconds are measured on; all others share what the rules have in common
+TIMED = 64  # images that a rule's seconds are measured on; all others share what the rules have in common
+MOST_CLASSES = 20  # of a confusion matrix
 CALIBRATION = 1000  # at most so many held-out images fit temperatures
 
 
@@ -33,7 +35,7 @@ def cost_accuracy(
     draws: int = 1,
     rules: Sequence[str] = CURVE,
     seed: int = 0,
-) -> tuple[list[dict[str, Any]], ClassStatistics]:
+) -> tuple[list[dict[str, Any]], ClassStatistics, dict[str, Tensor]]:
     """The cost-accuracy table of a flow on held-out images.
 
     A quarter of the images, at most 1,000, fits a temperature for each rule, and the calibration errors are of the
@@ -50,7 +52,8 @@ def cost_accuracy(
 
     Returns:
         A row for each rule: "rule", "passes" (forward passes per image), "accuracy", "images", "seconds_per_image",
-        "temperature", "ece_before" and "ece_after" (the temperature); and the statistics, to be stored with the flow.
+        "temperature", "ece_before" and "ece_after" (the temperature); the statistics, to be stored with the flow; and the
+        scores of each rule, `[B, K]`, on the CPU.
 
     Raises:
         InputError: if there are fewer than 4 images, of which one fits temperatures.
@@ -61,9 +64,9 @@ def cost_accuracy(
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     fitting = min(CALIBRATION, len(x) // 4)
     fit, others = order[:fitting], order[fitting:]
-    rows = []
-    for rule, scores in class_scores_by_all(flow, x, rules, statistics, draws).items():
-        scores = scores.cpu()  # as the labels; some accelerators have no float64, in which temperatures are fitted
+    rows, found = [], class_scores_by_all(flow, x, rules, statistics, draws)
+    found = {rule: scores.cpu() for rule, scores in found.items()}  # some accelerators have no float64 for temperatures
+    for rule, scores in found.items():
         statistics.calibrate(rule, scores[fit], y[fit])
         synchronize(flow.device)
         started = time.perf_counter()
@@ -82,4 +85,19 @@ def cost_accuracy(
                 "ece_after": calibration_error(statistics.probabilities(rule, scores[others]), y[others]),
             }
         )
-    return rows, statistics
+    return rows, statistics, found
+
+
+def judged(scores: Tensor, y: Tensor, images: Sequence[int], most: int = 8) -> dict[str, list[list[int]]]:
+    """What the scores `[B, K]` take images with labels `y [B]` for.
+
+    Returns:
+        "confusion": counts `[K][K]`, true classes in rows, predicted ones in columns; left out if there are more than 20.
+        "best" and "worst": the `most` images whose own class is the likeliest and the least likely: number (of `images`),
+        class, predicted class.
+    """
+    own = scores.log_softmax(dim=1).gather(1, y[:, None])[:, 0]
+    rows = torch.stack([torch.as_tensor(images), y, scores.argmax(dim=1)], dim=1)[own.argsort(descending=True)]
+    found = {"best": rows[:most].tolist(), "worst": rows.flip(0)[:most].tolist()}
+    few = scores.shape[1] <= MOST_CLASSES
+    return found | ({"confusion": confusion(rows[:, 2], rows[:, 1], scores.shape[1]).tolist()} if few else {})

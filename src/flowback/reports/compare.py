@@ -22,14 +22,13 @@ from flowback.core.units import from_levels
 from flowback.data import ImageSet, load_data
 from flowback.data.pictures import grid_array
 from flowback.latents import Flow
-from flowback.measure.density import confusion, held_out, spread
+from flowback.measure.density import spread
 from flowback.reports.card import FIDELITY
 from flowback.reports.evaluate import FILE, write_json
 from flowback.reports.figures import draw_cost_accuracy, draw_curves, draw_overview, draw_probe, draw_sweep
 from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import RunConfig, flat
 from flowback.runs.log import read_metrics
-from flowback.tasks.classify import classify
 
 # what a run is judged by while it trains: column of metrics.csv -> (title, whether larger is better)
 CURVES = {
@@ -46,8 +45,7 @@ FIGURES: dict[str, tuple[str, str, Callable[..., Any]]] = {  # of an evaluation:
 LARGER = {"is", "precision", "recall"}  # the better; of the other figures of fidelity the smaller
 OWN = {"data", "machine", "config_differences", "crossings", "not_comparable"}  # keys of report.json beside the runs
 SHOWN = 8  # images in a row of the page
-MOST_CLASSES = 20  # rows of samples, and classes of a confusion matrix
-JUDGED = 400  # held-out images that the page's confusion matrix is of
+MOST_ROWS = 20  # a class each
 GUIDANCE = 1.0  # of the guided samples
 
 
@@ -235,7 +233,7 @@ def _common(values: Iterable[Any]) -> Any:
 
 def rows_of(flow: Flow) -> Tensor:
     """Labels `[rows * SHOWN]` of what the page shows: a class in each row, some of them if they are many, -1 for none."""
-    classes = spread(flow.num_classes, MOST_CLASSES) if flow.num_classes else [-1] * SHOWN
+    classes = spread(flow.num_classes, MOST_ROWS) if flow.num_classes else [-1] * SHOWN
     return torch.tensor(classes).repeat_interleave(SHOWN)
 
 
@@ -254,7 +252,7 @@ def real_images(record: Record) -> Tensor:
     if record.flow.num_classes:
         firsts = ((data.held_out.labels == k).nonzero()[:SHOWN, 0].tolist() for k in y[::SHOWN])
         places = [(row * SHOWN + i, index) for row, own in enumerate(firsts) for i, index in enumerate(own)]
-    found = from_levels(data.held_out[[index for _, index in places]][0], data.levels)
+    found = _images(data, [index for _, index in places])
     canvas = found.new_ones(len(y), *found.shape[1:])
     canvas[[place for place, _ in places]] = found
     return _picture(canvas)
@@ -268,18 +266,18 @@ def section(record: Record, plain: Tensor, guided: Tensor | None = None) -> dict
     shown |= {"probe": as_svg(draw_probe(e)) if e.get("probe") else None}
     shown |= {"curve": as_svg(draw_cost_accuracy(e)) if e.get("classification") else None}
     shown |= {"sweep": as_svg(draw_sweep(e["guidance_sweep"])) if e.get("guidance_sweep") else None}
-    if record.flow.num_classes:
-        x, y = held_out(record.data, JUDGED)
-        sure = classify(record.flow, x, "exact", e.get("noise_draws", 1)).log_softmax(dim=1).cpu()
-        predicted = sure.argmax(dim=1)
-        order = sure.gather(1, y[:, None])[:, 0].argsort(descending=True)
-        worst = order.flip(0)[:SHOWN]
-        shown["judged"] = as_png(_picture(x[torch.cat([order[:SHOWN], worst])]))
-        shown["captions"] = [f"{classes[int(y[i])]}, taken for {classes[int(predicted[i])]}" for i in worst]
-        if len(classes) <= MOST_CLASSES:
-            counts = confusion(predicted, y, len(classes)).tolist()
-            shown["confusion"] = [(classes[k], row, max(1, sum(row))) for k, row in enumerate(counts)]
+    if "judged" in e:
+        best, worst = (e["judged"][which] for which in ("best", "worst"))
+        shown["judged"] = as_png(_picture(_images(record.data, [row[0] for row in (*best, *worst)])))
+        shown["captions"] = [f"{classes[own]}, taken for {classes[predicted]}" for _, own, predicted in worst]
+        counts = e["judged"].get("confusion", [])
+        shown["confusion"] = [(name, row, max(1, sum(row))) for name, row in zip(classes, counts, strict=False)]
     return shown
+
+
+def _images(data: ImageSet, indices: Sequence[int]) -> Tensor:
+    """Held-out images `[n, C, H, W]` in [-1, 1]."""
+    return from_levels(data.held_out[list(indices)][0], data.levels)
 
 
 def _picture(x: Tensor) -> Tensor:

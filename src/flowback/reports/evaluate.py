@@ -7,7 +7,7 @@ of these where nothing else is said), "seconds_of_measuring" (by metric), and fo
     bpd         "nats_per_dim", "bits_per_dim" (an upper bound), "bits_per_dim_importance_weighted" (a tighter one); of a
                 flow in latents "latent_bits_per_dim" instead of both; "density" says in words of what
     accuracy    "accuracy": rule -> share; "noise_draws" that it averages; "classification": a row for each rule, see
-                `classification.cost_accuracy`
+                `classification.cost_accuracy`; "judged": what exact likelihoods take images for, see `judged` there
     probe       "probe": a row for each (block, layer), see `probe.probe_layers`
     fid …       "fidelity": the figures with extractor, samples, reference and guidance, see `fidelity.fidelity`; with a
                 sweep also "guidance_sweep", a row of this kind for each scale
@@ -36,12 +36,13 @@ from flowback.latents import Flow, LatentFlow
 from flowback.measure import fidelity as fid
 from flowback.measure.density import density, importance_weighted_bits, seen, spread
 from flowback.measure.probe import probe_layers
-from flowback.reports.classification import UNLABELLED, cost_accuracy
+from flowback.reports.classification import UNLABELLED, cost_accuracy, judged
 from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
 from flowback.tasks.sampling import Request, sample_to_disk
 
 FILE = "evaluation.json"
+EXTRACTORS = ("efficientnet_lite0", "dinov2", "inception")
 METRICS = ("bpd", "accuracy", "probe", *fid.METRICS)
 IMPORTANCE_WEIGHTED = 1000  # images of the tighter bound, each of which costs 16 passes
 
@@ -94,8 +95,8 @@ class EvaluationConfig:
             raise InputError(f"--seed {self.seed} is not usable; allowed is a whole number from 0 to 2^63 - 1")
         if self.reference not in ("train", "held_out"):
             raise InputError(f"--reference {self.reference!r} does not exist; allowed: train, held_out")
-        if self.extractor not in fid.EXTRACTORS:
-            raise InputError(f"extractor {self.extractor!r} does not exist; allowed: {', '.join(fid.EXTRACTORS)}")
+        if self.extractor not in EXTRACTORS:
+            raise InputError(f"extractor {self.extractor!r} does not exist; allowed: {', '.join(EXTRACTORS)}")
         if self.sweep and self.samples_from is not None:
             raise InputError("samples from disk have one guidance; allowed is --sweep or --samples-from")
         fid.check_sfid(self.metrics, self.extractor)
@@ -128,7 +129,8 @@ def evaluate(
     flow, weights = load_flow(folder, config.weights, device)
     recipe, state = RunConfig.read(folder / "config.yaml"), State.read(flow_folder(folder))
     data, alignment = load_data(recipe.data), recipe.alignment
-    x, y = seen(flow, data.held_out, spread(len(data.held_out), config.images), data.levels)
+    images = spread(len(data.held_out), config.images)
+    x, y = seen(flow, data.held_out, images, data.levels)
     results: dict[str, Any] = {"run": folder.resolve().name, "data": data.name, "machine": machine(flow.device)}
     results |= {"weights": weights, "steps": state.step, "seconds": round(state.seconds, 1)}
     results |= {"strategy": alignment.strategy, "gradient": alignment.gradient if alignment.strategy == "reverse" else None}
@@ -136,11 +138,12 @@ def evaluate(
 
     def accuracy() -> dict[str, Any]:
         unlabelled, _ = seen(flow, data.train, spread(len(data.train), UNLABELLED), data.levels)
-        rows, statistics = cost_accuracy(flow.core, x, y, unlabelled, config.draws, seed=config.seed)
+        rows, statistics, scores = cost_accuracy(flow.core, x, y, unlabelled, config.draws, seed=config.seed)
         if config.weights == "ema":
             statistics.save(flow_folder(folder))
         shares = {row["rule"]: row["accuracy"] for row in rows}
-        return {"accuracy": shares, "noise_draws": config.draws, "classification": rows}
+        found = {"accuracy": shares, "noise_draws": config.draws, "classification": rows}
+        return found | {"judged": judged(scores["exact"], y, images)}
 
     measures: dict[str, Callable[[], dict[str, Any]]] = {}
     if "bpd" in config.metrics:

@@ -53,7 +53,7 @@ def draw_accuracy(panel: Axes, records: Sequence[Any], against: str = "step") ->
             x, shares = record.series(f"held_out_{rule}", against)
             label = _text(record.name) if rule == "exact" else None
             panel.plot(x, [100 * share for share in shares], style, ms=3, color=color, label=label)
-    _finish(panel, "held-out accuracy, % (line: exact, dotted: single gradient)", against)
+    _finish(panel, "held-out accuracy, % (dotted: single gradient)", against)
 
 
 def draw_cosine(panel: Axes, records: Sequence[Any], against: str = "step") -> None:
