@@ -67,9 +67,10 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys, mo
     printed = capsys.readouterr().out
     assert str(run / "report.html") in printed
     assert "exact" in printed
-    trained = (run / "aligned" / "checkpoints" / "step_00000030").stat().st_mtime
+    weights = run / "aligned" / "checkpoints" / "step_00000030" / "model.safetensors"
+    trained = weights.stat().st_mtime_ns
     assert main(["quickstart", f"--run={run}", "--steps=30", "--seed=5"]) == 0
-    assert (run / "aligned" / "checkpoints" / "step_00000030").stat().st_mtime == trained
+    assert weights.stat().st_mtime_ns == trained
 
 
 def test_config_file_and_command_line_meet_and_the_command_line_wins(tmp_path):
