@@ -11,7 +11,7 @@ help:
 	@echo "make quickstart   set up, train a plain and an aligned flow on digits, write runs/quickstart/report.html"
 	@echo "make test         set up, run the tests"
 	@echo "make soak         the tests that take long, such as a scan of a million files"
-	@echo "make lint         ruff check, ruff format --check, pyright, pip-audit of what is installed"
+	@echo "make lint         ruff check, ruff format --check, pyright, import-linter, pip-audit of what is installed"
 	@echo "make bench        the benchmarks, as tables and JSON"
 	@echo "make gpu          on a machine with an accelerator: tests, quickstart and benchmarks on it, in under ten minutes"
 	@echo "make setup        only make .venv        make clean   remove .venv and caches (runs/ stays)"
@@ -38,6 +38,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 $(TRAINED)/report.json: | $(READY)
@@ -54,4 +55,4 @@ gpu: setup
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -22,7 +22,8 @@ from sklearn.preprocessing import StandardScaler
 
 from flowback.core.devices import machine
 from flowback.data import load_data
-from flowback.measure.fidelity import SplitImages, fidelity, open_images, pooled_features, reference_of
+from flowback.measure.extractors import pooled_features
+from flowback.measure.fidelity import SplitImages, fidelity, open_images, reference_of
 from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import RunConfig
 from flowback.tasks.sampling import Request, sample_to_disk

@@ -42,7 +42,7 @@ def random_flow(dtype: torch.dtype = torch.float64, std: float = 0.12, seed: int
 def images(flow: TarFlow, n: int = 3, seed: int = 1) -> Tensor:
     """`n` random images in [-1, 1] that fit the flow, in its dtype."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(n, flow.channels, flow.image_size, flow.image_size, generator=generator, dtype=torch.float64)
+    x = torch.rand(n, *flow.data_shape, generator=generator, dtype=torch.float64)
     return (2 * x - 1).to(next(flow.parameters()).dtype)
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from flowback.core.files import cache_folder
 from flowback.core.units import from_levels
 from flowback.data import cache as module
 from flowback.data.cache import ArrayCache, cache_key, find, nearest_mismatch
-from flowback.data.datasets import MemorySplit
+from flowback.data.splits import MemorySplit
 
 FACTS = {"kind": "features", "images": "abc", "encoder": "x", "grid": (2, 2), "scale": 0.25}
 SHAPE = (4, 2)
@@ -124,10 +125,18 @@ def test_a_batch_comes_from_many_shards_in_the_order_asked_for(tmp_path):
 
 def test_numpy_reads_a_shard_without_this_library(tmp_path):
     filled(tmp_path / "c")
-    assert np.array_equal(np.load(tmp_path / "c" / "shard_00001.npy"), oracle(23, 5, 2, 64)[5:10])
+    for shard in range(5):
+        file = tmp_path / "c" / f"shard_{shard:05d}.npy"
+        array = np.load(file, mmap_mode="r")
+        assert isinstance(array, np.memmap)
+        assert np.array_equal(array, oracle(23, 5, 2, 64)[5 * shard : 5 * shard + 5])
+        manifest, content = json.loads(file.with_suffix(".json").read_text()), file.read_bytes()
+        assert (manifest["shard"], manifest["bytes"]) == (shard, len(content))
+        assert manifest["sha256"] == hashlib.sha256(content).hexdigest()
+        assert file.stat().st_size == array.offset + array.nbytes
     header = json.loads((tmp_path / "c" / "header.json").read_text())
     assert header["facts"] == {**FACTS, "grid": [2, 2]}
-    layout = {"format": 1, "count": 23, "variants": 2, "shape": [4, 2], "dtype": "float16", "rows": 5}
+    layout = {"format": 2, "count": 23, "variants": 2, "shape": [4, 2], "dtype": "float16", "rows": 5}
     assert {name: header[name] for name in layout} == layout
 
 
@@ -138,7 +147,7 @@ def test_plan_says_the_size_and_writes_nothing(tmp_path):
     assert cache.part_images((1, 2)) == 5 + 5 + 3
     assert cache.part_images((2, 2)) == 10
     filled(tmp_path / "c")
-    assert cache.bytes == sum(file.stat().st_size for file in (tmp_path / "c").glob("shard_*"))
+    assert cache.bytes == sum(file.stat().st_size for file in (tmp_path / "c").glob("shard_*.npy"))
     assert plan(tmp_path / "c", rows=9).rows == 5  # what was begun keeps its shards
 
 
@@ -193,15 +202,44 @@ def test_a_kill_loses_only_what_was_done_since_the_last_save(tmp_path):
     assert contents(folder) == contents(filled(tmp_path / "whole", 12, 12, batch_size=2).folder)
 
 
-def test_damaged_progress_is_not_believed(tmp_path):
-    folder = tmp_path / "c"
+def left_by(folder: Path, facts=FACTS) -> Path:
+    """The progress of 6 of 12 images, which an interrupted process left."""
     with pytest.raises(KeyboardInterrupt):
-        plan(folder, 12, 12).fill(split_of(12), Counting(stop=6), 17, batch_size=2)
-    progress = next(folder.glob("*.progress"))
-    progress.write_bytes(progress.read_bytes()[:-1] + b"?")
+        plan(folder, 12, 12, facts=facts).fill(split_of(12), Counting(stop=6), 17, batch_size=2)
+    return next(folder.glob("*.progress"))
+
+
+@given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_damaged_progress_is_not_believed(at, bit):
+    with TemporaryDirectory() as root:
+        progress = left_by(Path(root, "c"))
+        damaged = bytearray(progress.read_bytes())
+        damaged[at % len(damaged)] ^= 1 << bit
+        progress.write_bytes(damaged)
+        plan(progress.parent, 12, 12).fill(split_of(12), quadrants, 17, batch_size=2)
+        assert contents(progress.parent) == contents(filled(Path(root, "whole"), 12, 12, batch_size=2).folder)
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b[:50], lambda b: b"", lambda b: b"?" * len(b)])
+def test_progress_that_is_cut_or_something_else_is_computed_anew(tmp_path, change):
+    progress = left_by(tmp_path / "c")
+    progress.write_bytes(change(progress.read_bytes()))
     rest = Counting()
-    plan(folder, 12, 12).fill(split_of(12), rest, 17, batch_size=2)
+    plan(tmp_path / "c", 12, 12).fill(split_of(12), rest, 17, batch_size=2)
     assert rest.images == 2 * 12
+
+
+def test_progress_with_a_damaged_value_or_of_another_cache_is_computed_anew(tmp_path):
+    progress = left_by(tmp_path / "c")
+    content, value = progress.read_bytes(), oracle(12, 12, 2, 2)[:6].tobytes()
+    assert content.count(value) == 1
+    progress.write_bytes(content.replace(value, value[:-1] + bytes([value[-1] ^ 1])))
+    other = left_by(tmp_path / "d", {**FACTS, "encoder": "y"}).parent
+    (other / "header.json").unlink()
+    for folder in (tmp_path / "c", other):
+        rest = Counting()
+        plan(folder, 12, 12).fill(split_of(12), rest, 17, batch_size=2)
+        assert rest.images == 2 * 12
 
 
 def test_a_stop_after_the_last_batch_of_a_shard_leaves_nothing_to_compute(tmp_path):
@@ -246,7 +284,7 @@ def test_a_process_that_tidies_up_does_not_stop_one_that_writes(tmp_path, monkey
 
     def fsync(descriptor):
         sync(descriptor)
-        if not done and list(folder.glob(".shard_00002*")):
+        if not done and list(folder.glob(".partial-*shard_00002.npy")):
             done.append(True)
             plan(folder).fill(split_of(23), quadrants, 17)
 
@@ -257,7 +295,7 @@ def test_a_process_that_tidies_up_does_not_stop_one_that_writes(tmp_path, monkey
 
 
 def test_what_a_killed_process_left_half_written_goes_once_all_shards_are_there(tmp_path):
-    left = tmp_path / "c" / ".shard_00001.npy.0123"
+    left = tmp_path / "c" / ".partial-0123-shard_00001.npy"
     plan(tmp_path / "c").fill(split_of(23), quadrants, 17, part=(1, 2))
     left.write_bytes(b"half")
     plan(tmp_path / "c").fill(split_of(23), quadrants, 17, part=(1, 2))
@@ -298,28 +336,46 @@ def test_every_flipped_bit_is_found_and_its_shard_named(undamaged, at, bit):
     seen = []
     undamaged.verify(seen.append)
     assert seen == [5, 10, 15, 20, 23]
-    file = sorted(undamaged.folder.glob("shard_*"))[at % 5]
+    file = sorted(undamaged.folder.glob("shard_*"))[at % 10]
     original = file.read_bytes()
     damaged = bytearray(original)
     damaged[at % len(damaged)] ^= 1 << bit
     file.write_bytes(damaged)
-    with pytest.raises(InputError, match=rf"{file.name} does not match its checksum"):
+    with pytest.raises(InputError, match=rf"{file.stem}.npy does not match its checksum"):
         ArrayCache.open(undamaged.folder).verify()
     file.write_bytes(original)
 
 
-def test_a_changed_header_or_a_shard_of_another_place_is_found(tmp_path):
+@pytest.mark.parametrize("suffixes", [[".npy"], [".json"], [".npy", ".json"]])
+def test_a_changed_header_or_a_shard_of_another_place_is_found(tmp_path, suffixes):
     cache, other = filled(tmp_path / "c"), filled(tmp_path / "d", facts={**FACTS, "encoder": "y"})
-    shutil.copy(other.folder / "shard_00002.npy", cache.folder)
+    other_values = np.load(other.folder / "shard_00002.npy") + 1
+    np.save(other.folder / "shard_00002.npy", other_values)
+    for suffix in suffixes:
+        shutil.copy(other.folder / f"shard_00002{suffix}", cache.folder)
     with pytest.raises(InputError, match=r"shard_00002.npy does not match"):
         cache.verify()
-    shutil.copy(cache.folder / "shard_00001.npy", cache.folder / "shard_00000.npy")
+    for suffix in suffixes:
+        shutil.copy(cache.folder / f"shard_00001{suffix}", cache.folder / f"shard_00000{suffix}")
     with pytest.raises(InputError, match=r"shard_00000.npy does not match"):
         cache.verify()
     header = other.folder / "header.json"
     header.write_text(header.read_text().replace('"y"', '"x"'))
     with pytest.raises(InputError, match=r"shard_00000.npy does not match"):
         ArrayCache.open(other.folder, FACTS).verify()
+
+
+def test_a_shard_without_its_manifest_is_not_complete(tmp_path):
+    cache = filled(tmp_path / "c")
+    before = contents(cache.folder)
+    for suffix in (".json", ".npy"):
+        (cache.folder / f"shard_00003{suffix}").unlink()
+        with pytest.raises(InputError, match=r"1 of 5 shards are missing.* first shard_00003"):
+            ArrayCache.open(cache.folder)
+        rest = Counting()
+        plan(cache.folder).fill(split_of(23), rest, 17)
+        assert rest.images == 2 * 5
+        assert contents(cache.folder) == before
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b[:50], lambda b: b"", lambda b: b + b"?"])
@@ -369,14 +425,15 @@ def test_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_no_half_file(tmp_path, monkeypatch):
     def full(descriptor):
-        if list((tmp_path / "c").glob(".shard_00002*")):
+        if list((tmp_path / "c").glob(".partial-*shard_00002.npy")):
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(InputError, match=r"shard_00002.npy cannot be written \(No space left on device\)"):
             plan(tmp_path / "c").fill(split_of(23), quadrants, 17)
-    assert sorted(contents(tmp_path / "c")) == ["header.json", "shard_00000.npy", "shard_00001.npy"]
+    shards = [f"shard_0000{shard}.{suffix}" for shard in (0, 1) for suffix in ("json", "npy")]
+    assert sorted(contents(tmp_path / "c")) == ["header.json", *shards]
     filled(tmp_path / "c").verify()
 
 
@@ -424,7 +481,7 @@ def test_another_layout_of_the_same_facts_is_refused(tmp_path):
 def test_a_folder_that_another_process_began_since_is_left_alone(tmp_path):
     late = plan(tmp_path / "c", rows=4)
     before = contents(filled(tmp_path / "c", rows=5).folder)
-    with pytest.raises(InputError, match="was begun otherwise since"):
+    with pytest.raises(InputError, match="begun with another layout since"):
         late.fill(split_of(23), quadrants, 17)
     assert contents(tmp_path / "c") == before
 
@@ -462,7 +519,7 @@ def test_folders_that_are_no_cache_are_named(tmp_path):
         plan(tmp_path / "file")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 1, "facts": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "facts": 3}'])
 def test_a_broken_header_is_named(tmp_path, text):
     folder = filled(tmp_path / "features-1").folder
     (folder / "header.json").write_text(text)
@@ -472,11 +529,18 @@ def test_a_broken_header_is_named(tmp_path, text):
     assert find(tmp_path, FACTS) is None
 
 
-def test_a_header_of_another_format_is_refused(tmp_path):
-    file = filled(tmp_path / "c").folder / "header.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(InputError, match="has format 2; allowed here: 1"):
-        ArrayCache.open(tmp_path / "c")
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_cache_of_another_format_is_refused_and_says_what_to_do(tmp_path, version):
+    folder = filled(tmp_path / "features-1").folder
+    file = folder / "header.json"
+    file.write_text(file.read_text().replace('"format": 2', f'"format": {version}'))
+    for attempt in (lambda: ArrayCache.open(folder), lambda: plan(folder)):
+        with pytest.raises(
+            InputError, match=rf"format {version}, this one reads 2.*delete {folder} and run flowback cache"
+        ):
+            attempt()
+    assert find(tmp_path, FACTS) is None
+    assert f"delete {folder}" in str(nearest_mismatch(tmp_path, FACTS))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 70000.0, -70000.0])
@@ -490,7 +554,7 @@ def test_a_value_that_float16_does_not_hold_is_refused_with_the_image_number(tmp
         values[x[:, 0, 0, 0] > 0.9, 3, 1] = value
         return values
 
-    with pytest.raises(InputError, match=rf"image 13, mirrored, has the value {value}; .*float16 are .* up to 65504"):
+    with pytest.raises(InputError, match=rf"float16 must be .* up to 65504, got {value} for image 13, mirrored"):
         plan(tmp_path / "c").fill(split, wrong, 17, batch_size=3)
     plan(tmp_path / "c").fill(split, quadrants, 17, batch_size=3)  # the values before it stayed
 
@@ -504,18 +568,18 @@ def test_float32_holds_larger_values_exactly(tmp_path):
 
 
 def test_arrays_of_another_shape_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"computed arrays have shape \[1, 2\]; allowed here: \[4, 2\]"):
+    with pytest.raises(InputError, match=r"computed arrays must have shape \[4, 2\], got \[1, 2\]"):
         plan(tmp_path / "c").fill(split_of(23), lambda x: quadrants(x)[:, :1], 17)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variants": 3}, "variants is 3"),
-        ({"dtype": "int8"}, "dtype is 'int8'; allowed: float16, float32"),
-        ({"count": 0}, "count of a cache is 0"),
-        ({"facts": {"encoder": "x"}}, "the kind of a cache is None"),
-        ({"facts": {"kind": "../x"}}, "the kind of a cache is '../x'"),
+        ({"variants": 3}, "variants must be 1, or 2 .*got 3"),
+        ({"dtype": "int8"}, "dtype must be one of float16, float32, got 'int8'"),
+        ({"count": 0}, "count of a cache must be at least 1, got 0"),
+        ({"facts": {"encoder": "x"}}, "the kind of a cache must be .*got None"),
+        ({"facts": {"kind": "../x"}}, "the kind of a cache must be .*got '../x'"),
     ],
 )
 def test_impossible_plans_are_refused(tmp_path, options, message):
@@ -527,13 +591,13 @@ def test_impossible_requests_are_refused(tmp_path):
     for part in ((0, 2), (3, 2)):
         with pytest.raises(InputError, match=rf"part {part[0]} of 2 does not exist"):
             plan(tmp_path / "c").fill(split_of(23), quadrants, 17, part=part)
-    with pytest.raises(InputError, match="batch_size is 0"):
+    with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
         plan(tmp_path / "c").fill(split_of(23), quadrants, 17, batch_size=0)
-    with pytest.raises(InputError, match=r"there are 22 images to cache; allowed for .* are its 23"):
+    with pytest.raises(InputError, match=r"needs 23 images, got 22"):
         plan(tmp_path / "c").fill(split_of(22), quadrants, 17)
     plain = filled(tmp_path / "c", variants=1)
     for index in (-1, 23):
-        with pytest.raises(InputError, match=rf"image {index} is not in .*; allowed: 0 to 22"):
+        with pytest.raises(InputError, match=rf"must be from 0 to 22, got {index}"):
             plain(torch.tensor([3, index]), torch.tensor([False, False]))
     with pytest.raises(InputError, match="has no mirrored images"):
         plain(torch.tensor([3, 4]), torch.tensor([False, True]))
@@ -564,9 +628,9 @@ def test_a_batch_is_asked_of_the_disk_before_it_is_read(tmp_path, monkeypatch, m
 def test_a_shard_that_is_cut_while_it_is_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "OPEN_MAPS", 0)
     cache = filled(tmp_path / "c", rows=23)
-    file = next((tmp_path / "c").glob("shard_*"))
+    file = next((tmp_path / "c").glob("shard_*.npy"))
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(InputError, match=r"shard_00000\.npy ends too early"):
+    with pytest.raises(InputError, match=r"shard_00000\.npy cannot be read \(it ends too early\); delete it"):
         everything(cache)
 
 

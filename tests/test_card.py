@@ -16,15 +16,18 @@ import yaml
 from huggingface_hub.utils import filter_repo_objects
 
 from builders import SMALL_RUN, images, labels, random_flow, refuse, tiny_autoencoder
-from flowback import InputError, TarFlow, __version__
+from flowback import InputError, LatentFlow, TarFlow, __version__, classify, from_pretrained
 from flowback.cli import main
-from flowback.reports.card import Provenance, check_repo_id, export, model_card, push_to_hub
+from flowback.flow.io import check_repo_id
+from flowback.latents import load_autoencoder
+from flowback.reports.card import Provenance, export, model_card, push_folder
 from flowback.runs.checkpoint import State, load_flow
 from flowback.runs.config import RunConfig
+from flowback.tasks.classify import fit_statistics
 
 ALIGNED = ["--alignment.strategy=reverse", "--alignment.at=[[1,1],[2,1]]", "--alignment.weight=0.25"]
 ALIGNED += ["--alignment.projector_width=16", "--alignment.cache=false"]
-LATENT = {"image_size": 8, "channels": 1, "patch_size": 2, "width": 32, "blocks": 2, "layers": 1, "num_classes": 10}
+LATENT = {"image_size": 4, "channels": 3, "patch_size": 2, "width": 32, "blocks": 2, "layers": 1, "num_classes": 10}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +58,12 @@ def card_of(run, folder, *options):
 
 
 def two_of(flow):
-    return flow.sample([1, 2], generator=torch.Generator().manual_seed(0))
+    return flow.sample(y=[1, 2], seed=0)
+
+
+def latent_flow(autoencoder):
+    """A flow in the latents, 3 x 4 x 4, of an autoencoder in a folder or on the hub."""
+    return LatentFlow(random_flow(torch.float32, **LATENT), load_autoencoder(str(autoencoder))).eval()
 
 
 def front_matter(card):
@@ -78,13 +86,13 @@ def test_the_exported_flow_is_the_runs(run, tmp_path, capsys):
     loaded, (flow, _) = TarFlow.from_pretrained(tmp_path / "flow"), load_flow(run)
     x, y = images(flow), labels(flow)
     assert torch.equal(loaded.encode(x, y)[0], flow.encode(x, y)[0])
-    assert torch.equal(loaded.classify(x), flow.classify(x))  # by the same statistics
+    assert torch.equal(classify(loaded, x), classify(flow, x))  # by the same statistics
     for source in (run, tmp_path / "flow"):
         assert main(["sample", str(source), "--num=4", "--labels=3,7", "-o", str(tmp_path / f"{source.name}.png")]) == 0
     assert (tmp_path / "flow.png").read_bytes() == (tmp_path / "digits.png").read_bytes()
 
 
-def test_raw_weights_have_no_standards_of_the_averaged_ones(run, tmp_path):
+def test_raw_weights_have_no_statistics_of_the_averaged_ones(run, tmp_path):
     card = card_of(run, tmp_path / "flow", "--weights=raw")
     assert "raw weights of step_00000004" in card
     assert "Not evaluated.\nWhat the run measured is of its ema weights of step_00000004" in card
@@ -95,32 +103,35 @@ def test_raw_weights_have_no_standards_of_the_averaged_ones(run, tmp_path):
     assert all(torch.equal(loaded[name], raw[name]) for name in raw)
 
 
-def test_a_calibration_goes_along(copy, tmp_path):
-    assert main(["calibrate", str(copy), "--rows=1"]) == 0
+def test_timings_of_decoders_go_along(copy, tmp_path):
+    assert main(["autotune", str(copy), "--rows=1"]) == 0
     card_of(copy, tmp_path / "flow")
-    assert TarFlow.from_pretrained(tmp_path / "flow").calibration == load_flow(copy)[0].calibration is not None
+    assert TarFlow.from_pretrained(tmp_path / "flow").autotune == load_flow(copy)[0].core.autotune is not None
 
 
 def test_a_local_autoencoder_travels(tmp_path):
-    flow = random_flow(torch.float32, **LATENT, autoencoder=str(tiny_autoencoder(tmp_path / "vae")))
+    flow = latent_flow(tiny_autoencoder(tmp_path / "vae"))
     flow.save_pretrained(tmp_path / "flow")
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    fit_statistics(flow, x).save(tmp_path / "flow")
     card = card_of(tmp_path / "flow", tmp_path / "out")
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
     for line in ("latents 3 x 4 x 4 of the autoencoder in `autoencoder/`", "has a license of its own"):
         assert line in card
-    x = torch.rand(2, 1, 8, 8) * 2 - 1
     latents, drawn = flow.to_data(x), two_of(flow)
+    scores = classify(from_pretrained(tmp_path / "flow"), x)
     shutil.rmtree(tmp_path / "vae")
-    loaded = TarFlow.from_pretrained((tmp_path / "out").rename(tmp_path / "moved"))
+    loaded = from_pretrained((tmp_path / "out").rename(tmp_path / "moved"))
     assert torch.equal(loaded.to_data(x), latents)
     assert torch.equal(two_of(loaded), drawn)
+    assert torch.equal(classify(loaded, x), scores)  # by shortlist_3, of the statistics beside it
 
 
 def test_an_autoencoder_of_the_hub_is_copied_if_asked(tmp_path, monkeypatch):
     whole = tmp_path / "hub"
     tiny_autoencoder(whole / "vae")  # in a pipeline
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(whole))
-    random_flow(torch.float32, **LATENT, autoencoder="someone/pipeline").save_pretrained(tmp_path / "flow")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(whole))
+    latent_flow("someone/pipeline").save_pretrained(tmp_path / "flow")
     card = card_of(tmp_path / "flow", tmp_path / "without")
     assert not (tmp_path / "without" / "autoencoder").exists()
     assert "of `someone/pipeline`" in card
@@ -129,15 +140,17 @@ def test_an_autoencoder_of_the_hub_is_copied_if_asked(tmp_path, monkeypatch):
     names = ["config.json", "diffusion_pytorch_model.safetensors"]
     assert sorted(file.name for file in (tmp_path / "with" / "autoencoder").iterdir()) == names
     monkeypatch.undo()
-    assert TarFlow.from_pretrained(tmp_path / "with").sample([1]).shape == (1, 1, 8, 8)
+    assert from_pretrained(tmp_path / "with").sample(y=[1]).shape == (1, 1, 8, 8)
 
 
 def test_another_autoencoder_than_that_of_the_training_is_refused(tmp_path):
-    flow = random_flow(torch.float32, **LATENT, autoencoder=str(tiny_autoencoder(tmp_path / "vae")))
+    flow = latent_flow(tiny_autoencoder(tmp_path / "vae"))
     flow.save_pretrained(tmp_path / "flow")
     other = tiny_autoencoder(tmp_path / "other", seed=1)
     config = json.loads((tmp_path / "flow" / "config.json").read_text())
-    (tmp_path / "flow" / "config.json").write_text(json.dumps(config | {"autoencoder": str(other)}))
+    (tmp_path / "flow" / "config.json").write_text(
+        json.dumps(config | {"autoencoder": config["autoencoder"] | {"name": str(other)}})
+    )
     with pytest.raises(InputError, match="in whose latents the flow was trained"):
         export(str(tmp_path / "flow"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -227,11 +240,11 @@ def test_every_figure_stands_with_what_it_holds_for(copy, tmp_path):
         + [f"{row[name]:.4g}" for name in numbers]
         for row in found["classification"]
     ]
-    assert len(found["classification"]) == 7
+    assert len(found["classification"]) == 6
     assert "1 draw of the training noise" in card
     probes = [[str(row["block"]), str(row["layer"]), f"{100 * row['accuracy']:.1f} %"] for row in found["probe"]]
     assert rows(card, "Linear probes") == probes
-    for metric, seconds in found["seconds"].items():
+    for metric, seconds in found["seconds_of_measuring"].items():
         assert f"{seconds} s ({metric})" in card
     assert "Not evaluated" not in card
 
@@ -261,16 +274,9 @@ def test_fidelity_carries_extractor_samples_reference_and_guidance(copy, tmp_pat
     assert "secret" not in card
 
 
-def test_latent_bits_are_called_so():
-    flow = random_flow(
-        **LATENT,
-        latent_channels=3,
-        latent_downsample=2,
-        latent_scale=1.0,
-        latent_shift=0.0,
-        latent_weights="ab",
-        autoencoder="/home/somebody/vae",
-    )
+def test_latent_bits_are_called_so(tmp_path):
+    vae = tiny_autoencoder(tmp_path / "somebody" / "vae")
+    flow = latent_flow(vae)
     evaluation = {
         "nats_per_dim": 0.5,
         "latent_bits_per_dim": 0.75,
@@ -278,7 +284,7 @@ def test_latent_bits_are_called_so():
         "data": "digits",
         "weights": "ema",
     }
-    evaluation["density"] = "nats and bits of the latents of /home/somebody/vae with noise 0.2, not of pixels"
+    evaluation["density"] = f"nats and bits of the latents of {vae.resolve()} with noise 0.2, not of pixels"
     card = model_card(flow, "a", Provenance(evaluation=evaluation), travels=True)
     assert rows(card, "Density") == [
         ["nats per dimension, of latents with the noise of training", "0.5"],
@@ -327,7 +333,8 @@ def test_the_code_of_the_card_runs(classes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(block, names)
-    assert names["x"].shape == names["data"].shape == (2, 2, 6, 6)
+    assert names["x"].shape == (2, 2, 6, 6)
+    assert names["z"].shape == (2, *flow.token_shape)
     assert names["log_prob"].shape == (2,)
     assert ("scores" in names) == (classes > 0)
 
@@ -359,7 +366,7 @@ def hub(tmp_path, monkeypatch):
                 (root / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder_path / name, root / repo_id / name)
 
-    def download(repo_id, allow_patterns):
+    def download(repo_id, allow_patterns, **options):
         for name in filter_repo_objects(files(root / repo_id), allow_patterns=allow_patterns):
             (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / repo_id / name, tmp_path / "snapshot" / name)
@@ -378,29 +385,36 @@ def files(folder):
 def test_a_pushed_run_loads_by_its_name(run, hub, tmp_path, capsys):
     card = card_of(run, tmp_path / "flow", "--push=some-one/my.flow_2", "--private")
     assert "uploaded to https://hub/some-one/my.flow_2" in capsys.readouterr().out
-    assert 'TarFlow.from_pretrained("some-one/my.flow_2")' in card
+    assert 'from_pretrained("some-one/my.flow_2")' in card
     assert "\n# my.flow_2\n" in card
     assert hub.private == {"some-one/my.flow_2": True}
     assert files(hub.root / "some-one" / "my.flow_2") == files(tmp_path / "flow")
     loaded, (flow, _) = TarFlow.from_pretrained("some-one/my.flow_2"), load_flow(run)
-    assert torch.equal(loaded.classify(images(flow)), flow.classify(images(flow)))
+    assert torch.equal(classify(loaded, images(flow)), classify(flow, images(flow)))
+
+
+def test_a_flow_of_the_hub_is_exported_with_its_classes_and_statistics(run, hub, tmp_path):
+    card_of(run, tmp_path / "flow", "--push=some/flow")
+    card_of("some/flow", tmp_path / "again")
+    for name in ("classes.json", "classification.json", "config.json"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "flow" / name).read_text()
 
 
 def test_a_flow_in_memory_is_pushed_with_its_autoencoder(hub, tmp_path):
-    flow = random_flow(torch.float32, **LATENT, autoencoder=str(tiny_autoencoder(tmp_path / "vae")))
+    flow = latent_flow(tiny_autoencoder(tmp_path / "vae"))
     assert flow.push_to_hub("some/flow", token="hf_x") == "https://hub/some/flow"
     assert (hub.token, hub.private) == ("hf_x", {"some/flow": False})
-    assert "without the run that trained it" in (hub.root / "some" / "flow" / "README.md").read_text()
+    assert "library_name: flowback" in (hub.root / "some" / "flow" / "README.md").read_text()
     drawn = two_of(flow)
     shutil.rmtree(tmp_path / "vae")
-    assert torch.equal(two_of(TarFlow.from_pretrained("some/flow")), drawn)
+    assert torch.equal(two_of(from_pretrained("some/flow")), drawn)
 
 
 def test_only_the_flows_files_go_up_and_those_of_an_earlier_flow_are_gone(run, hub, tmp_path):
     card_of(run, tmp_path / "flow", "--push=some/flow")
     remote = hub.root / "some" / "flow"
     (remote / "notes.md").write_text("mine")
-    push_to_hub(run / "checkpoints" / "step_00000004", "some/flow")
+    push_folder(run / "checkpoints" / "step_00000004", "some/flow")
     kept = ["README.md", "classification.json", "config.json", "model.safetensors", "notes.md"]
     assert files(remote) == kept  # no training.safetensors, no classes.json of before
     random_flow().push_to_hub("some/flow")
@@ -473,4 +487,4 @@ def test_names_that_are_none_on_the_hub_are_refused(name, monkeypatch):
 
 def test_a_folder_without_a_flow_is_not_pushed(tmp_path):
     with pytest.raises(InputError, match=r"holds no readable config\.json"):
-        push_to_hub(tmp_path, "some/flow")
+        push_folder(tmp_path, "some/flow")

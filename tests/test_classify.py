@@ -1,25 +1,26 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from builders import images, random_flow
 from flowback import InputError, TarFlow
+from flowback.core.units import from_levels
 from flowback.tasks.classify import (
     RULES,
     ClassStatistics,
     calibrated,
     calibration_error,
+    class_scores_by_all,
     classify,
-    classify_by_all,
-    default_rule,
     exact,
     fit_calibration,
     fit_statistics,
-    logit_steps,
     rule_named,
     shortlist,
     single_gradient,
@@ -63,16 +64,6 @@ def test_z_score_shifts_and_scales_each_class():
     assert torch.allclose(z_score(flow, [images(flow)], known), expected, atol=1e-6)
 
 
-def test_logit_steps_climb_the_likelihood():
-    flow = random_flow(std=0.05)
-    x = images(flow)
-    lam = logit_steps(flow, [x])
-    uniform = flow.log_prob(x, torch.full((3, 4), 0.25, dtype=torch.float64))
-    assert (flow.log_prob(x, lam.softmax(dim=1)) > uniform).all()
-    first = single_gradient(flow, [x])
-    assert not torch.allclose(lam, 3 * first)  # the slope is taken anew at each step
-
-
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_shortlist_has_the_likelihoods_of_the_best_and_no_others(m):
     flow = random_flow()
@@ -111,8 +102,8 @@ def test_classes_left_out_share_the_chance_that_the_right_one_is_among_them():
 def test_several_rules_at_once_have_the_scores_of_each():
     flow = random_flow()
     x, known = images(flow, 7), statistics(flow)
-    for rules in (["shortlist_2", "exact", "z_score", "logit_steps", "single_gradient", "shortlist_9"], ["shortlist_2"]):
-        found = classify_by_all(flow, x, rules, known, draws=2, seed=3)
+    for rules in (["shortlist_2", "exact", "z_score", "single_gradient", "shortlist_9"], ["shortlist_2"]):
+        found = class_scores_by_all(flow, x, rules, known, draws=2, seed=3)
         assert list(found) == rules
         for rule, scores in found.items():
             assert torch.allclose(scores, classify(flow, x, rule, draws=2, seed=3, statistics=known), atol=1e-9), rule
@@ -174,7 +165,7 @@ def test_a_thousand_classes_cost_one_gradient_no_more_passes(monkeypatch):
     assert sum(rows) == 2 + 2 * 3
 
 
-def test_standards_are_mean_and_deviation_of_the_gradient():
+def test_statistics_are_mean_and_deviation_of_the_gradient():
     flow = random_flow(noise_std=0.2)
     x = images(flow, 20)
     known = fit_statistics(flow, x, seed=3)
@@ -184,23 +175,23 @@ def test_standards_are_mean_and_deviation_of_the_gradient():
     assert torch.allclose(torch.tensor(known.std).double(), scores.std(0), atol=1e-6)
     standardized = classify(flow, x, "z_score", seed=3, statistics=known)
     assert torch.allclose(standardized.std(0), torch.ones(4, dtype=torch.float64), atol=1e-5)
-    with pytest.raises(InputError, match="1 images have no deviation"):
+    with pytest.raises(InputError, match=r"at least 2 images.* got 1"):
         fit_statistics(flow, x[:1])
 
 
-def test_standards_travel_with_the_flow(tmp_path):
-    flow = random_flow()
-    assert default_rule(flow) == "single_gradient"
-    flow.statistics = statistics(flow)
-    flow.statistics.temperatures["exact"] = 2.5
+def test_statistics_are_found_in_the_folder_of_the_flow(tmp_path):
+    flow, known = random_flow(), statistics(random_flow())
+    known.temperatures["exact"], known.left_out["shortlist_3"] = 2.5, (-1.0, 2.0)
     flow.save_pretrained(tmp_path)
-    loaded = TarFlow.from_pretrained(tmp_path)
-    assert loaded.statistics == flow.statistics
-    assert default_rule(loaded) == "shortlist_3"
-    x = images(flow)
-    assert torch.equal(loaded.classify(x), classify(flow, x, "shortlist_3"))
-    random_flow().save_pretrained(tmp_path)
-    assert TarFlow.from_pretrained(tmp_path).statistics is None
+    loaded, x = TarFlow.from_pretrained(tmp_path), images(flow)
+    assert ClassStatistics.load(loaded.folder, 4) is None
+    known.save(tmp_path)
+    found = ClassStatistics.load(loaded.folder, 4)
+    assert found is not None
+    assert (found.mean, found.std, found.images, found.temperatures) == (known.mean, known.std, 9, {"exact": 2.5})
+    assert torch.equal(found.probabilities("exact", x[:, 0, 0]), known.probabilities("exact", x[:, 0, 0]))
+    assert torch.equal(classify(loaded, x), classify(flow, x, "shortlist_3", statistics=known))
+    assert torch.equal(classify(loaded, x, "z_score"), classify(flow, x, "z_score", statistics=known))
 
 
 @pytest.mark.parametrize(
@@ -213,23 +204,26 @@ def test_standards_travel_with_the_flow(tmp_path):
         lambda content: content.update(more=1),
     ],
 )
-def test_damaged_standards_are_refused_by_name(damage, tmp_path):
+def test_damaged_statistics_are_refused_by_name(damage, tmp_path):
     flow = random_flow()
-    flow.statistics = statistics(flow)
     flow.save_pretrained(tmp_path)
+    statistics(flow).save(tmp_path)
     file = tmp_path / "classification.json"
     content = json.loads(file.read_text())
     damage(content)
     file.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"classification\.json cannot be used"):
-        TarFlow.from_pretrained(tmp_path)
+    loaded = TarFlow.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"classification\.json cannot be used") as caught:
+        classify(loaded, images(flow))
+    assert caught.value.__cause__ is not None
+    assert classify(loaded, images(flow), "exact").shape == (3, 4)  # which needs none
 
 
-def test_rules_that_need_standards_say_so():
+def test_rules_that_need_statistics_say_so_and_no_other_rule_is_used():
     flow = random_flow()
-    for rule in ("z_score", "shortlist_2"):
-        with pytest.raises(InputError, match="needs statistics"):
-            flow.classify(images(flow), rule)
+    for options in ({}, {"rule": "z_score"}, {"rule": "shortlist_2"}):
+        with pytest.raises(InputError, match=r"need class statistics.*fit_statistics.*single_gradient and exact"):
+            classify(flow, images(flow), **options)
 
 
 @given(st.floats(0.05, 20), st.integers(0, 100))
@@ -265,8 +259,8 @@ def test_calibration_error_by_hand():
 def test_seed_decides_the_noise():
     flow = random_flow(noise_std=0.3)
     x = images(flow)
-    assert torch.equal(classify(flow, x, seed=1), classify(flow, x, seed=1))
-    assert not torch.equal(classify(flow, x, seed=1), classify(flow, x, seed=2))
+    assert torch.equal(classify(flow, x, "exact", seed=1), classify(flow, x, "exact", seed=1))
+    assert not torch.equal(classify(flow, x, "exact", seed=1), classify(flow, x, "exact", seed=2))
 
 
 def test_uniform_noise_flow_is_classified_with_its_own_noise():
@@ -276,49 +270,82 @@ def test_uniform_noise_flow_is_classified_with_its_own_noise():
     assert torch.allclose(classify(flow, x, "exact"), expected, atol=1e-9)
 
 
-def test_classifying_leaves_no_gradients():
-    flow = random_flow()
-    with torch.no_grad():
-        scores = flow.classify(images(flow))
-    assert not scores.requires_grad
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_classifying_works_in_every_mode_and_leaves_no_gradients(rule, mode):
+    flow = random_flow(noise_std=0.3)
+    x, known = images(flow), statistics(flow)
+    expected = classify(flow, x, rule, statistics=known)
+    with mode():
+        found = classify(flow, x.clone(), rule, statistics=known)  # inside: an inference tensor
+        assert torch.equal(found, expected)
+    assert not found.requires_grad
     assert all(p.grad is None for p in flow.parameters())
 
 
 def test_a_frozen_flow_classifies_the_same():
     flow = random_flow()
     x = images(flow)
-    scores = flow.classify(x)
-    assert torch.equal(flow.requires_grad_(False).classify(x), scores)
+    scores = classify(flow, x, "single_gradient")
+    assert torch.equal(classify(flow.requires_grad_(False), x, "single_gradient"), scores)
 
 
-def test_method_of_the_flow_is_the_function():
-    flow = random_flow()
-    x = images(flow)
-    assert torch.equal(flow.classify(x), classify(flow, x, "single_gradient"))
-    assert torch.equal(flow.classify(x, "exact", draws=2), classify(flow, x, "exact", draws=2))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_come_in_every_form(channels, tmp_path):
+    flow = random_flow(torch.float32, channels=channels, image_size=(6, 4))
+    shape = (6, 4) if channels == 1 else (6, 4, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
+    pictures = [Image.fromarray(image) for image in pixels]
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for picture, file in zip(pictures, files, strict=True):
+        picture.save(file)
+    tensor = torch.from_numpy(pixels).view(2, 6, 4, channels).permute(0, 3, 1, 2)
+    expected = classify(flow, from_levels(tensor), "exact")
+    assert expected.shape == (2, 4)
+    whole = pixels.reshape(2, 6, 4, channels)
+    for several in (
+        tensor,
+        whole,
+        list(whole),
+        list(pixels),
+        pictures,
+        tuple(pictures),
+        files,
+        [str(file) for file in files],
+    ):
+        assert torch.equal(classify(flow, several, "exact"), expected), type(several)
+    one = classify(flow, from_levels(tensor)[:1], "exact")
+    for single in (tensor[0], from_levels(tensor)[0], pixels[0], pictures[0], files[0], str(files[0])):
+        assert torch.allclose(classify(flow, single, "exact"), one, atol=1e-4), type(single)
+    assert fit_statistics(flow, files).mean == fit_statistics(flow, from_levels(tensor)).mean
+
+
+@pytest.mark.parametrize("bad", ["nowhere.png", [], 3, None, np.zeros((6, 6)), [[1, 2]], torch.zeros(3, 2, 5, 5)])
+def test_what_are_no_images_is_refused(bad):
+    with pytest.raises(InputError, match="image"):
+        classify(random_flow(), bad, "exact")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"rule": "best"},
-            "classification rule 'best' does not exist; allowed: single_gradient, z_score, logit_steps, exact",
-        ),
-        ({"rule": "shortlist_0"}, "classification rule 'shortlist_0' does not exist"),
-        ({"draws": 0}, "draws 0 is not usable; allowed is a whole number of at least 1"),
+        ({"rule": "best"}, "rule must be .*single_gradient, z_score, exact, or shortlist_ .*, got 'best'"),
+        ({"rule": "shortlist_0"}, "got 'shortlist_0'"),
+        ({"rule": "logit_steps"}, "got 'logit_steps'"),
+        ({"draws": 0}, "draws must be .* at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be .* at least 1, got 0"),
     ],
 )
 def test_impossible_requests_are_named(arguments, message):
     flow = random_flow()
     with pytest.raises(InputError, match=message):
-        flow.classify(images(flow), **arguments)
+        classify(flow, images(flow), **arguments)
 
 
 def test_unconditional_flow_cannot_classify():
     flow = random_flow(num_classes=0)
     with pytest.raises(InputError, match="unconditional flow cannot classify"):
-        flow.classify(images(flow))
+        classify(flow, images(flow), "exact")
 
 
 # ---- real digits ----------------------------------------------------------------------------------------------------

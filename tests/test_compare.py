@@ -17,13 +17,15 @@ from flowback.data import DataConfig, load_data
 from flowback.measure.density import density, importance_weighted_bits
 from flowback.measure.probe import probe_layers
 from flowback.reports.classification import CURVE, cost_accuracy
-from flowback.reports.compare import Record, config_differences, crossings, not_comparable
+from flowback.reports.compare import Record, config_differences, crossings, names_of, not_comparable, table
+from flowback.tasks.classify import calibration_error
 
+FIDELITY = {"fid": 12.0, "extractor": "inception", "samples": 9}
 SMALL = [*SMALL_RUN, "--train.eval_every=2"]
 
 
 def record(name, rows=(), config=None, evaluation=None):
-    return Record(name, None, None, None, config or {}, list(rows), evaluation or {})
+    return Record(name, None, None, config or {}, list(rows), evaluation or {})
 
 
 def rows(*values, column="held_out_exact", seconds=10):
@@ -65,6 +67,27 @@ def test_figures_that_do_not_compare_are_named():
     assert "nats do not compare" in not_comparable([record("a", config={"flow.noise_std": 0.1}), noisier])[0]
 
 
+def test_runs_have_names_of_their_own_in_the_report(tmp_path):
+    assert names_of([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    same = [str(tmp_path / "x" / "run"), str(tmp_path / "y" / "run"), str(tmp_path / "machine")]
+    assert names_of([*same, tmp_path / "a"]) == [*same, "a"]
+    with pytest.raises(InputError, match="twice"):
+        names_of([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+
+
+def test_the_table_names_the_best_of_figures_that_all_runs_have():
+    known = {"steps": 4, "seconds": 1.0, "weights": "ema", "probe": []}
+    pair = [record("a", evaluation=known | {"nats_per_dim": 0.5, "bits_per_dim": None})]
+    pair += [record("b", evaluation=known | {"nats_per_dim": 0.25, "bits_per_dim": 3.0, "fidelity": FIDELITY})]
+    for own in pair:
+        own.flow = torch.nn.Linear(1, 1)
+    rows = {title: (texts, best) for title, texts, best in table(pair)}
+    assert rows["nats per dimension"] == (["0.5000", "0.2500"], 1)
+    assert rows["bits per dimension (upper bound)"] == (["not finite", "3.000"], None)
+    assert rows["FID (inception, 9 samples)"] == (["-", "12.000"], None)
+    assert rows["training steps"] == (["4", "4"], None)
+
+
 # ---- density --------------------------------------------------------------------------------------------------------
 
 
@@ -101,9 +124,9 @@ def test_the_density_of_noised_images_is_not_called_bits():
 # ---- classification and probes --------------------------------------------------------------------------------------
 
 
-def test_the_cost_accuracy_table_is_of_images_that_calibrated_nothing(trained):
-    data = load_data(DataConfig())
-    table, statistics = cost_accuracy(trained, data, images=100)
+def test_the_cost_accuracy_table_has_calibration_errors_of_images_that_calibrated_nothing(trained, digits):
+    x, y = digits[0][1500:1600], digits[1][1500:1600]
+    table, statistics, scores = cost_accuracy(trained, x, y, digits[0][:500], seed=3)
     assert [row["rule"] for row in table] == list(CURVE)
     assert set(statistics.temperatures) == set(CURVE)
     accuracy = {row["rule"]: row["accuracy"] for row in table}
@@ -113,8 +136,14 @@ def test_the_cost_accuracy_table_is_of_images_that_calibrated_nothing(trained):
         assert row["images"] == 100
         assert row["temperature"] > 0
         assert 0 <= row["ece_after"] <= 1
+        assert row["accuracy"] == pytest.approx(float((scores[row["rule"]].argmax(1) == y).double().mean()))
     exact = next(row for row in table if row["rule"] == "exact")
     assert exact["ece_after"] < 0.15
+    others = torch.randperm(100, generator=torch.Generator().manual_seed(3))[25:]
+    found = calibration_error(statistics.probabilities("exact", scores["exact"][others]), y[others])
+    assert exact["ece_after"] == pytest.approx(found)
+    with pytest.raises(InputError, match="at least 4 held-out images, got 3"):
+        cost_accuracy(trained, x[:3], y[:3], x)
 
 
 def test_probes_see_classes_where_there_are_some():
@@ -148,13 +177,17 @@ def test_evaluate_measures_what_was_asked_for(runs):
     found = json.loads((runs / "short" / "evaluation.json").read_text())
     assert set(found["accuracy"]) == set(CURVE)
     assert found["bits_per_dim_importance_weighted"] < found["bits_per_dim"] + 0.1
+    assert (found["steps"], found["strategy"], found["gradient"], found["noise_draws"]) == (4, "none", None, 1)
+    assert found["seconds"] > 0
+    assert sum(map(sum, found["judged"]["confusion"])) == found["held_out_images"] == 40
+    assert len(found["judged"]["best"]) == len(found["judged"]["worst"]) == 8
     assert len(found["probe"]) == 2
     f = found["fidelity"]
     assert (f["extractor"], f["samples"], f["guidance"]) == ("efficientnet_lite0", 12, 0.0)
     assert f["reference"].startswith("digits-train-12-8-")
     assert {"fid", "kid", "precision", "recall", "is"} <= set(f)
     assert [row["guidance"] for row in found["guidance_sweep"]] == [0, 1]
-    assert set(found["seconds"]) == {"bpd", "accuracy", "probe", "fidelity", "guidance_sweep"}
+    assert set(found["seconds_of_measuring"]) == {"bpd", "accuracy", "probe", "fidelity", "guidance_sweep"}
     assert len(list(runs.glob("short/checkpoints/*/classification.json"))) == 1
     assert (runs / "short" / "report.html").is_file()
 
@@ -166,7 +199,7 @@ def test_what_was_measured_before_stays_unless_it_was_of_other_images(runs, tmp_
     main(["evaluate", str(tmp_path / "long"), "--metrics=bpd", "--images=40"])
     after = json.loads(file.read_text())
     assert after["probe"] == before["probe"]
-    assert after["seconds"].keys() == before["seconds"].keys()
+    assert after["seconds_of_measuring"].keys() == before["seconds_of_measuring"].keys()
     main(["evaluate", str(tmp_path / "long"), "--metrics=bpd", "--images=30"])
     assert "probe" not in json.loads(file.read_text())
 
@@ -190,10 +223,13 @@ def test_compare_writes_one_page_that_needs_nothing_else(runs, capsys):
     for word in ("short", "long", "train.steps", "importance-weighted", "shortlist 3", "best linear probe", "never"):
         assert word in page
     report = json.loads((runs / "both" / "report.json").read_text())
-    assert set(report) == {"runs", "config_differences", "crossings", "not_comparable"}
+    assert set(report) == {"data", "machine", "short", "long", "config_differences", "crossings", "not_comparable"}
+    assert report["data"] == "digits"
+    assert report["long"] == json.loads((runs / "long" / "evaluation.json").read_text())
     assert report["config_differences"] == {"train.steps": [4, 8]}
     assert report["not_comparable"] == []
-    assert report["runs"]["long"]["steps"] == 8
+    assert report["long"]["steps"] == 8
+    assert (runs / "both" / "overview.png").is_file()
 
 
 def test_classify_prints_calibrated_probabilities_after_an_evaluation(runs, capsys):
@@ -203,6 +239,18 @@ def test_classify_prints_calibrated_probabilities_after_an_evaluation(runs, caps
     lines = capsys.readouterr().out.strip().splitlines()
     assert re.fullmatch(r".*000000\.png: \d 0\.\d{3}, \d 0\.\d{3}", lines[0])
     assert lines[1] == "calibrated probabilities, by shortlist_3"
+
+
+def test_an_evaluation_of_an_earlier_version_is_measured_again(runs, tmp_path, capsys):
+    shutil.copytree(runs / "short", tmp_path / "short")
+    file = tmp_path / "short" / "evaluation.json"
+    found = json.loads(file.read_text())
+    old = {name: value for name, value in found.items() if name not in ("steps", "strategy", "gradient", "judged")}
+    file.write_text(json.dumps(old | {"seconds": old.pop("seconds_of_measuring")}))
+    assert "lacks steps, strategy" in (line := refuse(["compare", str(tmp_path / "short")], capsys))
+    assert "evaluate the run again" in line
+    assert main(["evaluate", str(tmp_path / "short"), "--metrics=bpd", "--images=40"]) == 0
+    assert json.loads(file.read_text())["probe"] == found["probe"]
 
 
 def test_a_run_that_was_not_evaluated_is_sent_to_evaluate(tmp_path, capsys):

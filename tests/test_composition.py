@@ -62,7 +62,9 @@ def worker(rank: int, file: str, out: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     for member in MEMBERS:
-        parallel = nn.parallel.DistributedDataParallel(build(member))
+        parallel = nn.parallel.DistributedDataParallel(build(member)).train()
+        assert not parallel.module.encoder.training
+        assert {name.split(".")[1] for name in parallel.state_dict()} == {"flow", "projector"}
         found = gradients(parallel, slice(2 * rank, 2 * rank + 2))
         if rank == 0:
             torch.save(found, f"{out}/{member}.pt")

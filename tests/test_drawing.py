@@ -1,6 +1,8 @@
 """Images to disk: a function of request and number, whoever draws them, in whatever parts, interrupted or not."""
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,12 +12,15 @@ import torch
 from PIL import Image
 
 import flowback.tasks.sampling
-from builders import random_flow
-from flowback import Guidance, InputError, TarFlow
+from builders import random_flow, tiny_autoencoder
+from flowback import Guidance, InputError, LatentFlow, TarFlow
 from flowback.core.devices import pick_device
+from flowback.core.distributed import PeerLost
+from flowback.core.files import write_whole
 from flowback.core.units import to_uint8
-from flowback.tasks.refinement import rank, refine
-from flowback.tasks.sampling import Request, draw, noise, sample_to_disk
+from flowback.latents.autoencoder import load_autoencoder
+from flowback.tasks.refinement import best_of, refine
+from flowback.tasks.sampling import Request, checked_store, class_grid, draw, noise, sample_to_disk
 
 OPTIONS = {"image_size": 4, "patch_size": 2, "blocks": 2, "layers": 1, "noise_std": 0.1}
 
@@ -29,16 +34,9 @@ def flow():
     return a_flow()
 
 
-@pytest.fixture(scope="module")
-def folder(flow, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flow")
-    flow.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def request_(folder):
-    return Request(str(folder), num=11, labels=(0, 2, 1))
+def request_():
+    return Request(num=11, labels=(0, 2, 1))
 
 
 @pytest.fixture
@@ -86,12 +84,12 @@ def load(file):
 
 def drawn_one_by_one(flow, request):
     """By the definition, token by token, batches of one."""
-    guidance = Guidance(request.guidance, request.schedule, request.guide)
+    guidance = Guidance(request.guidance, request.schedule, request.guided)
     images = []
     for i in range(request.num):
         y = torch.tensor([request.labels[i % len(request.labels)]])
-        z = request.temperature * noise(flow, request.seed, i, request.rank)[None]
-        z = rank(flow, z, y, guidance, method="sequential") if request.rank > 1 else z[:, 0]
+        z = request.temperature * noise(flow, request.seed, i, request.best_of)[None]
+        z = best_of(flow, z, y, guidance, method="sequential") if request.best_of > 1 else z[:, 0]
         z = refine(flow, z, y, request.refine, guidance=guidance) if request.refine else z
         x = flow.decode(z, y, guidance, "sequential")
         images.append(flow.denoise(x, y) if request.denoise else x)
@@ -102,13 +100,13 @@ CHANGES = {
     "plain": {},
     "one class": {"labels": (1,)},
     "no class": {"labels": (-1,)},
-    "guided": {"guidance": 2.0, "schedule": "annealed", "guide": "mu"},
+    "guided": {"guidance": 2.0, "schedule": "annealed", "guided": "mu"},
     "cool": {"temperature": 0.5},
     "with noise": {"denoise": False},
     "another seed": {"seed": 5},
-    "ranked": {"rank": 3},
+    "best of 3": {"best_of": 3},
     "refined": {"refine": 2},
-    "all": {"rank": 2, "refine": 1, "guidance": 1.0, "temperature": 0.9, "denoise": False},
+    "all": {"best_of": 2, "refine": 1, "guidance": 1.0, "temperature": 0.9, "denoise": False},
 }
 
 
@@ -127,7 +125,7 @@ def test_images_are_those_of_the_definition(flow, request_, change):
 
 
 def test_a_request_is_always_answered_by_the_same_images(flow, request_):
-    first, second = (draw(flow, replace(request_, rank=2, refine=1), 0, "auto", 4)[0] for _ in range(2))
+    first, second = (draw(flow, replace(request_, best_of=2, refine=1), 0, "auto", 4)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -181,8 +179,8 @@ def test_noise_is_normal(flow):
 
 
 @pytest.mark.parametrize("method", ["auto", "jacobi", "gauss_seidel"])
-@pytest.mark.parametrize("change", [{}, {"rank": 2, "refine": 1}, {"denoise": False, "guidance": 1.0}], ids=str)
-def test_a_flow_that_is_not_finite_draws_grey_and_says_so(request_, method, change):
+@pytest.mark.parametrize("change", [{}, {"best_of": 2, "refine": 1}, {"denoise": False, "guidance": 1.0}], ids=str)
+def test_a_flow_that_is_not_finite_draws_grey_and_says_so(flow, request_, method, change):
     broken = a_flow()
     broken.blocks[0].proj_out.bias.data.fill_(float("nan"))
     images, note = draw(broken, replace(request_, **change), 0, method, 4)
@@ -217,8 +215,8 @@ def expected(flow, request_):
     return draw(flow, request_, 0, "auto", 4)[0].permute(0, 2, 3, 1).numpy()
 
 
-def test_npz_has_the_adm_format(request_, expected, small_parts, tmp_path):
-    notes = sample_to_disk(request_, tmp_path / "new" / "samples.npz", batch_size=4)
+def test_npz_has_the_adm_format(flow, request_, expected, small_parts, tmp_path):
+    notes = sample_to_disk(flow, request_, tmp_path / "new" / "samples.npz", batch_size=4)
     images, labels = load(tmp_path / "new" / "samples.npz")
     assert images.dtype == np.uint8
     assert np.array_equal(images, expected)
@@ -228,8 +226,8 @@ def test_npz_has_the_adm_format(request_, expected, small_parts, tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["samples.npz"]
 
 
-def test_folder_has_one_png_an_image(request_, expected, small_parts, tmp_path):
-    sample_to_disk(request_, tmp_path / "images", batch_size=4)
+def test_folder_has_one_png_an_image(flow, request_, expected, small_parts, tmp_path):
+    sample_to_disk(flow, request_, tmp_path / "images", batch_size=4)
     files = sorted((tmp_path / "images").glob("*.png"))
     assert [file.name for file in files] == [f"{number:06d}.png" for number in range(11)]
     assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), expected)
@@ -237,8 +235,8 @@ def test_folder_has_one_png_an_image(request_, expected, small_parts, tmp_path):
     assert not list((tmp_path / "images").rglob("*partial*"))
 
 
-def test_png_is_a_grid_of_all_images(request_, expected, small_parts, tmp_path):
-    sample_to_disk(request_, tmp_path / "grid.png", batch_size=4)
+def test_png_is_a_grid_of_all_images(flow, request_, expected, small_parts, tmp_path):
+    sample_to_disk(flow, request_, tmp_path / "grid.png", batch_size=4)
     assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (4 * 30 + 2, 3 * 30 + 2, 3)  # 4 rows of 3, enlarged sevenfold, lines of 2 pixels
@@ -248,10 +246,9 @@ def test_png_is_a_grid_of_all_images(request_, expected, small_parts, tmp_path):
 
 
 def test_grey_images_stay_grey(tmp_path):
-    a_flow(channels=1, num_classes=0).save_pretrained(tmp_path / "flow")
-    request = Request(str(tmp_path / "flow"), num=3)
-    sample_to_disk(request, tmp_path / "a.npz")
-    sample_to_disk(request, tmp_path / "images")
+    flow, request = a_flow(channels=1, num_classes=0), Request(num=3)
+    sample_to_disk(flow, request, tmp_path / "a.npz")
+    sample_to_disk(flow, request, tmp_path / "images")
     images, labels = load(tmp_path / "a.npz")
     assert images.shape == (3, 4, 4, 1)
     assert labels.tolist() == [-1, -1, -1]
@@ -261,28 +258,74 @@ def test_grey_images_stay_grey(tmp_path):
         assert np.array_equal(np.asarray(picture), image[..., 0])
 
 
-def test_two_processes_draw_what_one_draws(request_, tmp_path):
-    request = replace(request_, num=130, rank=2)  # three parts
-    one = sample_to_disk(request, tmp_path / "one.npz")
-    two = sample_to_disk(request, tmp_path / "two.npz", processes=2)
+def test_processes_of_torchrun_draw_what_one_draws(flow, request_, tmp_path):
+    request = replace(request_, num=130, best_of=2)  # three parts
+    notes = sample_to_disk(flow, request, tmp_path / "one.npz")
+    assert [note.part for note in notes] == [0, 1, 2]
+    flow.save_pretrained(tmp_path / "flow")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "flowback"]
+    words += ["sample", "flow", "--num=130", "--labels=0,2,1", "--best-of=2", "--device=cpu", "-o", "two.npz"]
+    printed = subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=200).stdout
+    assert printed.count("130 images in two.npz") == 1  # only the first one speaks
     for a, b in zip(load(tmp_path / "one.npz"), load(tmp_path / "two.npz"), strict=True):
         assert np.array_equal(a, b)
-    assert [note.part for note in one] == [note.part for note in two] == [0, 1, 2]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.npz", "two.npz"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["flow", "one.npz", "two.npz"]
 
 
-def test_what_goes_wrong_in_a_process_is_said(flow, monkeypatch, tmp_path):
-    flow.save_pretrained(tmp_path / "flow")
-    missing = flowback.tasks.sampling.Store.missing
+@contextmanager
+def as_process(monkeypatch, rank, world, barrier):
+    """This process is one of several, of which nobody else is there."""
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda: rank)
+        patch.setattr(torch.distributed, "get_world_size", lambda: world)
+        patch.setattr(torch.distributed, "barrier", barrier)
+        yield
 
-    def without_flow(store):  # gone before the process can read it
-        (tmp_path / "flow" / "model.safetensors").unlink()
-        return missing(store)
 
-    monkeypatch.setattr(flowback.tasks.sampling.Store, "missing", without_flow)
-    with pytest.raises(RuntimeError, match=r"ended with InputError: .*model\.safetensors cannot be read"):
-        sample_to_disk(Request(str(tmp_path / "flow"), num=3), tmp_path / "a.npz", processes=2)
-    assert not (tmp_path / "a.npz").exists()
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_process_draws_its_share_and_waits_for_the_others(flow, request_, world, monkeypatch, drawn, tmp_path):
+    request, output, met = replace(request_, num=19), tmp_path / "a.npz", []  # five parts
+    checked_store(flow, request, output).open()
+    for rank in reversed(range(world)):
+        drawn.clear()
+        with as_process(monkeypatch, rank, world, lambda: met.append(drawn.copy())):
+            notes = sample_to_disk(flow, request, output, batch_size=4)
+        assert drawn == list(range(rank, 5, world))
+        assert met[-2:] == [[], drawn]  # before and after
+        assert [note.part for note in notes] == (drawn if rank else list(range(5)))
+        assert output.exists() == (rank == 0)
+    sample_to_disk(flow, request, tmp_path / "alone.npz", batch_size=4)
+    assert content(output) == content(tmp_path / "alone.npz")
+
+
+def test_a_process_that_is_gone_is_said(flow, request_, monkeypatch, tmp_path):
+    def closed():
+        raise RuntimeError("Connection closed by peer")
+
+    with as_process(monkeypatch, 0, 2, closed), pytest.raises(PeerLost, match="again to resume"):
+        sample_to_disk(flow, request_, tmp_path / "a.npz")
+
+
+def test_latents_are_drawn_and_decoded(tmp_path):
+    pytest.importorskip("diffusers")
+    folder = tiny_autoencoder(tmp_path / "vae")
+    flow = a_flow(channels=3, image_size=4)
+    latent = LatentFlow(flow, load_autoencoder(str(folder)))
+    request = Request(num=5, labels=(0, 2))
+    images, _ = draw(latent, request, 0, "auto", 2)
+    z = torch.cat([noise(flow, 0, i) for i in range(5)])
+    y = torch.tensor([0, 2, 0, 2, 0])
+    expected = latent.to_images(flow.denoise(flow.decode(z, y, method="sequential"), y))
+    assert images.shape == (5, 1, 8, 8)
+    assert difference(images, to_uint8(expected)) <= 1
+    assert class_grid(latent, per_class=2).shape == (6, 1, 8, 8)
+
+    sample_to_disk(latent, request, tmp_path / "images")
+    other = LatentFlow(flow, load_autoencoder(str(tiny_autoencoder(tmp_path / "other", seed=1))))
+    with pytest.raises(InputError, match="other weights"):
+        sample_to_disk(other, request, tmp_path / "images")
 
 
 # ---- interrupted, and taken up again --------------------------------------------------------------------------------
@@ -302,16 +345,16 @@ def content(output):
 
 
 @outputs
-def test_an_interrupted_run_goes_on_where_it_was(request_, name, monkeypatch, drawn, tmp_path):
+def test_an_interrupted_run_goes_on_where_it_was(flow, request_, name, monkeypatch, drawn, tmp_path):
     output, undisturbed = tmp_path / "a" / name, tmp_path / "b" / name
-    sample_to_disk(request_, undisturbed, batch_size=4)
+    sample_to_disk(flow, request_, undisturbed, batch_size=4)
     with interruption(monkeypatch, 1):
-        sample_to_disk(request_, output, batch_size=4)
+        sample_to_disk(flow, request_, output, batch_size=4)
     assert output.is_dir() if name == "images" else not output.exists()
     assert sorted(file.name for file in parts_of(output).glob("*.json")) == ["part_000000.json", "request.json"]
 
     drawn.clear()
-    notes = sample_to_disk(request_, output, batch_size=4)
+    notes = sample_to_disk(flow, request_, output, batch_size=4)
     assert drawn == [1, 2]
     assert [note.part for note in notes] == [0, 1, 2]
     assert content(output) == content(undisturbed)
@@ -323,79 +366,77 @@ def full(store):
 
 
 @outputs
-def test_only_missing_parts_are_drawn(request_, name, monkeypatch, drawn, tmp_path):
+def test_only_missing_parts_are_drawn(flow, request_, name, monkeypatch, drawn, tmp_path):
     output = tmp_path / name
     with monkeypatch.context() as patch:
         patch.setattr(flowback.tasks.sampling.Store, "finish", full)
         with pytest.raises(OSError, match="full"):  # all drawn, nothing put together
-            sample_to_disk(request_, output, batch_size=4)
+            sample_to_disk(flow, request_, output, batch_size=4)
     assert drawn == [0, 1, 2]
     (parts_of(output) / "part_000001.json").unlink()
     for file in parts_of(output).glob("part_000001.npy"):
         file.write_bytes(b"half of it")  # a part without its note is not whole
     drawn.clear()
-    sample_to_disk(request_, output, batch_size=4)
+    sample_to_disk(flow, request_, output, batch_size=4)
     assert drawn == [1]
-    sample_to_disk(request_, tmp_path / f"again_{name}", batch_size=4)
+    sample_to_disk(flow, request_, tmp_path / f"again_{name}", batch_size=4)
     assert content(output) == content(tmp_path / f"again_{name}")
 
 
-def test_a_finished_folder_is_not_drawn_again(request_, drawn, tmp_path):
-    first = sample_to_disk(request_, tmp_path / "images")
+def test_a_finished_folder_is_not_drawn_again(flow, request_, drawn, tmp_path):
+    first = sample_to_disk(flow, request_, tmp_path / "images")
     before = snapshot(tmp_path)
     drawn.clear()
-    assert sample_to_disk(request_, tmp_path / "images", batch_size=1) == first
+    assert sample_to_disk(flow, request_, tmp_path / "images", batch_size=1) == first
     assert drawn == []
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"num": 12}, {"labels": (0,)}, {"rank": 2}, {"guidance": 0.5}], ids=str)
+@pytest.mark.parametrize("change", [{"seed": 1}, {"num": 12}, {"labels": (0,)}, {"best_of": 2}, {"guidance": 0.5}], ids=str)
 @outputs
-def test_another_request_does_not_go_on_with_it(request_, name, change, monkeypatch, small_parts, tmp_path):
+def test_another_request_does_not_go_on_with_it(flow, request_, name, change, monkeypatch, small_parts, tmp_path):
     with interruption(monkeypatch, 1):
-        sample_to_disk(request_, tmp_path / name)
+        sample_to_disk(flow, request_, tmp_path / name)
     before = snapshot(tmp_path)
-    with pytest.raises(
-        InputError, match=rf"{name}.* was begun by another request or with other weights; allowed: the same"
-    ):
-        sample_to_disk(replace(request_, **change), tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name}.* was begun by another request or with other weights"):
+        sample_to_disk(flow, replace(request_, **change), tmp_path / name)
     assert snapshot(tmp_path) == before
 
 
-def test_a_folder_with_other_files_is_left_alone(request_, tmp_path):
+def test_a_folder_with_other_files_is_left_alone(flow, request_, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "000000.png").write_text("mine")
-    with pytest.raises(InputError, match="mine holds other files; allowed is a new or empty folder"):
-        sample_to_disk(request_, tmp_path / "mine")
+    with pytest.raises(InputError, match=r"new or empty folder.*mine holds other files"):
+        sample_to_disk(flow, request_, tmp_path / "mine")
     assert list(snapshot(tmp_path).values()) == [b"mine"]
 
 
-def test_an_empty_folder_is_used(request_, tmp_path):
+def test_an_empty_folder_is_used(flow, request_, tmp_path):
     (tmp_path / "images").mkdir()
-    sample_to_disk(request_, tmp_path / "images")
+    sample_to_disk(flow, request_, tmp_path / "images")
     assert len(list((tmp_path / "images").glob("*.png"))) == 11
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.npz"])
-def test_a_folder_with_a_files_name_is_refused(request_, name, tmp_path):
+def test_a_folder_with_a_files_name_is_refused(flow, request_, name, tmp_path):
     (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match=f"{name} is a folder; allowed is a file's name"):
-        sample_to_disk(request_, tmp_path / name)
+    with pytest.raises(InputError, match=f"must be a file.*{name} is a folder"):
+        sample_to_disk(flow, request_, tmp_path / name)
     assert list(tmp_path.rglob("*")) == [tmp_path / name]
 
 
-def test_an_output_is_replaced_only_when_the_new_one_is_whole(request_, monkeypatch, small_parts, tmp_path):
-    sample_to_disk(request_, tmp_path / "a.npz")
+def test_an_output_is_replaced_only_when_the_new_one_is_whole(flow, request_, monkeypatch, small_parts, tmp_path):
+    sample_to_disk(flow, request_, tmp_path / "a.npz")
     before = (tmp_path / "a.npz").read_bytes()
     with interruption(monkeypatch, 2):
-        sample_to_disk(replace(request_, seed=1), tmp_path / "a.npz")
+        sample_to_disk(flow, replace(request_, seed=1), tmp_path / "a.npz")
     assert (tmp_path / "a.npz").read_bytes() == before
-    sample_to_disk(replace(request_, seed=1), tmp_path / "a.npz")
+    sample_to_disk(flow, replace(request_, seed=1), tmp_path / "a.npz")
     assert (tmp_path / "a.npz").read_bytes() != before
 
 
-def test_an_output_that_is_cut_off_while_written_leaves_the_old_one(request_, monkeypatch, small_parts, tmp_path):
-    sample_to_disk(request_, tmp_path / "a.npz")
+def test_an_output_that_is_cut_off_while_written_leaves_the_old_one(flow, request_, monkeypatch, small_parts, tmp_path):
+    sample_to_disk(flow, request_, tmp_path / "a.npz")
     before, read = (tmp_path / "a.npz").read_bytes(), flowback.tasks.sampling.Store._load
 
     def cut_off(store, part):
@@ -406,14 +447,14 @@ def test_an_output_that_is_cut_off_while_written_leaves_the_old_one(request_, mo
     with monkeypatch.context() as patch:
         patch.setattr(flowback.tasks.sampling.Store, "_load", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            sample_to_disk(replace(request_, seed=1), tmp_path / "a.npz")
+            sample_to_disk(flow, replace(request_, seed=1), tmp_path / "a.npz")
     assert (tmp_path / "a.npz").read_bytes() == before
-    sample_to_disk(replace(request_, seed=1), tmp_path / "a.npz")
+    sample_to_disk(flow, replace(request_, seed=1), tmp_path / "a.npz")
     assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
 
 
-def test_the_notes_on_disk_are_those_returned(request_, small_parts, tmp_path):
-    notes = sample_to_disk(request_, tmp_path / "images", method="jacobi")
+def test_the_notes_on_disk_are_those_returned(flow, request_, small_parts, tmp_path):
+    notes = sample_to_disk(flow, request_, tmp_path / "images", method="jacobi")
     on_disk = [json.loads((tmp_path / "images" / ".flowback" / f"part_{n:06d}.json").read_text()) for n in range(3)]
     assert [vars(note) for note in notes] == on_disk
     assert json.loads((tmp_path / "images" / ".flowback" / "request.json").read_text())["labels"] == [0, 2, 1]
@@ -422,48 +463,55 @@ def test_the_notes_on_disk_are_those_returned(request_, small_parts, tmp_path):
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 BAD_REQUESTS = [
-    ({"num": 0}, "num 0 is not usable"),
-    ({"seed": -1}, "seed -1 is not usable"),
-    ({"rank": 0}, "rank 0 is not usable"),
-    ({"refine": -1}, "refine -1 is not usable"),
-    ({"temperature": 0.0}, r"temperature 0\.0 is not usable"),
-    ({"temperature": -1.0}, r"temperature -1\.0 is not usable"),
-    ({"temperature": float("nan")}, "temperature nan is not usable"),
-    ({"temperature": float("inf")}, "temperature inf is not usable"),
-    ({"precision": "16"}, "precision is '16'; allowed: 32-true, bf16-mixed"),
-    ({"labels": (0, -1), "rank": 2}, "rank and refine need labels"),
-    ({"labels": (-1,), "refine": 1}, "rank and refine need labels"),
-    ({"guidance": -1.0}, r"guidance scale -1\.0"),
-    ({"schedule": "cosine"}, "guidance schedule 'cosine' does not exist"),
-    ({"guide": "sigma"}, "guidance cannot act on 'sigma'"),
+    ({"num": 0}, "num must be at least 1, got 0"),
+    ({"seed": -1}, "seed must be at least 0, got -1"),
+    ({"seed": 2**63}, f"seed must be at most .*, got {2**63}"),
+    ({"best_of": 0}, "best_of must be at least 1, got 0"),
+    ({"best_of": 10_001}, "best_of must be at most 10000, got 10001"),
+    ({"refine": -1}, "refine must be at least 0, got -1"),
+    ({"temperature": 0.0}, r"temperature .*above 0.* got 0\.0"),
+    ({"temperature": -1.0}, r"temperature .* got -1\.0"),
+    ({"temperature": float("nan")}, "temperature .* got nan"),
+    ({"temperature": float("inf")}, "temperature .* got inf"),
+    ({"precision": "16"}, "precision .*32-true, bf16-mixed, got '16'"),
+    ({"objective": "beauty"}, "objective .*contrast, posterior, got 'beauty'"),
+    ({"labels": ()}, "labels must name"),
+    ({"labels": (0, -1), "best_of": 2}, "best_of and refine need a label"),
+    ({"labels": (-1,), "refine": 1}, "best_of and refine need a label"),
+    ({"labels": (0, -1), "guidance": 1.0}, "guidance.* a label"),
+    ({"guidance": -1.0}, r"guidance.* -1\.0"),
+    ({"guidance": float("nan")}, "guidance.* nan"),
+    ({"schedule": "cosine"}, "schedule.*'cosine'"),
+    ({"guided": "sigma"}, "guid.*'sigma'"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_REQUESTS)
 def test_an_impossible_request_is_refused(change, message):
     with pytest.raises(InputError, match=message):
-        Request("run", **{"labels": (0,), **change})
+        Request(**{"labels": (0,), **change})
 
 
 BAD_CALLS = [
-    ({"batch_size": 0}, "batch_size is 0; allowed is a whole number of at least 1"),
-    ({"processes": 0}, "processes is 0; allowed is a whole number of at least 1"),
-    ({"method": "newton"}, "decoding method 'newton' does not exist"),
-    ({"device": "nowhere"}, "device 'nowhere' is not here"),
-    ({"output": "a.gif"}, r"output .*a\.gif is not known"),
-    ({"labels": (0, 3)}, "label 3 is out of range; allowed: 0 to 2"),
-    ({"run": "nowhere"}, "nowhere is neither a folder nor a hub id"),
-    ({"weights": "best"}, "weights 'best' do not exist; allowed: ema, raw"),
+    ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ({"method": "newton"}, "method 'newton'"),
+    ({"output": "a.gif"}, r"output must be .*\.png.*a\.gif"),
+    ({"labels": (0, 3)}, "label 3 is out of range.* 0 to 2"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_CALLS)
-def test_what_cannot_be_done_is_refused_before_anything_is_written(request_, change, message, tmp_path):
-    changed = replace(request_, **{k: v for k, v in change.items() if k in ("labels", "run", "weights")})
-    options = {k: v for k, v in change.items() if k in ("batch_size", "processes", "method", "device")}
+def test_what_cannot_be_done_is_refused_before_anything_is_written(flow, request_, change, message, tmp_path):
+    request = replace(request_, labels=change.pop("labels", request_.labels))
+    output = tmp_path / change.pop("output", "a.npz")
     with pytest.raises(InputError, match=message):
-        sample_to_disk(changed, tmp_path / change.get("output", "a.npz"), **options)
+        sample_to_disk(flow, request, output, **change)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_have_a_dot_in_its_name(flow, request_, tmp_path):
+    sample_to_disk(flow, request_, tmp_path / "guidance_1.5")
+    assert len(list((tmp_path / "guidance_1.5").glob("*.png"))) == 11
 
 
 def test_devices_by_name():
@@ -480,19 +528,16 @@ def test_a_device_that_is_not_here_is_refused():
         pick_device("cuda")
 
 
-def test_a_finished_folder_is_not_that_of_other_weights(request_, small_parts, tmp_path):
-    run, output = tmp_path / "flow", tmp_path / "images"
-    a_flow().save_pretrained(run)
-    request = replace(request_, run=str(run))
-    sample_to_disk(request, output)
+def test_a_finished_folder_is_not_that_of_other_weights(flow, request_, small_parts, tmp_path):
+    output = tmp_path / "images"
+    sample_to_disk(flow, request_, output)
     before = snapshot(output)
-    a_flow(seed=1).save_pretrained(run)
     with pytest.raises(InputError, match="other weights"):
-        sample_to_disk(request, output)
+        sample_to_disk(a_flow(seed=1), request_, output)
     assert snapshot(output) == before
 
 
-def test_parts_left_by_an_interrupted_end_do_not_reach_another_request(request_, monkeypatch, small_parts, tmp_path):
+def test_parts_left_by_an_interrupted_end_do_not_reach_another_request(flow, request_, monkeypatch, small_parts, tmp_path):
     def cut(folder, ignore_errors=False):
         if not ignore_errors:
             raise KeyboardInterrupt
@@ -501,11 +546,39 @@ def test_parts_left_by_an_interrupted_end_do_not_reach_another_request(request_,
     with monkeypatch.context() as patch:
         patch.setattr(flowback.tasks.sampling.shutil, "rmtree", cut)
         with pytest.raises(KeyboardInterrupt):
-            sample_to_disk(request_, output)
+            sample_to_disk(flow, request_, output)
     first = load(output)[0]
-    sample_to_disk(replace(request_, seed=1), output)
+    sample_to_disk(flow, replace(request_, seed=1), output)
     assert not np.array_equal(load(output)[0], first)
 
 
 def test_noise_does_not_repeat_in_large_sets(flow):
     assert not torch.equal(noise(flow, 16, 23565), noise(flow, 16, 49940))  # equal in the lowest 32 bits of a torch seed
+
+
+# ---- one atomic write ------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path):
+    def half(path):
+        path.write_text("half")
+        raise OSError("full")
+
+    file = tmp_path / "new" / "a.txt"
+    write_whole(file, lambda path: path.write_text("first"))
+    with pytest.raises(OSError, match="full"):
+        write_whole(file, half)
+    assert snapshot(tmp_path) == {file.relative_to(tmp_path): b"first"}
+
+
+def test_writes_at_once_do_not_meet(tmp_path):
+    file = tmp_path / "a.txt"
+
+    def another_meanwhile(path):
+        path.write_text("first")
+        write_whole(file, lambda other: other.write_text("second"))
+        assert file.read_text() == "second"
+        assert path.suffix == ".txt"
+
+    write_whole(file, another_meanwhile)
+    assert snapshot(tmp_path) == {file.relative_to(tmp_path): b"first"}

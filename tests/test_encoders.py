@@ -501,7 +501,7 @@ def test_pickled_code_is_not_run(monkeypatch, tmp_path, name, wrapped):
 def test_empty_file_is_refused_and_the_hub_not_asked(tmp_path, suffix):
     file = tmp_path / f"empty.{suffix}"
     save_file({}, file) if suffix == "safetensors" else torch.save({}, file)
-    with pytest.raises(InputError, match=rf"encoder weights .*empty\.{suffix} hold no tensors; allowed: a file of this"):
+    with pytest.raises(InputError, match=rf"weights from .*empty\.{suffix} \(it holds no tensors\); allowed: .*file"):
         load_encoder("test_vit", weights=file)
 
 
@@ -551,9 +551,17 @@ def test_a_name_like_no_other_is_refused_without_a_suggestion():
 
 def test_unreachable_hub_is_an_input_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"encoder 'test_vit' cannot be made for .* with weights from the hub") as caught:
+    with pytest.raises(InputError, match=r"'test_vit' cannot be made .* from the hub .*allowed: a reachable hub") as caught:
         load_encoder("test_vit")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mixer_s32_224", "coatnet_0_224"])  # refused as it is made, and as it is run
+def test_where_the_model_does_not_fit_the_grid_nobody_is_sent_to_the_hub(name):
+    with pytest.raises(InputError, match=rf"'{name}' cannot be made for 256x256 pixels .*model and a grid") as caught:
+        load_encoder(name, weights="random", grid=(8, 8))
+    assert "hub" not in str(caught.value)
+    assert caught.value.__cause__ is not None
 
 
 # ---- loading by order -----------------------------------------------------------------------------------------------
@@ -635,7 +643,7 @@ def test_a_model_of_windows_is_built_for_the_grid():
 
 
 def test_an_impossible_grid_is_refused():
-    with pytest.raises(InputError, match=r"encoder grid \(0, 3\) is impossible"):
+    with pytest.raises(InputError, match=r"grid must have .* at least 1, got \(0, 3\)"):
         load_encoder("efficientnet_lite0", grid=(0, 3))
 
 

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -5,13 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import random_flow
 from flowback import TarFlow
 from flowback.core.units import from_levels, to_uint8
-from flowback.data import DataConfig, load_data
 from flowback.data.pictures import grid_array, save_grid
-from flowback.measure.density import confusion, density, held_out
-from flowback.reports.report import measure
+from flowback.measure.density import confusion, density, spread
+from flowback.reports.classification import judged
+from flowback.reports.evaluate import write_json
 from flowback.tasks.classify import accuracies, predict
 from flowback.tasks.sampling import class_grid
 
@@ -44,24 +44,33 @@ def test_confusion_counts_true_by_predicted():
     assert confusion(predicted, y, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
 
 
-def test_measure_is_of_all_held_out_images(trained):
-    data = load_data(DataConfig())
-    figures = measure(trained, data)
-    assert figures["held_out_images"] == 359
-    assert set(figures) == {"held_out_images", "nats_per_dim", "bits_per_dim", "accuracy", "noise_draws"}
-    assert "accuracy" not in measure(random_flow(torch.float32, **small_unconditional()), data)
+def test_a_spread_is_even_and_holds_both_ends():
+    assert spread(359) == list(range(359))
+    assert spread(5, 9) == [0, 1, 2, 3, 4]
+    found = spread(1000, 50)
+    assert (len(found), found[0], found[-1]) == (50, 0, 999)
+    assert set(np.diff(found)) <= {20, 21}
 
 
-def small_unconditional():
-    return {"image_size": 8, "channels": 1, "num_classes": 0, "levels": 17}
+def test_numbers_that_are_not_finite_are_null_and_the_file_is_whole_or_not_there(tmp_path):
+    write_json(tmp_path / "new" / "a.json", {"a": [math.nan, 1.5, (np.float64("inf"),)], "b": np.int64(3), "c": True})
+    assert (tmp_path / "new" / "a.json").read_text() == json.dumps(
+        {"a": [None, 1.5, [None]], "b": 3, "c": True}, indent=2
+    ) + "\n"
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "new" / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "new" / "a.json").read_text())["b"] == 3
+    assert len(list((tmp_path / "new").iterdir())) == 1
 
 
-def test_held_out_images_spread_over_the_whole_set():
-    data = load_data(DataConfig())
-    x, y = held_out(data, 50)
-    assert x.shape == (50, 1, 8, 8)
-    assert len(held_out(data)[1]) == len(data.held_out)
-    assert torch.equal(held_out(data)[1][[0, -1]], y[[0, -1]])
+def test_judged_images_are_the_surest_and_the_least_sure_of_their_own_class():
+    scores = torch.tensor([[0.0, 5.0, -1.0], [3.0, 0.0, 0.0], [0.0, 0.0, 9.0], [1.0, 0.0, 0.0]])
+    y = torch.tensor([0, 0, 2, 0])
+    found = judged(scores, y, images=[10, 20, 30, 40], most=2)
+    assert found["best"] == [[30, 2, 2], [20, 0, 0]]
+    assert found["worst"] == [[10, 0, 1], [40, 0, 0]]
+    assert found["confusion"] == [[2, 1, 0], [0, 0, 0], [0, 0, 1]]
+    assert "confusion" not in judged(torch.zeros(4, 21), y, [0, 1, 2, 3])
 
 
 def test_pictures_keep_pixels_and_clip():

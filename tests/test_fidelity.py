@@ -9,16 +9,8 @@ from torchvision.io import write_png
 
 from flowback import InputError
 from flowback.data import DataConfig, load_data
-from flowback.measure.fidelity import (
-    FolderImages,
-    SplitImages,
-    TensorImages,
-    fidelity,
-    open_images,
-    pooled_features,
-    reference_of,
-    spatial_features,
-)
+from flowback.measure.extractors import pooled_features, spatial_features
+from flowback.measure.fidelity import FolderImages, SplitImages, TensorImages, fidelity, open_images, reference_of
 
 ALL = ("fid", "is", "kid", "prc")
 

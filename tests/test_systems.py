@@ -201,7 +201,7 @@ def test_files_are_read_at_any_place_without_pread(tmp_path, monkeypatch):
 
 def test_a_cache_that_another_process_made_and_uses_is_neither_replaced_nor_deleted(tmp_path, monkeypatch):
     def in_use(path, *args, **kwargs):
-        if path.exists() and not path.name.startswith(".shard_00000.npy."):  # of one's own
+        if path.exists() and not path.name.startswith(".partial-"):  # of one's own
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     def replace(path, target):

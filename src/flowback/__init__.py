@@ -1,13 +1,14 @@
 """flowback: image normalizing flows aligned with vision foundation models."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from flowback.core.errors import InputError
-from flowback.flow import FlowConfig, Guidance, TarFlow
 
 if TYPE_CHECKING:
     from flowback.alignment import Alignment
     from flowback.encoders import load_encoder
+    from flowback.flow import FlowConfig, Guidance, TarFlow
     from flowback.latents import LatentFlow, from_pretrained
     from flowback.tasks.classify import classify
     from flowback.training import train
@@ -26,9 +27,12 @@ __all__ = [
     "load_encoder",
     "train",
 ]
-LATER = {  # imported when they are first asked for, so that `import flowback` takes what the flow takes
+LATER = {  # imported when first asked for: the command line's help needs no PyTorch, and a flow no training
     "Alignment": "flowback.alignment",
+    "FlowConfig": "flowback.flow",
+    "Guidance": "flowback.flow",
     "LatentFlow": "flowback.latents",
+    "TarFlow": "flowback.flow",
     "classify": "flowback.tasks.classify",
     "from_pretrained": "flowback.latents",
     "load_encoder": "flowback.encoders",
@@ -37,8 +41,10 @@ LATER = {  # imported when they are first asked for, so that `import flowback` t
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
     if name not in LATER:
         raise AttributeError(f"module 'flowback' has no attribute {name!r}")
     return getattr(import_module(LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

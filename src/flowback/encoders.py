@@ -115,9 +115,13 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
             learned positions are interpolated to it. None keeps the model's own input size.
 
     Raises:
-        InputError: if the model does not exist or its weights cannot be had or do not fit.
+        InputError: if the model does not exist, does not fit the grid, or its weights cannot be had or do not fit; or if
+            timm is not installed.
     """
-    import timm
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError("encoders need the package timm: pip install 'flowback[train]'") from error
 
     known = KNOWN.get(name, Known(name))
     architecture, tag = timm.models.split_model_name_tag(known.timm)
@@ -125,7 +129,7 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
         near = difflib.get_close_matches(name, [*KNOWN, *timm.list_models(), *timm.list_pretrained()], n=3)
         raise InputError(f"encoder {name!r} is unknown; allowed: a timm model name" + (f", like {near}" if near else ""))
     if grid is not None and min(grid) < 1:
-        raise InputError(f"encoder grid {grid} is impossible; allowed are rows and columns of at least 1")
+        raise InputError(f"grid must have rows and columns of at least 1, got {grid}")
     source = None if weights is None or weights == "random" else Path(weights)
     if source is not None and not source.is_file():
         raise InputError(f"encoder weights {source} are not a file; allowed: a .safetensors or .pth file, or 'random'")
@@ -138,28 +142,29 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     options: dict[str, Any] = {"img_size": (height, width)} if hasattr(own, "patch_embed") else {}
     # the shipped weights lack timm's names: they are loaded by order, which a .safetensors does not keep
     shipped = None if weights == "random" or (source and source.suffix == ".safetensors") else known.shipped
+    fitting = allowed = "a model and a grid that fit each other"
     try:
+        with torch.device("meta"):
+            timm.create_model(known.timm, **options)
+        allowed = "a reachable hub, or a local file of this model's weights"
         if source is not None and shipped is None:
             # read here and not by timm, some of whose versions unpickle whatever a file holds
             state = timm.models.load_state_dict(str(source), weights_only=True)
             if not state:
-                raise InputError(f"encoder weights {source} hold no tensors; allowed: a file of this model's weights")
+                raise ValueError("it holds no tensors")
             options["pretrained_cfg_overlay"] = {"state_dict": state}
         with only_errors("huggingface_hub"):
             model: Any = timm.create_model(known.timm, pretrained=weights != "random" and shipped is None, **options)
         model.pretrained_cfg.pop("state_dict", None)  # timm would keep a second copy of the weights
         if shipped is not None:
             load_by_order(model, source or shipped())
+        allowed = fitting
         return TimmEncoder(model, (height, width), own.pretrained_cfg["mean"], own.pretrained_cfg["std"], known.norm)
-    except InputError:
-        raise
     except Exception as error:  # hub clients, checkpoint readers and models of a fixed size raise many kinds
         reason = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
         given = str(source or weights or "the hub")
-        raise InputError(
-            f"encoder {name!r} cannot be made for {height}x{width} pixels with weights from {given} ({reason}); "
-            "allowed: a reachable hub or a local file of this model's weights, and a size that the model takes"
-        ) from None
+        what = f"encoder {name!r} cannot be made for {height}x{width} pixels with weights from {given}"
+        raise InputError(f"{what} ({reason}); allowed: {allowed}") from error
 
 
 def load_by_order(model: nn.Module, file: Path) -> None:

@@ -1,19 +1,17 @@
 """The main job, small: a plain and an aligned flow on digits, with the same seed and steps, and a report on both."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flowback.core.console import console
-from flowback.core.devices import machine
-from flowback.reports.report import Measured, measure, write_report
+from flowback.reports.compare import write_comparison
+from flowback.reports.evaluate import EvaluationConfig, evaluate
 from flowback.runs import checkpoint
 from flowback.runs.config import RunConfig
-from flowback.runs.log import read_metrics
 from flowback.training import train
 
-GUIDANCE = 1.0
+DRAWS = 4  # noise draws averaged in an accuracy
 
 
 def recipe(name: str) -> Path:
@@ -24,12 +22,12 @@ def recipe(name: str) -> Path:
 
 
 def quickstart(config: RunConfig) -> dict[str, Any]:
-    """Train `config` without and with its alignment, then write report.html and report.json into its folder.
+    """Train `config` without and with its alignment, evaluate both, and write a report on both into its folder.
 
-    Runs that were interrupted go on, and finished ones are not trained again.
+    Interrupted runs are resumed, and finished ones are not trained again.
 
     Args:
-        config: an aligned run; its folder gets the two runs `plain` and `aligned`.
+        config: an aligned run; its folder gets the two runs `plain` and `aligned`, and what `write_comparison` writes.
 
     Returns:
         The content of report.json, or an empty dictionary if training was interrupted.
@@ -37,19 +35,15 @@ def quickstart(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: as `flowback.training.train` does.
     """
-    folder, measured = config.folder, []
+    runs, device = [], None
     for name, alignment in (("plain", replace(config.alignment, strategy="none")), ("aligned", config.alignment)):
-        run = folder / name
+        run = config.folder / name
         resume = checkpoint.newest(run) is not None
         result = train(replace(config, run=str(run), alignment=alignment, train=replace(config.train, resume=resume)))
         if result.interrupted:
             return {}
         console.print(f"measuring {name} on {len(result.data.held_out)} held-out images …", highlight=False)
-        figures = measure(result.flow, result.data)
-        figures |= {"steps": result.state.step, "seconds": round(result.state.seconds, 1), "weights": "ema"}
-        figures |= {"strategy": alignment.strategy, "gradient": alignment.gradient if name == "aligned" else None}
-        title = "plain flow" if name == "plain" else f"aligned flow ({alignment.strategy}, {alignment.gradient})"
-        measured.append(Measured(name, title, result.flow, read_metrics(run / "metrics.csv"), figures))
-        data = result.data
-    write_report(folder, data, measured, machine(result.flow.device), GUIDANCE)
-    return json.loads((folder / "report.json").read_text())
+        device = result.flow.device
+        evaluate(str(run), EvaluationConfig(draws=DRAWS), device)
+        runs.append(str(run))
+    return write_comparison(runs, config.folder, device or "cpu")

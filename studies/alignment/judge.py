@@ -17,7 +17,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from flowback.core.files import write_whole
 from flowback.core.units import from_levels
 from flowback.data import DataConfig, load_data
-from flowback.measure.fidelity import EXTRACTORS
+from flowback.measure.extractors import EXTRACTORS
 
 EPOCHS, BATCH, SEED = 4, 128, 0
 

@@ -1,7 +1,7 @@
 """The loss of an aligned flow, `L_NF + weight * L_align` (arXiv 2511.22345, equations 5 to 8)."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ PROJECTORS = ("mlp", "conv")
 
 
 def spatially_normalized(features: Tensor) -> Tensor:
-    """Features `[B, P, F]`, every channel of every image with mean 0 and deviation 1 over the patches (arXiv 2512.10794).
+    """Features `[B, P, F]`, every channel of every image with mean 0 and variance 1 over the patches (arXiv 2512.10794).
 
     What all patches of an image share is gone: only how they differ is left to align with.
     """
@@ -30,19 +30,22 @@ def spatially_normalized(features: Tensor) -> Tensor:
 class Alignment(nn.Module):
     """Aligns hidden states of a flow with the features of a frozen encoder.
 
+    Its `parameters()` are what to optimize, those of flow and projector. The encoder moves with `.to()`, but is not among
+    the submodules: it stays in eval mode, gets no gradient, and is not in `state_dict()`.
+
     Args:
-        flow: the flow to train.
-        encoder: maps images `[B, C, H, W]` in [-1, 1] to features `[B, P, F]`; has `grid` and `dim`; it is frozen here.
+        flow: the flow to train; of a LatentFlow its `core`.
+        encoder: maps images `[B, C, H, W]` in [-1, 1] to features `[B, P, F]` of a `grid` of P = rows x columns patches,
+            and has F as `dim`. A module is put into eval mode, and its parameters are frozen.
         at: aligned (block, layer) pairs, counted from 1.
         strategy: "forward", "detach" or "reverse": where the alignment's gradient flows.
         gradient: of "reverse": "cached", "one_step", an int k (terms of the adjoint), "exact" or "sequential".
         weight: of `L_align`.
         projector_width: hidden size of the MLP.
         projector: a key of `PROJECTORS`: "mlp", token by token (REPA), or "conv", over the grid (iREPA).
-        spatial_norm: take mean and deviation over an image's patches out of every channel of the targets (iREPA).
+        spatial_norm: normalize every channel of the targets over an image's patches (iREPA).
         tolerance: of "exact": the adjoint's series ends where a term is smaller than this share of the sum. None for
-            1e-12 in float64, and 1e-3 in lower precisions, of which bfloat16 products know no more and training feels
-            no less.
+            1e-12 in float64, and 1e-3 in lower precisions: bfloat16 products are no more accurate.
 
     Raises:
         InputError: if a pair, the strategy, the gradient or the weight does not exist or is impossible.
@@ -62,29 +65,40 @@ class Alignment(nn.Module):
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
+        flow = flow.core
         self.at = flow.config.check_pairs(at)
         if not self.at:
-            raise InputError("alignment.at is empty; allowed is at least one pair of block and layer, like [[4, 2]]")
+            raise InputError("at must hold at least one pair of block and layer, like [[4, 2]], got none")
         if strategy not in gradients.STRATEGIES:
-            raise InputError(f"strategy {strategy!r} does not exist; allowed: {', '.join(gradients.STRATEGIES)}")
+            raise InputError(f"strategy must be one of {', '.join(gradients.STRATEGIES)}, got {strategy!r}")
         is_count = isinstance(gradient, int) and not isinstance(gradient, bool) and gradient >= 0
         if not is_count and gradient not in gradients.GRADIENTS:
             allowed = f"{', '.join(gradients.GRADIENTS)}, or a whole number of at least 0"
-            raise InputError(f"gradient {gradient!r} does not exist; allowed: {allowed}")
+            raise InputError(f"gradient must be one of {allowed}, got {gradient!r}")
         if not 0 <= weight < float("inf"):
-            raise InputError(f"alignment weight {weight} is not usable; allowed is a number of at least 0")
+            raise InputError(f"weight must be at least 0, got {weight}")
         if projector not in PROJECTORS:
-            raise InputError(f"projector {projector!r} does not exist; allowed: {', '.join(PROJECTORS)}")
+            raise InputError(f"projector must be one of {', '.join(PROJECTORS)}, got {projector!r}")
         if tolerance is not None and not 0 <= tolerance < 1:
-            raise InputError(f"tolerance {tolerance} is not usable; allowed is a number from 0 to 1, 1 excluded")
-        self.flow, self.encoder, self.tolerance = flow, encoder, tolerance
+            raise InputError(f"tolerance must be at least 0 and below 1, got {tolerance}")
+        if not callable(encoder) or not hasattr(encoder, "grid") or not hasattr(encoder, "dim"):
+            raise InputError(f"encoder must be a module that has grid and dim, got {type(encoder).__name__}")
         if isinstance(encoder, nn.Module):
-            encoder.requires_grad_(False)
+            encoder.requires_grad_(False).eval()
+        self.flow, self.tolerance = flow, tolerance
+        self.encoder: Encoder
+        self.__dict__["encoder"] = encoder  # not a submodule
         self.strategy, self.gradient, self.weight = strategy, gradient, weight
         self.spatial_norm = spatial_norm
         self.active = True  # False: `loss` is the likelihood's alone from now on, and needs no targets
         sizes = flow.config.width, encoder.dim
         self.projector = ConvProjector(*sizes, flow.grid) if projector == "conv" else Projector(*sizes, projector_width)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()` and its like do, to the encoder too."""
+        if isinstance(self.encoder, nn.Module):
+            self.encoder._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:
@@ -92,9 +106,18 @@ class Alignment(nn.Module):
         return next(self.projector.parameters()).device
 
     def targets(self, x_clean: Tensor) -> Tensor:
-        """The encoder's features of clean images on the flow's grid, `[B, N, F]`, without gradient."""
+        """The encoder's features of clean images on the flow's grid, `[B, N, F]`, without gradient.
+
+        Raises:
+            InputError: if the encoder's features do not have the shape that its `grid` and `dim` say.
+        """
+        rows, columns = self.encoder.grid
         with torch.no_grad():
-            return match_grid(self.encoder(put(x_clean, self.device)), self.encoder.grid, self.flow.grid)
+            features = self.encoder(put(x_clean, self.device))
+        expected = [len(x_clean), rows * columns, self.encoder.dim]
+        if list(features.shape) != expected:
+            raise InputError(f"the encoder's features must have the shape {expected}, got {list(features.shape)}")
+        return match_grid(features, (rows, columns), self.flow.grid)
 
     def loss(
         self, x_noisy: Tensor, y: Tensor | None, x_clean: Tensor | None = None, targets: Tensor | None = None
@@ -121,11 +144,11 @@ class Alignment(nn.Module):
             return nll + 0 * idle, {"nll": nll.detach()}
         if targets is None:
             if x_clean is None:
-                raise InputError("alignment needs the clean images or the targets made from them; neither was given")
+                raise InputError("alignment needs x_clean, or targets made from it, got neither")
             targets = self.targets(x_clean)
         expected = (len(x_noisy), self.flow.token_shape[0], self.encoder.dim)
         if targets.shape != expected:
-            raise InputError(f"targets of shape {list(targets.shape)} do not fit; allowed is {list(expected)}")
+            raise InputError(f"targets must have the shape {list(expected)}, got {list(targets.shape)}")
         targets = put(targets, x_noisy.device)
         targets = targets.float() if targets.dtype != x_noisy.dtype else targets
         unit = F.normalize(spatially_normalized(targets) if self.spatial_norm else targets, dim=-1)

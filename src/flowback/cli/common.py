@@ -1,15 +1,15 @@
-"""What the verbs share: the parser, and the options that several of them take."""
+"""What the verbs share: the options that several of them take, and what these stand for."""
 
-import sys
-from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
+import docstring_parser
 import torch
-import yaml
-from jsonargparse import ArgumentParser, Namespace, set_loader
+from jsonargparse import Namespace
 from torch import Tensor
 
+from flowback.cli.parser import Parser
 from flowback.core.console import console
 from flowback.core.errors import InputError
 from flowback.core.files import read_json
@@ -17,47 +17,9 @@ from flowback.data import as_images
 from flowback.flow.io import find_folder
 from flowback.latents import Flow
 from flowback.runs.checkpoint import load_flow
-from flowback.runs.config import load_yaml
 from flowback.tasks.classify import classify
 
-set_loader("yaml", load_yaml, (yaml.YAMLError,))  # a config.yaml of an earlier version has other names
-
-
-class Parser(ArgumentParser):
-    """An argument parser whose errors are one line and exit status 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Print the message in one line and exit with status 2."""
-        fail(message)
-
-    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse a configuration file.
-
-        Raises:
-            InputError: if it is not text, or empties a section.
-        """
-        try:
-            found = super().parse_path(cfg_path, *args, **kwargs)
-        except UnicodeDecodeError:
-            raise InputError(f"{cfg_path} is not text in UTF-8; allowed is a recipe, or the config.yaml of a run") from None
-        for name, value in vars(found).items():
-            if value is None and any(action.dest.startswith(f"{name}.") for action in self._actions):
-                raise InputError(f"{cfg_path} has {name} without options; allowed are some, or to leave {name} out")
-        return found
-
-
-def fail(message: str) -> NoReturn:
-    """Print one clear line and exit with status 2."""
-    print(f"flowback: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-class Verb(Protocol):
-    """Adds a verb: its name, the function that runs it and returns the exit status, and its help text."""
-
-    def __call__(self, name: str, run: Callable[[Namespace], int], text: str) -> Parser:
-        """Returns the verb's own parser, for its options."""
-        ...
+T = TypeVar("T")
 
 
 def add_flow(command: Parser) -> None:
@@ -66,10 +28,55 @@ def add_flow(command: Parser) -> None:
     command.add_argument("--weights", type=str, default="ema", help="ema (averaged) or raw (of the last step)")
 
 
+def add_options(command: Parser, config: type, *skip: str) -> None:
+    """Options for the fields of a dataclass, with the types, defaults and descriptions of it; tuples have commas."""
+    descriptions = {entry.arg_name: entry.description for entry in docstring_parser.parse(config.__doc__ or "").params}
+    types = get_type_hints(config)
+    for field in (field for field in fields(config) if field.name not in skip):
+        kind, default, text = types[field.name], field.default, descriptions[field.name]
+        if isinstance(default, tuple):
+            kind, default, text = str, ",".join(map(str, default)), f"{text} With commas."
+        command.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=default, help=text)
+
+
+def read_options(options: Namespace, config: type[T], **given: Any) -> T:
+    """The dataclass of the options that `add_options` added, and of the fields that are given.
+
+    Raises:
+        InputError: if a list is none, or the dataclass refuses a value.
+    """
+    types, values = get_type_hints(config), dict(given)
+    for field in (field for field in fields(cast(Any, config)) if field.name not in given):
+        value = options[field.name]
+        if isinstance(field.default, tuple):
+            kind = get_args(types[field.name])[0]
+            words = value.split(",") if kind is str else number_list(value, field.name, kind) if value else ()
+            value = tuple(words)
+        values[field.name] = value
+    return config(**values)
+
+
+def number_list(text: str, name: str, kind: type[int] | type[float] = int) -> list[Any]:
+    """Numbers with commas.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError as error:
+        what = "whole numbers like 1,8,32" if kind is int else "numbers like 0,1,2"
+        raise InputError(f"{name} must be {what}, got {text!r}") from error
+
+
 def add_images(command: Parser) -> None:
-    """The options of every verb that takes image files."""
+    """The option of every verb that takes image files."""
     command.add_argument("images", type=str, nargs="+", help="image files")
-    command.add_argument("--labels", type=str, default=None, help="their classes (default: as the flow classifies them)")
+
+
+def add_output(command: Parser, default: str | None, text: str) -> None:
+    """The option of every verb that writes a file or a folder."""
+    command.add_argument("-o", "--output", type=str, default=default, help=text)
 
 
 def say(text: str) -> None:
@@ -117,7 +124,7 @@ def class_names(run: str, flow: Flow) -> list[str]:
     try:
         names = read_json(file) if file.is_file() else []
     except ValueError as error:
-        raise InputError(f"{file} cannot be read ({error}); allowed is a list of names, or no such file") from None
+        raise InputError(f"{file} cannot be read ({error}); allowed is a list of names, or no such file") from error
     known = isinstance(names, list) and len(names) == flow.num_classes
     return [str(name) for name in names] if known else [str(k) for k in range(flow.num_classes)]
 

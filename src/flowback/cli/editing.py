@@ -7,9 +7,9 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from flowback.cli.common import (
-    Verb,
     add_flow,
     add_images,
+    add_output,
     checked_output,
     chosen_labels,
     class_names,
@@ -17,6 +17,7 @@ from flowback.cli.common import (
     one_each,
     say,
 )
+from flowback.cli.parser import Parser, Verb
 from flowback.core.errors import InputError
 from flowback.data import load_image
 from flowback.data.pictures import save_grid, save_images
@@ -26,39 +27,40 @@ from flowback.tasks.editing import inpaint, interpolate, swap_class
 
 def add(verb: Verb) -> None:
     """Add these verbs to the command line."""
-    command = verb("encode", _encode, "Map image files to noise. Writes z, log-likelihoods and labels as .safetensors.")
-    add_flow(command)
-    add_images(command)
-    command.add_argument("-o", "--output", type=str, default="z.safetensors", help="a .safetensors file")
+    command = verb("encode", _encode)
+    _add_flow_and_images(command)
+    add_output(command, "z.safetensors", "a .safetensors file")
 
-    command = verb("decode", _decode, "Map noise, as encode wrote it, back to images. Writes one grid or a folder of PNGs.")
+    command = verb("decode", _decode)
     add_flow(command)
     command.add_argument("file", type=str, help="a .safetensors file of encode")
     command.add_argument("--labels", type=str, default=None, help="classes to decode with (default: those in the file)")
-    command.add_argument("-o", "--output", type=str, default="decoded.png", help="a .png file for a grid, or a folder")
+    add_output(command, "decoded.png", "a .png file for a grid, or a folder")
 
-    command = verb("interpolate", _interpolate, "Walk from image to image through z. Writes one grid, a row a pair.")
-    add_flow(command)
-    add_images(command)
+    command = verb("interpolate", _interpolate)
+    _add_flow_and_images(command)
     command.add_argument("--steps", type=int, default=8, help="images on the way, ends included")
-    command.add_argument("-o", "--output", type=str, default="interpolation.png", help="a .png file")
+    add_output(command, "interpolation.png", "a .png file")
 
-    command = verb("swap", _swap, "Draw images as other classes, with their z kept. Writes one grid: image, then classes.")
-    add_flow(command)
-    add_images(command)
+    command = verb("swap", _swap)
+    _add_flow_and_images(command)
     command.add_argument("--to", type=str, default=None, help="classes, by number or name (default: all)")
-    command.add_argument("-o", "--output", type=str, default="swapped.png", help="a .png file")
+    add_output(command, "swapped.png", "a .png file")
 
-    command = verb("inpaint", _inpaint, "Draw a region of images anew, given the rest. Writes one grid, a row an image.")
-    add_flow(command)
-    add_images(command)
+    command = verb("inpaint", _inpaint)
+    _add_flow_and_images(command)
     command.add_argument("--mask", type=str, default=None, help="an image file: bright where to draw")
     command.add_argument("--box", type=str, default=None, help="or LEFT,TOP,WIDTH,HEIGHT in pixels")
     command.add_argument("--num", type=int, default=4, help="drawings of each image")
-    command.add_argument("--tries", type=int, default=8, help="first guesses, of which the likeliest is taken")
-    command.add_argument("--steps", type=int, default=100, help="Langevin steps after it")
+    command.add_function_arguments(inpaint, as_group=False, skip={"flow", "x", "mask", "y", "generator"})
     command.add_argument("--seed", type=int, default=0, help="seed of the drawings")
-    command.add_argument("-o", "--output", type=str, default="inpainted.png", help="a .png file")
+    add_output(command, "inpainted.png", "a .png file")
+
+
+def _add_flow_and_images(command: Parser) -> None:
+    add_flow(command)
+    add_images(command)
+    command.add_argument("--labels", type=str, default=None, help="their classes (default: as the flow classifies them)")
 
 
 def _encode(options: Namespace) -> int:
@@ -88,7 +90,7 @@ def _decode(options: Namespace) -> int:
         content = load_file(options.file)
         z, y = content["z"], content["labels"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(f"{options.file} is not a file that encode wrote ({error})") from None
+        raise InputError(f"{options.file} is not a file that encode wrote ({error})") from error
     if not len(z):
         raise InputError(f"{options.file} holds no images; allowed is at least one")
     if options.labels:
@@ -145,8 +147,8 @@ def _mask(options: Namespace, height: int, width: int) -> Tensor:
         return (load_image(Path(options.mask), (height, width), 1) > 127)[None]
     try:
         left, top, across, down = (int(word) for word in options.box.split(","))
-    except ValueError:
-        raise InputError(f"--box {options.box} is not a box; allowed are four numbers, LEFT,TOP,WIDTH,HEIGHT") from None
+    except ValueError as error:
+        raise InputError(f"--box {options.box} is not a box; allowed are four numbers, LEFT,TOP,WIDTH,HEIGHT") from error
     if not (0 <= left < left + across <= width and 0 <= top < top + down <= height):
         raise InputError(
             f"--box {options.box} does not lie in the image; allowed is what lies within {width}x{height} pixels"

@@ -4,18 +4,15 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from flowback.cli.common import Verb, say
+from flowback.cli.common import say
+from flowback.cli.parser import Verb
 from flowback.core.errors import InputError
 from flowback.flow.convert import import_tarflow
 
 
 def add(verb: Verb) -> None:
     """Add this verb to the command line."""
-    command = verb(
-        "import-tarflow",
-        _import_tarflow,
-        "Make a flow of a checkpoint of the published TARFlow code. Its outputs are equal.",
-    )
+    command = verb("import-tarflow", _import_tarflow)
     command.add_argument("checkpoint", type=str, help="a local file, such as afhq_model_8_768_8_8_0.07.pth")
     command.add_argument("folder", type=str, help="where to write the flow; new or empty")
     command.add_argument("--noise-std", type=float, default=None, help="of its training (default: as the name says)")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from flowback.cli.common import Verb, add_flow, say
+from flowback.cli.common import add_flow, say
+from flowback.cli.parser import Verb
 from flowback.core.errors import InputError
 from flowback.flow.io import check_repo_id
 from flowback.reports.card import export, push_folder
@@ -12,19 +13,17 @@ from flowback.reports.card import export, push_folder
 
 def add(verb: Verb) -> None:
     """Add this verb to the command line."""
-    command = verb(
-        "export",
-        _export,
-        "Write a flow for others: a folder with a model card of all that its run knows. Pushes it to the Hugging Face hub "
-        "if asked.",
-    )
+    command = verb("export", _export)
     add_flow(command)
     command.add_argument("folder", type=str, help="where to write; new or empty")
     command.add_argument("--push", type=str, default=None, help="a repository on the hub to upload to, owner/name")
-    command.add_argument("--private", action="store_true", help="make that repository private")
+    command.add_argument("--private", type=bool, default=False, help="make that repository private")
     command.add_argument("--license", type=str, default=None, help="the hub's name of one, like apache-2.0 (default: none)")
     command.add_argument(
-        "--with-autoencoder", action="store_true", help="copy the autoencoder of a latent flow even if it is on the hub"
+        "--with-autoencoder",
+        type=bool,
+        default=False,
+        help="copy a latent flow's autoencoder even if it is on the hub",
     )
 
 

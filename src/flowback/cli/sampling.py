@@ -1,51 +1,51 @@
 """`flowback sample`, and `flowback autotune`, which makes it fast."""
 
+import os
+import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
+import torch
 from jsonargparse import Namespace
 
-from flowback.cli.common import Verb, add_flow, chosen_labels, class_names, say
+from flowback.cli.common import (
+    add_flow,
+    add_options,
+    add_output,
+    chosen_labels,
+    class_names,
+    number_list,
+    read_options,
+    say,
+)
+from flowback.cli.parser import Verb
+from flowback.core.devices import pick_device
+from flowback.core.distributed import PeerLost, is_first
 from flowback.core.errors import InputError
 from flowback.flow.autotune import FILE
 from flowback.flow.decoding import DECODERS
-from flowback.flow.guidance import SCHEDULES, TARGETS
 from flowback.runs.checkpoint import flow_folder, load_flow
 from flowback.tasks.autotune import ROWS, autotune
-from flowback.tasks.refinement import OBJECTIVES
-from flowback.tasks.sampling import Request, sample_to_disk
+from flowback.tasks.sampling import Request, checked_store, sample_to_disk
+
+STARTED = "FLOWBACK_STARTED_BY_SAMPLE"  # in the environment of processes whose standard input ends with the first one
 
 
 def add(verb: Verb) -> None:
     """Add these verbs to the command line."""
-    command = verb(
-        "sample",
-        _sample,
-        "Draw images from a trained flow. Writes a grid (.png), an .npz in the ADM evaluation format, or a folder of PNGs. "
-        "Interrupted, the same command goes on.",
-    )
+    command = verb("sample", _sample)
     add_flow(command)
-    command.add_argument("-o", "--output", type=str, default="samples.png", help="a .png or .npz file, or a folder")
+    add_output(command, "samples.png", "a .png or .npz file, or a folder")
     command.add_argument("--labels", type=str, default=None, help="classes by number or name, like 3,7 (default: all)")
-    command.add_argument("--num", type=int, default=64, help="number of images; the labels take turns")
-    command.add_argument("--guidance", type=float, default=0.0, help="guidance scale; 0 for none")
-    command.add_argument("--schedule", type=str, default="constant", help=f"of the guidance: {' or '.join(SCHEDULES)}")
-    command.add_argument("--guided", type=str, default="both", help=f"what is guided: {', '.join(TARGETS)}")
-    command.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the latent noise")
-    command.add_argument("--no-denoise", action="store_true", help="keep the training noise in the images")
-    command.add_argument("--best-of", type=int, default=1, help="draw so many for each image and keep the flow's favourite")
-    command.add_argument("--refine", type=int, default=0, help="gradient steps on z that raise log p(label | image)")
-    command.add_argument("--objective", type=str, default="posterior", help=f"of the steps: {' or '.join(OBJECTIVES)}")
-    command.add_argument("--seed", type=int, default=0, help="seed; an image is a function of it and of its number")
-    command.add_argument("--precision", type=str, default="32-true", help="32-true or bf16-mixed")
+    add_options(command, Request, "labels")
     command.add_argument("--method", type=str, default="auto", help=f"of decoding: auto, {', '.join(DECODERS)}")
     command.add_argument("--batch-size", type=int, default=64, help="images decoded at once; bounds the memory")
-    command.add_argument("--compile", action="store_true", help="compile decoding; pays for many images")
+    command.add_argument("--processes", type=int, default=1, help="processes that share the cores, or the accelerators")
+    command.add_argument("--compile", type=bool, default=False, help="compile decoding; pays for many images")
 
-    command = verb(
-        "autotune",
-        _autotune,
-        "Measure which decoder is fastest for each block on this machine. Stored with the model, for sampling to use.",
-    )
+    command = verb("autotune", _autotune)
     add_flow(command)
     command.add_argument(
         "--rows", type=str, default=",".join(map(str, ROWS)), help="batch sizes; guided images count twice"
@@ -53,16 +53,23 @@ def add(verb: Verb) -> None:
 
 
 def _sample(options: Namespace) -> int:
-    flow, _ = load_flow(options.run, options.weights, options.device)
+    if options.processes < 1:
+        raise InputError(f"processes must be at least 1, got {options.processes}")
+    if STARTED in os.environ:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    starts = options.processes > 1 and "RANK" not in os.environ
+    device = pick_device(options.device, turn=int(os.environ.get("LOCAL_RANK", 0)))
+    flow, _ = load_flow(options.run, options.weights, "cpu" if starts else device)
     names = class_names(options.run, flow)
-    request = Request(
-        num=options.num,
-        labels=tuple(chosen_labels(options.labels, names, flow) if options.labels else range(flow.num_classes)) or (-1,),
-        denoise=not options.no_denoise,
-        **{name: options[name] for name in ("guidance", "schedule", "guided", "temperature", "seed", "precision")},
-        **{name: options[name] for name in ("best_of", "refine", "objective")},
-    )
-    notes = sample_to_disk(flow, request, Path(options.output), options.method, options.batch_size, options.compile)
+    labels = chosen_labels(options.labels, names, flow) if options.labels else range(flow.num_classes)
+    request, output = read_options(options, Request, labels=tuple(labels) or (-1,)), Path(options.output)
+    if starts:
+        checked_store(flow, request, output, options.method, options.batch_size).open()
+        _start(options)
+        return 0
+    notes = sample_to_disk(flow, request, output, options.method, options.batch_size, options.compile)
+    if not is_first():
+        return 0
     say(f"{options.num} images in {options.output}")
     residual, fell_back = max(note.residual for note in notes), sum(note.fell_back for note in notes)
     if residual or fell_back:
@@ -73,13 +80,48 @@ def _sample(options: Namespace) -> int:
     return 0
 
 
+def _start(options: Namespace) -> None:
+    """Run the same command in several processes by torchrun.
+
+    They end when this process ends, however that happens.
+
+    Raises:
+        PeerLost: if one of them ends early.
+    """
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+    words += [f"--nproc-per-node={options.processes}", "-m", "--", "flowback", "sample", options.run]
+    for name, value in vars(options).items():
+        if value is not None and name not in ("run", "processes"):
+            words.append(f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}")
+    threads = max(1, torch.get_num_threads() // options.processes)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), STARTED: "1"}
+    pipe = subprocess.PIPE
+    # in a session of their own, so that an interruption reaches this process alone, which ends them once
+    with subprocess.Popen(
+        words, env=environment, stdin=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
+    ) as launcher:
+        assert launcher.stderr is not None
+        try:
+            errors = launcher.stderr.read()
+        finally:
+            launcher.terminate()
+            launcher.stderr.read()  # until all have ended
+    if launcher.returncode:
+        reason = re.search(r"^[\w.: ]*[Ee]rror: (.+)|exitcode: -(\d+)", errors, re.MULTILINE)
+        said = f" ({reason[1] or f'signal {reason[2]}'})" if reason else ""
+        raise PeerLost(f"a process ended early{said}; what was drawn is kept, run the same command again to resume")
+
+
+def _end_with_input() -> None:
+    """End this process when its standard input ends."""
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
 def _autotune(options: Namespace) -> int:
     flow, _ = load_flow(options.run, options.weights, options.device)
-    try:
-        rows = [int(word) for word in options.rows.split(",")]
-    except ValueError:
-        raise InputError(f"--rows {options.rows} is not a list of numbers; allowed is something like 1,8,32") from None
-    folder = flow_folder(options.run)
+    rows, folder = number_list(options.rows, "rows"), flow_folder(options.run)
     autotune(flow.core, rows, report=say).save(folder)
     say(f"stored in {folder / FILE}")
     return 0

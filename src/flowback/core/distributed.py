@@ -11,6 +11,10 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
+class PeerLost(RuntimeError):
+    """Another process of the run is gone, so this one cannot go on."""
+
+
 def is_first() -> bool:
     """Whether this process is the first one of the run, known before any of them have met."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0" and os.environ.get("NODE_RANK", "0") == "0"

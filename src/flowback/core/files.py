@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 _SEEKING = threading.Lock()  # of files without `pread`
 
@@ -52,11 +53,26 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file, then rename: the name always means a whole one."""
+    """Write a file beside its place, flush it to the disk, then rename it: the name always means a complete file.
+
+    Any number of processes may do so at once. If `write` raises, nothing is left behind and an earlier file stays.
+
+    Args:
+        file: the file; its folder is made.
+        write: called with the path to write to, which ends with the file's name.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial.{file.name}")
-    write(partial)
-    partial.replace(file)
+    partial = file.with_name(f".partial-{uuid4().hex}-{file.name}")
+    try:
+        write(partial)
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flowback.core.errors import InputError
 from flowback.core.seeds import keyed_generator
-from flowback.data.datasets import Split
+from flowback.data.splits import Split
 
 TRIES = 100  # images that are tried in the place of one
 

@@ -1,4 +1,4 @@
-"""Reading one image: upright, square, of the size and depth that are asked for; what no image should need is refused."""
+"""Reading one image: upright, of the size and depth that are asked for. Unusual formats are refused."""
 
 import io
 import warnings
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from flowback.core.errors import InputError
@@ -17,26 +17,19 @@ from flowback.core.units import from_levels
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # theirs; of the others that Pillow reads one starts a program
 MAX_BYTES = 2**30  # of a file; its pixels Pillow limits to 89 million
-Images = "Tensor | np.ndarray | Image.Image | str | Path | Sequence[Image.Image | np.ndarray | str | Path]"
 READING = 3  # part of every fingerprint: goes up when `load_image` makes other pixels of the same file
-UPRIGHT = {  # what turns an image upright, by its EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+TURNED = (5, 6, 7, 8)  # EXIF orientations of images whose rows are columns when upright
+FORMS = "a tensor, PIL images, uint8 arrays or paths"
+Images = Tensor | np.ndarray | Image.Image | str | Path | Sequence[Image.Image | np.ndarray | str | Path]
 
 
 class Decoded(NamedTuple):
-    """An image as it lies in its file."""
+    """An image as it is stored."""
 
-    image: Image.Image  # grey or RGB, or RGBA where it is transparent somewhere
+    image: Image.Image  # grey or RGB, or RGBA if it is transparent somewhere
     width: float
     height: float
-    orientation: int | None  # by its EXIF tag
+    orientation: int | None  # its EXIF tag
 
 
 def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Tensor:
@@ -45,7 +38,7 @@ def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Ten
     Args:
         images: one or several PIL images or paths, which are cropped and resized; uint8 arrays `[H, W]`, `[H, W, C]` or
             `[B, H, W, C]`, which are too; a uint8 tensor `[B, C, H, W]` of pixel values; or a floating-point tensor, which
-            passes unchanged, with a batch dimension added where it has none.
+            passes unchanged. The batch dimension of tensors is added where it is missing.
         size: height and width, or one number for both, pixels.
         channels: C: 3 for color, 1 for grey.
 
@@ -53,78 +46,97 @@ def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Ten
         InputError: if they are something else, or cannot be read.
     """
     if isinstance(images, Tensor):
-        images = images[None] if images.dim() == 3 else images
-        return images if images.is_floating_point() else from_levels(images)
-    if isinstance(images, np.ndarray):
-        if images.dtype != np.uint8 or images.ndim not in (2, 3, 4):
+        if images.dim() not in (3, 4) or not (images.is_floating_point() or images.dtype == torch.uint8):
             raise InputError(
-                f"an array of images must be uint8 [H, W], [H, W, C] or [B, H, W, C], got {images.dtype}"
-                f" {list(images.shape)}"
+                "a tensor of images must be floating-point or uint8, [C, H, W] or [B, C, H, W], got "
+                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
             )
-        images = list(images) if images.ndim == 4 else [images]
-    if isinstance(images, str | Path | Image.Image):
+        images = images if images.dim() == 4 else images[None]
+        return images if images.is_floating_point() else from_levels(images)
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = list(images)
+    if isinstance(images, str | Path | Image.Image | np.ndarray):
         images = [images]
-    if not isinstance(images, Sequence) or not len(images):
-        raise InputError(f"images must be a tensor, PIL images, uint8 arrays or paths, got {type(images).__name__}")
+    if not isinstance(images, Sequence) or isinstance(images, bytes | bytearray):
+        raise InputError(f"images must be {FORMS}, got {type(images).__name__}")
+    if not images:
+        raise InputError(f"images must be {FORMS}, at least one, got none")
     return from_levels(torch.stack([_one_image(image, size, channels) for image in images]))
 
 
 def _one_image(image: Any, size: int | tuple[int, int], channels: int) -> Tensor:
     """One image of whatever form, uint8 `[C, H, W]`."""
     if isinstance(image, str | Path):
-        return load_image(Path(image), size, channels)
+        return load_image(image, size, channels)
     if isinstance(image, np.ndarray):
-        image = Image.fromarray(image.squeeze(-1) if image.ndim == 3 and image.shape[-1] == 1 else image)
+        grey = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 1)
+        if image.dtype != np.uint8 or not image.size or not (grey or (image.ndim == 3 and image.shape[-1] in (3, 4))):
+            raise InputError(
+                "an array of images must be uint8 [H, W], [H, W, C] or [B, H, W, C], where C is 1, 3 or 4, got "
+                f"{image.dtype} {list(image.shape)}"
+            )
+        image = Image.fromarray(image.reshape(image.shape[:2]) if grey else image)
     if not isinstance(image, Image.Image):
-        raise InputError(f"images must be a tensor, PIL images, uint8 arrays or paths, got {type(image).__name__}")
-    stream = io.BytesIO()
-    image.save(stream, "PNG", exif=image.getexif())
-    return load_image(stream.getvalue(), size, channels)
+        raise InputError(f"images must be {FORMS}, got {type(image).__name__} in a list")
+    try:
+        decoded = Decoded(_eight_bits(image, "RGB" if channels == 3 else "L"), *image.size, _orientation(image))
+    except Exception as error:  # as in `decode`
+        raise InputError(f"a PIL image of mode {image.mode} cannot be read ({_reason(error)})") from error
+    return _fitted(decoded, size, channels)
 
 
-def load_image(file: Path | bytes, image_size: int | tuple[int, int], channels: int, name: str | None = None) -> Tensor:
-    """Read one image: its centre, resized to `image_size`, upright by its EXIF tag; uint8 `[C, H, W]`.
+def load_image(
+    file: str | Path | bytes, image_size: int | tuple[int, int], channels: int, name: str | None = None
+) -> Tensor:
+    """Read one image: its center, resized to `image_size`, upright by its EXIF tag; uint8 `[C, H, W]`.
 
     A JPEG that is at least four times as large is decoded at 1/2, 1/4 or 1/8 of its size, which is the inverse DCT of
-    fewer coefficients and saves most of the work. What is decoded keeps at least twice the target's size, so that
-    the Lanczos filter, not the DCT's coarser one, decides what is seen: pixels change by less than a level on average.
+    fewer coefficients and saves most of the work. The decoded image has at least twice the target's size, so the Lanczos
+    filter decides the result, not the coarser one of the DCT: pixels change by less than a level on average.
 
-    Grey of 16 bits is scaled to 8. What is transparent is laid on white.
+    Grey of 16 bits is scaled to 8. Transparent images are put on white.
 
     Args:
-        file: the image, or where it lies.
+        file: path of the image, or its bytes.
         image_size: height and width, or one number for both, pixels.
-        channels: C: 3 for colour, 1 for grey.
-        name: of the image in an error; by default where it lies.
+        channels: C: 3 for color, 1 for grey.
+        name: of the image in an error; its path by default.
 
     Raises:
-        InputError: if the file is not an image that can be read whole, of a known format and a size that fits in memory.
+        InputError: if it is not a complete image of a known format and of a size that fits in memory.
     """
-    mode = "RGB" if channels == 3 else "L"
     rows, columns = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    image, width, height, orientation = decode(file, mode, 2 * max(rows, columns), name)
-    turned = orientation is not None and orientation >= 5  # its rows are the columns of the upright image
-    across, down = (rows, columns) if turned else (columns, rows)
+    decoded = decode(file, "RGB" if channels == 3 else "L", (2 * rows, 2 * columns), name)
+    return _fitted(decoded, image_size, channels)
+
+
+def _fitted(decoded: Decoded, image_size: int | tuple[int, int], channels: int) -> Tensor:
+    """The center of an image, resized and upright, uint8 `[C, H, W]`."""
+    image, width, height, orientation = decoded
+    rows, columns = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    across, down = (rows, columns) if orientation in TURNED else (columns, rows)
     scale = min(width / across, height / down)
     left, top = (width - scale * across) / 2, (height - scale * down) / 2
     box = (left, top, left + scale * across, top + scale * down)
     image = image.resize((across, down), Image.Resampling.LANCZOS, box)
     if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
-    array = np.array(image, dtype=np.uint8).reshape(rows, columns, channels)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    image.info.clear()  # what else is in its EXIF data may be damaged
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    array = np.array(ImageOps.exif_transpose(image)).reshape(rows, columns, channels)
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def decode(file: Path | bytes, mode: str, smallest: int | None = None, name: str | None = None) -> Decoded:
+def decode(file: str | Path | bytes, mode: str, least: tuple[int, int] | None = None, name: str | None = None) -> Decoded:
     """Decode one image into eight bits a channel.
 
     Args:
-        file: the image, or where it lies.
+        file: path of the image, or its bytes.
         mode: RGB or L.
-        smallest: size that will do, pixels: a JPEG may be decoded at a fraction of its own; None for that.
-        name: of the image in an error; by default where it lies.
+        least: height and width, pixels: a JPEG may be decoded at a fraction of its size, but not below these; None decodes
+            it in full.
+        name: of the image in an error; its path by default.
 
     Raises:
         InputError: as `load_image`.
@@ -133,16 +145,24 @@ def decode(file: Path | bytes, mode: str, smallest: int | None = None, name: str
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what an error tells, or what does not matter
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(file, Path) and file.exists() and not file.is_file():
+            if not isinstance(file, bytes) and Path(file).exists() and not Path(file).is_file():
                 raise ValueError("it is not a file")  # a pipe would be waited for
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
-                drafted = opened.draft("L" if mode == "L" else None, (smallest, smallest)) if smallest else None
+                drafted = None
+                if least:
+                    size = least if _orientation(opened) in TURNED else (least[1], least[0])
+                    drafted = opened.draft("L" if mode == "L" else None, size)
                 # where the size is no multiple of the scale, the last column or row reaches beyond the image
                 width, height = drafted[1][2:] if drafted else opened.size
-                return Decoded(_eight_bits(opened, mode), width, height, opened.getexif().get(ExifTags.Base.Orientation))
+                return Decoded(_eight_bits(opened, mode), width, height, _orientation(opened))
     except Exception as error:  # decoders of damaged files raise many kinds
-        where = name or (file if isinstance(file, Path) else f"of {len(file)} bytes")
-        raise InputError(f"image {where} cannot be read ({_reason(error)})") from None
+        where = name or (f"of {len(file)} bytes" if isinstance(file, bytes) else file)
+        raise InputError(f"image {where} cannot be read ({_reason(error)})") from error
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF tag; once loaded, a TIFF has none, since Pillow turns it upright."""
+    return image.getexif().get(ExifTags.Base.Orientation)
 
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:

@@ -1,19 +1,13 @@
-"""Images on disk: grids of samples, and tensors as uint8 pixels."""
+"""Images on disk: one a file, or many in a grid."""
 
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flowback.core.units import to_uint8
-
-
-def save_grid(x: Tensor, file: Path, columns: int, smallest: int = 28) -> None:
-    """Write images `[B, C, H, W]` as one PNG; images smaller than `smallest` pixels are enlarged by a whole factor."""
-    from PIL import Image
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid_array(x, columns, smallest).numpy()).save(file)
 
 
 def save_images(x: Tensor, output: Path) -> None:
@@ -27,17 +21,24 @@ def save_images(x: Tensor, output: Path) -> None:
 
 
 def save_png(image: Tensor, file: Path) -> None:
-    """One image, uint8 `[C, H, W]`."""
-    from torchvision.io import write_png
+    """One image, uint8 `[C, H, W]`, grey or RGB."""
+    Image.fromarray(image.movedim(0, -1).squeeze(-1).cpu().numpy()).save(file)
 
-    write_png(image.cpu(), str(file))
+
+def save_grid(x: Tensor, file: Path, columns: int, smallest: int = 28) -> None:
+    """Images `[B, C, H, W]` as one PNG; arguments as in `grid_array`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid_array(x, columns, smallest).numpy()).save(file)
 
 
 def grid_array(x: Tensor, columns: int, smallest: int = 28) -> Tensor:
-    """Images `[B, C, H, W]`, in [-1, 1] or uint8, as one uint8 picture `[rows, columns, 3]`, thin lines between them."""
-    from torchvision.utils import make_grid
+    """Images `[B, C, H, W]`, in [-1, 1] or uint8, as one RGB picture, uint8 `[height, width, 3]`, white lines between them.
 
-    factor = max(1, -(-smallest // x.shape[-1]))
-    x = x if x.dtype == torch.uint8 else to_uint8(x)
+    A single image has no lines. Images narrower than `smallest` pixels are enlarged by a whole factor.
+    """
+    factor, columns, line = max(1, -(-smallest // x.shape[-1])), min(columns, len(x)), 2 if len(x) > 1 else 0
+    x = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu().expand(-1, 3, -1, -1)
     x = x.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    return make_grid(x.cpu(), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0)
+    x = pad(x, (line, 0, line, 0, 0, 0, 0, -len(x) % columns), value=255)
+    rows = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # row of images, of pixels, column of images, of pixels
+    return pad(rows.flatten(2, 3).flatten(0, 1), (0, 0, 0, line, 0, line), value=255)

@@ -60,6 +60,10 @@ class Pretrained:
         else:
             (folder / AUTOTUNE).unlink(missing_ok=True)  # of another flow
 
+    def save_portable(self, path: str | Path) -> None:
+        """`save_pretrained`, and whatever else another machine needs: here nothing."""
+        self.save_pretrained(path)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -111,7 +115,7 @@ class Pretrained:
         """
         check_repo_id(repo_id)
         with TemporaryDirectory() as temporary:
-            self.save_pretrained(temporary)
+            self.save_portable(temporary)
             call = f'from flowback import from_pretrained\n\nflow = from_pretrained("{repo_id}")\nx = flow.sample(4)'
             text = f"# {repo_id}\n\nA normalizing flow, made with flowback.\n\n```python\n{call}\n```\n"
             (Path(temporary) / CARD).write_text(f"---\nlibrary_name: flowback\ntags: [normalizing-flow]\n---\n\n{text}")

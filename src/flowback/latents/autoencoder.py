@@ -1,11 +1,12 @@
-"""A frozen autoencoder (diffusers' AutoencoderKL), in whose latents a flow works instead of in pixels.
+"""A frozen autoencoder (diffusers' AutoencoderKL) whose latents a flow models instead of pixels.
 
-What the flow sees is `(latent - shift) * scale`, with both numbers from the autoencoder's own configuration, so that it has
-about unit variance (Rombach et al., arXiv 2112.10752). They, the hash of the weights and the kind of latent travel with the
-flow: an autoencoder that is not the one it was trained with is refused.
+The flow sees `(latent - shift) * scale`, which has about unit variance (Rombach et al., arXiv 2112.10752); both numbers are
+those of the autoencoder's configuration. They, the hash of the weights and the kind of latent are saved with the flow:
+another autoencoder than the one of training is refused.
 """
 
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ POSTERIORS = ("mean", "sample")
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """What a flow has to know of its autoencoder; it travels with the flow.
+    """What a flow has to know of its autoencoder; it is saved with the flow.
 
     Args:
         name: a folder or hub id of a diffusers AutoencoderKL.
@@ -52,14 +53,14 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         if self.posterior not in POSTERIORS:
-            raise InputError(f"latents.posterior is {self.posterior!r}; allowed: {', '.join(POSTERIORS)}")
+            raise InputError(f"latents.posterior must be one of {', '.join(POSTERIORS)}, got {self.posterior!r}")
 
     @classmethod
     def of(cls, name: str, posterior: str = "mean") -> "AutoencoderConfig":
-        """Read off the autoencoder in a folder, or on the hub.
+        """Read it from the autoencoder in a folder, or on the hub.
 
         Raises:
-            InputError: if it cannot be had.
+            InputError: if there is none.
         """
         folder = _folder(name)
         config = _config(folder)
@@ -86,15 +87,14 @@ class AutoencoderConfig:
             InputError: if the autoencoder does not take images of this size.
         """
         if size[0] % self.downsample or size[1] % self.downsample:
-            shown = size[0] if size[0] == size[1] else list(size)
-            raise InputError(
-                f"the image size {shown} does not fit the autoencoder; allowed are multiples of {self.downsample}"
-            )
+            raise InputError(f"the autoencoder's image size must be a multiple of {self.downsample}, got {list(size)}")
         return size[0] // self.downsample, size[1] // self.downsample
 
 
 class Autoencoder(nn.Module):
-    """Images to latents and back, by a frozen model, which stays in eval mode. Inputs are moved to where it is.
+    """Images to latents and back, by a frozen model, which stays in eval mode. Inputs are moved to its device.
+
+    Differentiable in images and latents, not in its own weights.
 
     Args:
         model: a diffusers AutoencoderKL.
@@ -106,17 +106,15 @@ class Autoencoder(nn.Module):
         self.model, self.config = model.requires_grad_(False).eval(), config
 
     def train(self, mode: bool = True) -> "Autoencoder":
-        """Stay in eval mode, whatever mode is asked for: the autoencoder is frozen."""
+        """Stays in eval mode: the autoencoder is frozen."""
         return super().train(False)
 
-    @torch.no_grad()
     def encode(self, images: Tensor, generator: Generators = None) -> Tensor:
         """Images `[B, C, H, W]` in [-1, 1] to latents `[B, channels, H/downsample, W/downsample]`, as a flow sees them."""
         return self.from_moments(self.moments(images), generator)
 
-    @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """The posterior's mean `[B, channels, …]`, and where latents are samples as many channels of its deviation."""
+        """The posterior's mean, `[B, channels, …]`; where latents are samples, then its standard deviation, as channels."""
         model: Any = self.model
         parts = []
         for part in put(images, model.device).split(BATCH):
@@ -126,23 +124,18 @@ class Autoencoder(nn.Module):
         return torch.cat(parts)
 
     def from_moments(self, moments: Tensor, generator: Generators = None) -> Tensor:
-        """What `moments` gives, as latents that a flow sees; a sample is drawn from `generator`."""
+        """Latents as a flow sees them of what `moments` returned; a sample is drawn from `generator`."""
         latent = moments
         if self.config.posterior == "sample":
             mean, std = moments.chunk(2, dim=1)
             latent = mean + std * draw(torch.randn, mean, generator)
         return (latent - self.config.shift) * self.config.scale
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents as a flow sees them to images `[B, C, H, W]`, nearly in [-1, 1]."""
         model: Any = self.model
         parts = (put(latents, model.device) / self.config.scale + self.config.shift).split(BATCH)
         return torch.cat([model.decode(part.to(model.dtype)).sample.to(latents.dtype) for part in parts])
-
-    def describe(self) -> dict[str, Any]:
-        """The configuration, for a JSON file."""
-        return asdict(self.config)
 
 
 def load_autoencoder(config: str | AutoencoderConfig, posterior: str = "mean") -> Autoencoder:
@@ -153,23 +146,34 @@ def load_autoencoder(config: str | AutoencoderConfig, posterior: str = "mean") -
         posterior: with a name: "mean" or "sample", which latent stands for an image.
 
     Raises:
-        InputError: if it cannot be had, or its weights are not those that the flow was trained with.
+        InputError: if there is none, or its weights are not those that the flow was trained with.
     """
     name = config if isinstance(config, str) else config.name
-    model = _load(_folder(name))
     found = AutoencoderConfig.of(name, posterior)
     if isinstance(config, str):
-        return Autoencoder(model, found)
-    if found.weights != config.weights:
+        config = found
+    elif found.weights != config.weights:
         raise InputError(
-            f"the autoencoder {name} has weights {found.weights}; allowed are {config.weights}, "
-            "in whose latents the flow was trained"
+            f"the autoencoder {name} must have the weights {config.weights}, in whose latents the flow was trained, "
+            f"got {found.weights}"
         )
-    return Autoencoder(model, config)
+    return Autoencoder(_load(_folder(name)), config)
+
+
+def copy_files(name: str, target: Path) -> None:
+    """Copy the files of an autoencoder, by folder or hub id, into a folder.
+
+    Raises:
+        InputError: if there is none.
+    """
+    source = _folder(name)
+    _config(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", WEIGHTS):
+        shutil.copyfile(source / file, target / file)
 
 
 def _load(folder: Path) -> nn.Module:
-    _config(folder)
     try:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError as error:

@@ -1,6 +1,6 @@
 """A flow in the latents of an autoencoder, with the methods of a flow and images at its ends."""
 
-from collections.abc import Sequence
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from flowback.core.errors import InputError
-from flowback.core.seeds import Generators
+from flowback.core.files import read_json
+from flowback.core.seeds import Generators, keyed_generator
+from flowback.data.images import Images, as_images
 from flowback.flow import io
 from flowback.flow.config import FlowConfig
 from flowback.flow.decoding import Solved
 from flowback.flow.labels import Labels
 from flowback.flow.tarflow import TarFlow
-from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, copy_files, load_autoencoder
 
 
 class LatentFlow(io.Pretrained, nn.Module):
-    """A flow and the autoencoder in whose latents it works. Images enter, z and likelihoods are those of latents.
+    """A flow over the latents of an autoencoder, with images as input and output; z and likelihoods are those of latents.
 
     Args:
         flow: models latents: its channels are the autoencoder's, and its noise is Gaussian, since latents have no bins.
@@ -31,11 +33,14 @@ class LatentFlow(io.Pretrained, nn.Module):
 
     def __init__(self, flow: TarFlow, autoencoder: Autoencoder) -> None:
         super().__init__()
+        if not isinstance(flow, TarFlow) or not isinstance(autoencoder, Autoencoder):
+            found = f"{type(flow).__name__} and {type(autoencoder).__name__}"
+            raise InputError(f"a LatentFlow is made of a TarFlow and an Autoencoder (load_autoencoder), got {found}")
         a = autoencoder.config
         if flow.channels != a.channels:
-            raise InputError(f"the flow has {flow.channels} channels; allowed are the latents' {a.channels}")
+            raise InputError(f"the flow must have the {a.channels} channels of the latents, got {flow.channels}")
         if flow.config.noise != "gaussian":
-            raise InputError(f"flow.noise is {flow.config.noise!r}; allowed in latents, which have no bins: gaussian")
+            raise InputError(f"flow.noise must be gaussian in latents, which have no bins, got {flow.config.noise!r}")
         self.flow, self.autoencoder = flow, autoencoder
         self.config, self.num_classes, self.channels = flow.config, flow.num_classes, a.image_channels
         self.token_shape, self.grid, self.dims = flow.token_shape, flow.grid, flow.dims
@@ -71,9 +76,9 @@ class LatentFlow(io.Pretrained, nn.Module):
         """Latents `[B, *core.data_shape]` as images `[B, C, H, W]`, nearly in [-1, 1]; in chunks."""
         return self.autoencoder.decode(self.flow.enter(x))
 
-    def encode(self, x: Tensor, y: Labels = None, trace: Any = None) -> Any:
-        """Map images `[B, C, H, W]` to z: as `TarFlow.encode`, of their latents."""
-        return self.flow.encode(self.to_data(x), y, trace=trace)
+    def encode(self, x: Tensor, y: Labels = None, trace: Any = None, generator: Generators = None) -> Any:
+        """Map images `[B, C, H, W]` to z: as `TarFlow.encode`, of their latents; `generator` as in `to_data`."""
+        return self.flow.encode(self.to_data(x, generator), y, trace=trace)
 
     def forward(self, x: Tensor, y: Labels = None) -> tuple[Tensor, Tensor]:
         """`encode` without a trace."""
@@ -87,7 +92,7 @@ class LatentFlow(io.Pretrained, nn.Module):
         return self.flow.log_prob(self.flow.perturb(self.to_data(x, generator), generator), y)
 
     def decode(self, z: Tensor, y: Labels = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Map noise `[B, N, D]` to images: as `TarFlow.decode`, then the autoencoder, which gradients do not pass."""
+        """Map noise `[B, N, D]` to images: as `TarFlow.decode`, then the autoencoder; differentiable, too."""
         return self.decode_with_report(z, y, *args, **kwargs)[0]
 
     def decode_with_report(self, z: Tensor, y: Labels = None, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Solved]]:
@@ -108,11 +113,25 @@ class LatentFlow(io.Pretrained, nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What config.json holds: the options of the flow, and what it has to know of the autoencoder."""
-        return {"flow": asdict(self.flow.config), "autoencoder": self.autoencoder.describe()}
+        return {"flow": asdict(self.flow.config), "autoencoder": asdict(self.autoencoder.config)}
+
+    def save_portable(self, path: str | Path, with_autoencoder: bool = False) -> None:
+        """`save_pretrained`, with the autoencoder in the folder `autoencoder` if it is not on the hub, or if asked.
+
+        Raises:
+            InputError: if the autoencoder's files are gone.
+        """
+        self.save_pretrained(path)
+        file, name = Path(path) / "config.json", self.autoencoder.config.name
+        if with_autoencoder or Path(name).is_dir() or not io.is_hub_id(name):
+            copy_files(name, file.parent / "autoencoder")
+            described = read_json(file)
+            described["autoencoder"]["name"] = "autoencoder"  # a place on this machine means nothing on another one
+            file.write_text(json.dumps(described, indent=2) + "\n")
 
     @classmethod
     def build(cls, description: dict[str, Any], folder: Path) -> Self:
-        """The flow without its weights, and the autoencoder: the one in the flow's own folder, or the one it names."""
+        """The flow without its weights, and the autoencoder: that in the folder, if there is one, or else the one named."""
         try:
             config, flow = AutoencoderConfig(**description["autoencoder"]), TarFlow(FlowConfig(**description["flow"]))
         except (KeyError, TypeError) as error:
@@ -126,9 +145,24 @@ class LatentFlow(io.Pretrained, nn.Module):
 Flow = TarFlow | LatentFlow
 
 
+def as_data(flow: Flow, images: Images) -> Tensor:
+    """Images in any form that `as_images` takes, clean, as the flow sees them: `[B, *core.data_shape]`, on its device.
+
+    Where latents are samples, they are always the same ones, independent of the noise that is added later.
+
+    Raises:
+        InputError: if they are no images, or of another shape.
+    """
+    x = flow.to_data(as_images(images, flow.image_size, flow.channels), keyed_generator(0))
+    if x.shape[1:] != flow.core.data_shape:
+        allowed = ", ".join(map(str, flow.data_shape))
+        raise InputError(f"images must have the shape [B, {allowed}], got {list(x.shape)}")
+    return x
+
+
 def from_pretrained(path_or_hub_id: str | Path, **options: Any) -> Flow:
     """Load a flow, whichever of the two a folder or a name on the hub holds; arguments as in `TarFlow.from_pretrained`."""
-    names: Sequence[str] = ("revision", "token", "cache_dir")
-    folder = io.find_folder(str(path_or_hub_id), **{name: options.pop(name) for name in names if name in options})
+    where = {name: options.pop(name) for name in ("revision", "token", "cache_dir") if name in options}
+    folder = io.find_folder(str(path_or_hub_id), **where)
     kind = LatentFlow if io.read_description(folder)["model"] == "LatentFlow" else TarFlow
     return kind.from_pretrained(folder, **options)

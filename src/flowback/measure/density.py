@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from flowback.core.devices import put
+from flowback.core.seeds import keyed_generator
 from flowback.core.units import bits_per_dim, from_levels, nats_per_dim, nats_to_bits
-from flowback.data import ImageSet
 from flowback.data.datasets import Split
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
@@ -19,18 +19,12 @@ def spread(count: int, wanted: int | None = None) -> list[int]:
     return torch.linspace(0, count - 1, min(wanted or count, count)).round().long().tolist()
 
 
-def held_out(data: ImageSet, images: int | None = None) -> tuple[Tensor, Tensor]:
-    """The held-out images in [-1, 1] and their labels; with `images`, an even spread of that many."""
-    pixels, labels = data.held_out[spread(len(data.held_out), images)]
-    return from_levels(pixels, data.levels), labels
-
-
 def seen(flow: Flow, split: Split, indices: Sequence[int], levels: int, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """Images of a split as the flow sees them, clean, `[B, *data_shape]`, and their labels; no more pixels than a batch.
 
     The images are where the flow is, the labels on the CPU.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = keyed_generator(0)  # independent of the noise that is added later
     parts = []
     for start in range(0, len(indices), batch_size):
         pixels, _ = split[indices[start : start + batch_size]]

@@ -26,7 +26,7 @@ def probe_layers(
         batch_size: images that the flow sees at once.
 
     Returns:
-        A row a layer: "block", "layer" (from 1), "accuracy".
+        A row for each layer: "block", "layer" (from 1), "accuracy".
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -5,7 +5,6 @@ The card says what the run knows and nothing else: a figure stands with what it 
 
 import json
 import re
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,13 @@ import yaml
 from flowback.core.errors import InputError
 from flowback.core.files import read_json
 from flowback.data import load_data
-from flowback.flow.io import FILES, check_repo_id, find_folder, is_hub_id, read_description, upload
+from flowback.flow.io import CARD, check_repo_id, read_description, upload
 from flowback.latents import Flow, LatentFlow
-from flowback.latents.autoencoder import FILES as AUTOENCODER_FILES
 from flowback.runs.checkpoint import State, load_flow, newest
 from flowback.runs.config import RunConfig
 from flowback.tasks.classify import ClassStatistics
 
-CLASSES, CARD = "classes.json", "README.md"
-PUBLISHED = [*FILES, CLASSES]  # of a folder, beside its card; nothing else of it is uploaded
+CLASSES = "classes.json"
 PUBLIC = {  # data set and its number of classes -> its name on the hub
     ("fashion_mnist", 10): "zalando-datasets/fashion_mnist",
     ("imagenet", 1000): "ILSVRC/imagenet-1k",
@@ -87,9 +84,18 @@ def export(
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise InputError(f"license {license!r} is no identifier; allowed is one of the hub's, like apache-2.0 or mit")
     flow, measured = load_flow(run, weights)
-    statistics = ClassStatistics.load(flow.core.folder, flow.num_classes) if weights == "ema" else None
     provenance = read_provenance(Path(run), flow, measured)
-    _write(flow, folder, repo_id or folder.resolve().name, provenance, license, with_autoencoder, statistics)
+    if isinstance(flow, LatentFlow):
+        flow.save_portable(folder, with_autoencoder)
+    else:
+        flow.save_portable(folder)
+    statistics = ClassStatistics.load(flow.core.folder, flow.num_classes) if weights == "ema" else None
+    if statistics is not None:
+        statistics.save(folder)
+    if provenance.classes is not None:
+        (folder / CLASSES).write_text(json.dumps(provenance.classes) + "\n")
+    card = model_card(flow, repo_id or folder.resolve().name, provenance, license, (folder / "autoencoder").is_dir())
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def read_provenance(run: Path, flow: Flow, weights: str) -> Provenance:
@@ -98,7 +104,7 @@ def read_provenance(run: Path, flow: Flow, weights: str) -> Provenance:
     Raises:
         InputError: if a file of the run is not what it should be.
     """
-    classes = _read(run / CLASSES)
+    classes = _read((run if run.is_dir() else flow.core.folder or run) / CLASSES)
     if not isinstance(classes, list) or len(classes) != flow.num_classes:
         classes = None
     checkpoint, file = newest(run), run / "config.yaml"
@@ -110,11 +116,11 @@ def read_provenance(run: Path, flow: Flow, weights: str) -> Provenance:
         images = len(data.train), len(data.held_out)
     except InputError:  # they are not here any more
         images = None
+    state = State.read(checkpoint)
     try:
-        state = State(**_read(checkpoint / "state.json"))
         evaluated = None if evaluation is None else evaluation["weights"]
     except (TypeError, KeyError) as error:
-        raise InputError(f"{run} has a state.json or an evaluation.json that is not of a run ({error})") from None
+        raise InputError(f"{run / 'evaluation.json'} is not of a run ({error}); evaluate the run again") from error
     known = Provenance(weights=weights, config=config, state=state, images=images, classes=classes)
     if evaluated == weights:
         return replace(known, evaluation=evaluation)
@@ -201,42 +207,6 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = False, token: 
         raise InputError(f"{error}; `hf upload {repo_id} {folder}` sends the folder later") from error
 
 
-def _write(
-    flow: Flow,
-    folder: Path,
-    name: str,
-    provenance: Provenance = Provenance(),
-    license: str | None = None,
-    with_autoencoder: bool = False,
-    statistics: ClassStatistics | None = None,
-) -> None:
-    """The flow, what belongs to it, and its card."""
-    autoencoder = flow.autoencoder.config.name if isinstance(flow, LatentFlow) else None
-    local = autoencoder is not None and (Path(autoencoder).is_dir() or not is_hub_id(autoencoder))
-    travels = autoencoder is not None and (with_autoencoder or local)
-    flow.save_pretrained(folder)
-    if statistics is not None:
-        statistics.save(folder)
-    if travels:
-        _copy_autoencoder(str(autoencoder), folder)
-    if provenance.classes is not None:
-        (folder / CLASSES).write_text(json.dumps(provenance.classes) + "\n")
-    (folder / CARD).write_text(model_card(flow, name, provenance, license, travels), encoding="utf-8")
-
-
-def _copy_autoencoder(autoencoder: str, folder: Path) -> None:
-    """Put an autoencoder's files beside the flow, whose configuration then names no place on this machine."""
-    source, target = find_folder(autoencoder, AUTOENCODER_FILES), folder / "autoencoder"
-    target.mkdir()
-    for name in AUTOENCODER_FILES:  # those of a whole pipeline lie a folder deeper
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / Path(name).name)
-    file = folder / "config.json"
-    described = read_json(file)
-    described["autoencoder"]["name"] = target.name
-    file.write_text(json.dumps(described, indent=2) + "\n")
-
-
 def _read(file: Path) -> Any:
     """What a JSON file holds, or None where there is none."""
     if not file.is_file():
@@ -244,7 +214,7 @@ def _read(file: Path) -> Any:
     try:
         return read_json(file)
     except ValueError as error:
-        raise InputError(f"{file} cannot be read ({error}); allowed is what flowback wrote") from None
+        raise InputError(f"{file} cannot be read ({error}); allowed is what flowback wrote") from error
 
 
 def _source(row: dict[str, Any]) -> str:
@@ -253,7 +223,9 @@ def _source(row: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A number as the card shows it."""
+    """A number as the card shows it; null is one that was not finite."""
+    if value is None:
+        return "not finite"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowback.core.devices import synchronize
 from flowback.core.errors import InputError
-from flowback.data import ImageSet
-from flowback.latents import Flow
-from flowback.measure.density import seen, spread
+from flowback.flow.tarflow import TarFlow
+from flowback.measure.density import confusion
 from flowback.tasks.classify import (
     ClassStatistics,
     calibration_error,
@@ -22,68 +22,82 @@ from flowback.tasks.classify import (
 
 CURVE = ("single_gradient", "z_score", "shortlist_2", "shortlist_3", "shortlist_5", "exact")
 UNLABELLED = 512  # training images, without their labels, that z_score's statistics are learned from
-TIMED = 128  # images that a rule's seconds are measured on; all others share what the rules have in common
-CALIBRATION = 1000  # held-out images that temperatures are fitted on, and nothing else
+TIMED = 64  # images that a rule's seconds are measured on; all others share what the rules have in common
+MOST_CLASSES = 20  # of a confusion matrix
+CALIBRATION = 1000  # at most so many held-out images fit temperatures
 
 
 def cost_accuracy(
-    flow: Flow,
-    data: ImageSet,
-    images: int | None = None,
+    flow: TarFlow,
+    x: Tensor,
+    y: Tensor,
+    unlabelled: Tensor,
     draws: int = 1,
     rules: Sequence[str] = CURVE,
     seed: int = 0,
-) -> tuple[list[dict[str, Any]], ClassStatistics]:
+) -> tuple[list[dict[str, Any]], ClassStatistics, dict[str, Tensor]]:
     """The cost-accuracy table of a flow on held-out images.
+
+    A quarter of the images, at most 1,000, fits a temperature for each rule, and the calibration errors are of the
+    others. Accuracies are of all images: neither the rules nor their statistics use a label.
 
     Args:
         flow: a class-conditional flow.
-        data: its images. ClassStatistics come from unlabelled training images, temperatures from a quarter of the held-out ones
-            (at most 1,000), figures from the others.
-        images: how many of these others; None for all.
+        x: clean held-out images, as the flow sees them, `[B, *data_shape]`.
+        y: their labels, `[B]`, on the CPU.
+        unlabelled: clean training images for the class statistics, `[n, *data_shape]`.
         draws: noise draws whose scores are averaged; they multiply the passes.
         rules: names of rules.
-        seed: which held-out images calibrate.
+        seed: of the choice of the images that fit temperatures.
 
     Returns:
-        A row a rule: "rule", "passes" (forward passes an image), "accuracy", "images", "seconds_per_image",
-        "temperature", "ece_before" and "ece_after" (the temperature); and the statistics, to be stored with the flow.
+        A row for each rule: "rule", "passes" (forward passes per image), "accuracy", "images", "seconds_per_image",
+        "temperature", "ece_before" and "ece_after" (the temperature); the statistics, to be stored with the flow; and the
+        scores of each rule, `[B, K]`, on the CPU.
 
     Raises:
-        InputError: if there are fewer than 4 held-out images, of which one calibrates.
+        InputError: if there are fewer than 4 images, of which one fits temperatures.
     """
-    if len(data.held_out) < 4:
-        raise InputError(f"{len(data.held_out)} held-out images are too few for an accuracy; allowed are at least 4")
-    core = flow.core
-    statistics = fit_statistics(core, seen(flow, data.train, spread(len(data.train), UNLABELLED), data.levels)[0])
-    order = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(seed))
-    count = min(CALIBRATION, len(order) // 4)
-    fit, (x, y) = (
-        seen(flow, data.held_out, chosen.sort().values.tolist(), data.levels)
-        for chosen in (order[:count], order[count:][:images])
-    )
-    fitted = class_scores_by_all(core, fit[0], rules, statistics, draws)
-    found = class_scores_by_all(core, x, rules, statistics, draws, seed=1)
-    rows = []
+    if len(x) < 4:
+        raise InputError(f"an accuracy needs at least 4 held-out images, got {len(x)}")
+    statistics = fit_statistics(flow, unlabelled)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    fitting = min(CALIBRATION, len(x) // 4)
+    fit, others = order[:fitting], order[fitting:]
+    rows, found = [], class_scores_by_all(flow, x, rules, statistics, draws)
+    found = {rule: scores.cpu() for rule, scores in found.items()}  # some accelerators have no float64 for temperatures
     for rule, scores in found.items():
-        scores = scores.cpu()  # as the labels; some accelerators have no float64, in which temperatures are fitted
-        _, passes, _ = rule_named(rule, flow.num_classes)
-        statistics.calibrate(rule, fitted[rule].cpu(), fit[1])
+        statistics.calibrate(rule, scores[fit], y[fit])
         synchronize(flow.device)
         started = time.perf_counter()
-        class_scores(core, x[:TIMED], rule, draws, statistics=statistics)
+        class_scores(flow, x[:TIMED], rule, draws, statistics=statistics)
         synchronize(flow.device)
         seconds = (time.perf_counter() - started) / len(x[:TIMED])
         rows.append(
             {
                 "rule": rule,
-                "passes": passes * draws,
+                "passes": rule_named(rule, flow.num_classes)[1] * draws,
                 "accuracy": float((scores.argmax(dim=1) == y).double().mean()),
                 "images": len(x),
                 "seconds_per_image": seconds,
                 "temperature": statistics.temperatures[rule],
-                "ece_before": calibration_error(scores.softmax(dim=1), y),
-                "ece_after": calibration_error(statistics.probabilities(rule, scores), y),
+                "ece_before": calibration_error(scores[others].softmax(dim=1), y[others]),
+                "ece_after": calibration_error(statistics.probabilities(rule, scores[others]), y[others]),
             }
         )
-    return rows, statistics
+    return rows, statistics, found
+
+
+def judged(scores: Tensor, y: Tensor, images: Sequence[int], most: int = 8) -> dict[str, list[list[int]]]:
+    """What the scores `[B, K]` take images with labels `y [B]` for.
+
+    Returns:
+        "confusion": counts `[K][K]`, true classes in rows, predicted ones in columns; left out if there are more than 20.
+        "best" and "worst": the `most` images whose own class is the likeliest and the least likely: number (of `images`),
+        class, predicted class.
+    """
+    own = scores.log_softmax(dim=1).gather(1, y[:, None])[:, 0]
+    rows = torch.stack([torch.as_tensor(images), y, scores.argmax(dim=1)], dim=1)[own.argsort(descending=True)]
+    found = {"best": rows[:most].tolist(), "worst": rows.flip(0)[:most].tolist()}
+    few = scores.shape[1] <= MOST_CLASSES
+    return found | ({"confusion": confusion(rows[:, 2], rows[:, 1], scores.shape[1]).tolist()} if few else {})

@@ -1,32 +1,34 @@
-"""One report on one or several runs: report.html, self-contained, and report.json with the same figures.
+"""One report on one or several runs that were evaluated: report.html, one self-contained page; report.json; overview.png.
 
-report.json: {"runs": {name: what evaluation.json holds, and "steps", "seconds_of_training"}, "config_differences":
-{option: [values]}, "crossings": [rows of `crossings`], "not_comparable": [sentences]}.
+report.json: each run by its name, with what its evaluation.json holds (see `evaluate`); "data" and "machine", of all runs,
+or null where they differ; "config_differences": {option: [values]}; "crossings": rows of `crossings`; "not_comparable":
+sentences.
 """
 
-import json
+import base64
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
 from flowback.core.errors import InputError
-from flowback.core.files import read_json
+from flowback.core.files import read_json, write_whole
+from flowback.core.units import from_levels
 from flowback.data import ImageSet, load_data
 from flowback.data.pictures import grid_array
 from flowback.latents import Flow
-from flowback.measure.density import held_out
-from flowback.reports.figures import draw_against, draw_cost_accuracy, draw_probe, draw_sweep
-from flowback.reports.report import as_picture, as_svg
+from flowback.measure.density import spread
+from flowback.reports.card import FIDELITY
+from flowback.reports.evaluate import FILE, write_json
+from flowback.reports.figures import draw_cost_accuracy, draw_curves, draw_overview, draw_probe, draw_sweep
 from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import RunConfig, flat
 from flowback.runs.log import read_metrics
-from flowback.tasks.classify import classify
-from flowback.tasks.sampling import class_grid
 
 # what a run is judged by while it trains: column of metrics.csv -> (title, whether larger is better)
 CURVES = {
@@ -34,14 +36,17 @@ CURVES = {
     "held_out_single_gradient": ("single-gradient accuracy, held out", True),
     "held_out_nats_per_dim": ("nats per dimension, held out", False),
 }
-SHOWN = 8  # images a row
-
-
-BITS = {
-    "bits_per_dim": "bits per dimension, at most",
-    "bits_per_dim_importance_weighted": "… importance-weighted",
-    "latent_bits_per_dim": "bits per latent dimension, of noised latents",
+FIGURES: dict[str, tuple[str, str, Callable[..., Any]]] = {  # of an evaluation: title, format, and which is best
+    "nats_per_dim": ("nats per dimension", "{:.4f}", min),
+    "bits_per_dim": ("bits per dimension (upper bound)", "{:.3f}", min),
+    "bits_per_dim_importance_weighted": ("… importance-weighted", "{:.3f}", min),
+    "latent_bits_per_dim": ("bits per latent dimension, of noised latents", "{:.3f}", min),
 }
+LARGER = {"is", "precision", "recall"}  # the better; of the other figures of fidelity the smaller
+OWN = {"data", "machine", "config_differences", "crossings", "not_comparable"}  # keys of report.json beside the runs
+SHOWN = 8  # images in a row of the page
+MOST_ROWS = 20  # a class each
+GUIDANCE = 1.0  # of the guided samples
 
 
 @dataclass
@@ -49,7 +54,6 @@ class Record:
     """A run and all that is known of it."""
 
     name: str
-    folder: Path
     flow: Flow
     data: ImageSet
     config: dict[str, Any]  # flat, by dotted names
@@ -62,24 +66,40 @@ class Record:
         return [x for x, _ in found], [value for _, value in found]
 
 
-def load_record(run: str, device: torch.device | str = "cpu") -> Record:
+def load_record(run: str | Path, name: str, device: torch.device | str = "cpu") -> Record:
     """Read a run that was evaluated, its flow on a device.
 
     Raises:
         InputError: if the folder holds no run, or one that was never evaluated.
     """
     folder = Path(run)
-    for name, what in (("config.yaml", "train"), ("metrics.csv", "train"), ("evaluation.json", "evaluate")):
-        if not (folder / name).is_file():
-            raise InputError(f"{run} has no {name}; allowed are runs on which `flowback {what}` was run")
+    for file, what in (("config.yaml", "train"), ("metrics.csv", "train"), (FILE, "evaluate")):
+        if not (folder / file).is_file():
+            raise InputError(f"{run} has no {file}; allowed are runs on which `flowback {what}` was run")
     config = RunConfig.read(folder / "config.yaml")
     flow, _ = load_flow(run, device=device)
     try:
-        evaluation = read_json(folder / "evaluation.json")
-    except ValueError as error:
-        raise InputError(f"{folder / 'evaluation.json'} cannot be read ({error}); evaluate the run again") from None
+        evaluation = read_json(folder / FILE)
+        if missing := {"steps", "seconds", "strategy"} - set(evaluation):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}, perhaps of an earlier version")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{folder / FILE} cannot be read ({error}); evaluate the run again") from error
     data, options = load_data(config.data), flat(yaml.safe_load(config.to_yaml()))
-    return Record(folder.name, folder, flow, data, options, read_metrics(folder / "metrics.csv"), evaluation)
+    return Record(name, flow, data, options, read_metrics(folder / "metrics.csv"), evaluation)
+
+
+def names_of(runs: Sequence[str | Path]) -> list[str]:
+    """A name for each run: that of its folder, or the whole path where that name is taken.
+
+    Raises:
+        InputError: if a run is given twice.
+    """
+    paths = [Path(run).resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        raise InputError("a run is given twice; allowed are different ones")
+    names = [path.name for path in paths]
+    taken = OWN | {name for name in names if names.count(name) > 1}
+    return [str(path) if path.name in taken else path.name for path in paths]
 
 
 def config_differences(records: list[Record]) -> dict[str, list[Any]]:
@@ -130,110 +150,155 @@ def not_comparable(records: list[Record]) -> list[str]:
     return sentences
 
 
-def table(records: list[Record]) -> list[tuple[str, list[str]]]:
-    """Figures by name, one text a run."""
-    rows: dict[str, list[str]] = {}
-
-    def put(title: str, i: int, text: str) -> None:
-        rows.setdefault(title, ["-"] * len(records))[i] = text
-
-    for i, record in enumerate(records):
-        e = record.evaluation
-        for row in e.get("classification", []):
-            put(f"accuracy, {row['rule'].replace('_', ' ')} ({row['passes']} passes)", i, f"{100 * row['accuracy']:.1f} %")
-        if "nats_per_dim" in e:
-            put("nats per dimension", i, f"{e['nats_per_dim']:.4f}")
-        for name, title in BITS.items():
-            if name in e:
-                put(title, i, f"{e[name]:.3f}")
-        f = e.get("fidelity", {})
-        for name in ("fid", "sfid", "is", "kid", "precision", "recall"):
-            if name in f:
-                put(
-                    f"{name.upper() if len(name) < 5 else name} ({f['extractor']}, {f['samples']} samples)",
-                    i,
-                    f"{f[name]:.3f}",
-                )
-        if e.get("probe"):
-            best = max(e["probe"], key=lambda row: row["accuracy"])
-            put("best linear probe", i, f"{100 * best['accuracy']:.1f} % (block {best['block']}, layer {best['layer']})")
-        put("training steps", i, f"{record.rows[-1]['step']:.0f}")
-        put("seconds of training", i, f"{max(row.get('seconds', 0) for row in record.rows):.0f}")
-        put("parameters", i, f"{sum(p.numel() for p in record.flow.parameters()) / 1e6:.2f} M")
-        put("measured with", i, str(e.get("weights")))
-    return list(rows.items())
+def figures(record: Record) -> Iterator[tuple[str, Any, str, Callable[..., Any] | None]]:
+    """What the page's table says of a run: titles, values, their formats, and which of several is best."""
+    e = record.evaluation
+    for row in e.get("classification", []):
+        title = f"accuracy, {row['rule'].replace('_', ' ')} ({row['passes']} passes)"
+        yield title, 100 * row["accuracy"], "{:.1f} %", max
+    for name, (title, form, best) in FIGURES.items():
+        if name in e:
+            yield title, e[name], form, best
+    f = e.get("fidelity", {})
+    for name, title in FIDELITY.items():
+        if name in f:
+            yield f"{title} ({f['extractor']}, {f['samples']} samples)", f[name], "{:.3f}", max if name in LARGER else min
+    if e.get("probe"):
+        top = max(e["probe"], key=lambda row: row["accuracy"])
+        where = f"(block {top['block']}, layer {top['layer']})"
+        yield "best linear probe", 100 * top["accuracy"], "{:.1f} % " + where, max
+    yield "training steps", e["steps"], "{}", None
+    yield "seconds of training", e["seconds"], "{:.0f}", None
+    yield "parameters", sum(p.numel() for p in record.flow.parameters()) / 1e6, "{:.2f} M", None
+    yield "measured with", e["weights"], "{}", None
 
 
-def best_and_worst(record: Record, images: int = 300) -> tuple[Tensor, list[str]]:
-    """Held-out images `[2 * SHOWN, C, H, W]`: those taken most surely for what they are, and those least; and captions."""
-    x, y = held_out(record.data, images)
-    sure = classify(record.flow, x, "exact").log_softmax(dim=1).cpu()
-    own = sure.gather(1, y[:, None])[:, 0]  # labels and pictures are on the CPU
-    order = own.argsort(descending=True)
-    chosen = torch.cat([order[:SHOWN], order.flip(0)[:SHOWN]])
-    names = record.data.classes
-    captions = [f"{names[int(y[i])]}, taken for {names[int(sure[i].argmax())]}" for i in chosen[SHOWN:]]
-    return x[chosen], captions
+def table(records: list[Record]) -> list[tuple[str, list[str], int | None]]:
+    """Rows of the page's table: title, a text for each run, and which is best (None where that has no meaning)."""
+    found = [{title: rest for title, *rest in figures(record)} for record in records]
+    rows = []
+    for title in dict.fromkeys(title for own in found for title in own):
+        cells = [own.get(title) for own in found]
+        texts = ["-" if cell is None else "not finite" if cell[0] is None else cell[1].format(cell[0]) for cell in cells]
+        values = [cell[0] for cell in cells if cell is not None and cell[0] is not None]
+        best = next(cell[2] for cell in cells if cell is not None)
+        differ = best is not None and len(values) == len(records) and len(set(values)) > 1
+        rows.append((title, texts, values.index(best(values)) if differ else None))
+    return rows
 
 
-def write_comparison(runs: list[str], folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Write report.html and report.json on one or several evaluated runs into `folder`. Returns what report.json holds.
+def write_comparison(runs: Sequence[str | Path], folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Write report.html, report.json and overview.png on one or several evaluated runs into `folder`.
 
     What the page shows is drawn and classified on `device`.
 
+    Returns:
+        The content of report.json.
+
     Raises:
-        InputError: if a run is not one, was not evaluated, or stands there twice.
+        InputError: if a run is not one, was not evaluated, or is given twice.
     """
     from jinja2 import Environment, PackageLoader
 
-    if len({Path(run).resolve() for run in runs}) < len(runs):
-        raise InputError("a run stands there twice; allowed are different ones")
-    records = [load_record(run, device) for run in runs]
+    records = [load_record(run, name, device) for run, name in zip(runs, names_of(runs), strict=True)]
     facts: dict[str, Any] = {
-        "runs": {
-            record.name: record.evaluation
-            | {"steps": record.rows[-1]["step"], "seconds_of_training": max(r.get("seconds", 0) for r in record.rows)}
-            for record in records
-        },
+        **{name: _common(record.evaluation.get(name) for record in records) for name in ("data", "machine")},
+        **{record.name: record.evaluation for record in records},
         "config_differences": config_differences(records),
         "crossings": crossings(records),
         "not_comparable": not_comparable(records),
     }
-    sections = []
-    for record in records:
-        picture, captions = best_and_worst(record) if record.flow.num_classes else (None, [])
-        sweep = record.evaluation.get("guidance_sweep")
-        sections.append(
-            {
-                "name": record.name,
-                "samples": as_picture(grid_array(class_grid(record.flow, SHOWN), SHOWN, smallest=32)),
-                "judged": None if picture is None else as_picture(grid_array(picture, SHOWN, smallest=32)),
-                "captions": captions,
-                "probe": as_svg(draw_probe(record.evaluation)) if record.evaluation.get("probe") else None,
-                "curve": as_svg(draw_cost_accuracy(record.evaluation)) if record.evaluation.get("classification") else None,
-                "sweep": as_svg(draw_sweep(sweep)) if sweep else None,
-            }
-        )
-    html = (
-        Environment(loader=PackageLoader("flowback.reports"), autoescape=True)
-        .get_template("compare.html")
-        .render(
-            records=records,
-            sections=sections,
-            table=table(records),
-            facts=facts,
-            by_step=as_svg(draw_against(records, "step", CURVES)),
-            by_seconds=as_svg(draw_against(records, "seconds", CURVES)),
-            chance=1 / max(1, records[0].flow.num_classes),
-        )
+    drawn = [samples(record) for record in records]
+    page = Environment(loader=PackageLoader("flowback.reports"), autoescape=True).get_template("report.html")
+    html = page.render(
+        records=records,
+        facts=facts,
+        table=table(records),
+        sections=[section(record, *pictures) for record, pictures in zip(records, drawn, strict=True)],
+        curves=[as_svg(draw_curves(records, against)) for against in ("step", "seconds")],
+        guidance=GUIDANCE,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(facts, indent=2, default=_plain) + "\n")
-    (folder / "report.html").write_text(html, encoding="utf-8")
+    overview = draw_overview(records, drawn[-1][-1].numpy(), f"samples of {records[-1].name}")
+    write_json(folder / "report.json", facts)
+    write_whole(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
+    write_whole(folder / "overview.png", lambda file: overview.savefig(file, dpi=120, format="png"))
     return facts
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value)} cannot be written")
+def _common(values: Iterable[Any]) -> Any:
+    """The value that all have, or None."""
+    first, *others = values
+    return first if all(value == first for value in others) else None
+
+
+def rows_of(flow: Flow) -> Tensor:
+    """Labels `[rows * SHOWN]` of what the page shows: a class in each row, some of them if they are many, -1 for none."""
+    classes = spread(flow.num_classes, MOST_ROWS) if flow.num_classes else [-1] * SHOWN
+    return torch.tensor(classes).repeat_interleave(SHOWN)
+
+
+def samples(record: Record) -> list[Tensor]:
+    """Pictures of samples, with the labels of `rows_of`: without guidance, and of a flow with classes also with it."""
+    scales = (0.0, GUIDANCE) if record.flow.num_classes else (0.0,)
+    options: dict[str, Any] = {"seed": 0, "batch_size": 128}
+    drawn = [record.flow.sample(y=rows_of(record.flow), guidance=scale, **options) for scale in scales]
+    return [_picture(x.cpu()) for x in drawn]
+
+
+def real_images(record: Record) -> Tensor:
+    """A picture of held-out images with the labels of `rows_of`, white where there are no more."""
+    data, y = record.data, rows_of(record.flow)
+    places: list[tuple[int, int]] = list(enumerate(spread(len(data.held_out), len(y))))
+    if record.flow.num_classes:
+        firsts = ((data.held_out.labels == k).nonzero()[:SHOWN, 0].tolist() for k in y[::SHOWN])
+        places = [(row * SHOWN + i, index) for row, own in enumerate(firsts) for i, index in enumerate(own)]
+    found = _images(data, [index for _, index in places])
+    canvas = found.new_ones(len(y), *found.shape[1:])
+    canvas[[place for place, _ in places]] = found
+    return _picture(canvas)
+
+
+def section(record: Record, plain: Tensor, guided: Tensor | None = None) -> dict[str, Any]:
+    """What the page shows of one run."""
+    e, classes = record.evaluation, record.data.classes
+    shown: dict[str, Any] = {"name": record.name, "plain": as_png(plain), "real": as_png(real_images(record))}
+    shown |= {"guided": None if guided is None else as_png(guided)}
+    shown |= {"probe": as_svg(draw_probe(e)) if e.get("probe") else None}
+    shown |= {"curve": as_svg(draw_cost_accuracy(e)) if e.get("classification") else None}
+    shown |= {"sweep": as_svg(draw_sweep(e["guidance_sweep"])) if e.get("guidance_sweep") else None}
+    if "judged" in e:
+        best, worst = (e["judged"][which] for which in ("best", "worst"))
+        shown["judged"] = as_png(_picture(_images(record.data, [row[0] for row in (*best, *worst)])))
+        shown["captions"] = [f"{classes[own]}, taken for {classes[predicted]}" for _, own, predicted in worst]
+        counts = e["judged"].get("confusion", [])
+        shown["confusion"] = [(name, row, max(1, sum(row))) for name, row in zip(classes, counts, strict=False)]
+    return shown
+
+
+def _images(data: ImageSet, indices: Sequence[int]) -> Tensor:
+    """Held-out images `[n, C, H, W]` in [-1, 1]."""
+    return from_levels(data.held_out[list(indices)][0], data.levels)
+
+
+def _picture(x: Tensor) -> Tensor:
+    return grid_array(x, SHOWN, smallest=32)
+
+
+def as_svg(figure: Any) -> str:
+    """A matplotlib figure as a data URI."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    return _data_uri("image/svg+xml", stream.getvalue())
+
+
+def as_png(picture: Tensor) -> str:
+    """Pixels uint8 `[rows, columns, 3]` as a data URI."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(picture.numpy()).save(stream, format="PNG")
+    return _data_uri("image/png", stream.getvalue())
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

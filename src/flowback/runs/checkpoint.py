@@ -47,13 +47,15 @@ class State:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "State":
-        """The state in a checkpoint.
+        """What a checkpoint's state.json says.
 
         Raises:
-            OSError: if it cannot be read.
-            TypeError, ValueError: if it is none.
+            InputError: if it is missing, or says something else.
         """
-        return cls(**read_json(checkpoint / "state.json"))
+        try:
+            return cls(**read_json(checkpoint / "state.json"))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{checkpoint} has no usable state.json of a run ({error})") from error
 
 
 def all_of(run: Path) -> list[Path]:

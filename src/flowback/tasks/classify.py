@@ -1,17 +1,17 @@
-"""Training-free classification: the flow's own likelihood names the class (arXiv 2511.22345, section 3.4).
+"""Training-free classification by the flow's own likelihood (arXiv 2511.22345, section 3.4).
 
-Every rule maps noised images, one or several draws of `[B, C, H, W]`, to scores `[B, K]`, larger is likelier. An accuracy
-is only comparable under the name of its rule. Costs are in forward passes of one image; a backward pass counts two.
+Every rule maps noised images, one or several draws of `[B, C, H, W]`, to scores `[B, K]`, larger is likelier. Accuracies
+are only comparable under the same rule. Costs are in forward passes of one image; a backward pass counts two.
 
 - **single_gradient** (3 passes, whatever K is): the published rule, `d log p(x | softmax(lam)) / d lam` at `lam = 0`.
-- **z_score** (3): the same, each class' gradient standardized by its mean and deviation over unlabelled images.
-- **shortlist_m** (3 + m): the m best of z_score, decided by their exact likelihoods.
+- **z_score** (3): the same, each class' gradient standardized by its mean and standard deviation over unlabelled images.
+- **shortlist_m** (3 + m): the exact likelihoods of the m classes that z_score ranks highest.
 - **exact** (K): all likelihoods, `log p(x | k)`.
 
-Why the raw gradient is biased: it is `(g . (E_k - mean E)) / K`, summed over blocks, where g is the likelihood's slope in
-the space of class embeddings. A class whose embedding lies far from the mean has a large slope *of either sign* on every
-image, and so wins too often whatever the image is; and the curvature that the slope leaves out lowers the likelihood of
-exactly these far classes. Both depend on the class far more than on the image, so that unlabelled images show them.
+The raw gradient is biased. It is `(g . (E_k - mean E)) / K`, summed over blocks, where g is the likelihood's slope in the
+space of class embeddings. A class whose embedding is far from the mean has a large slope *of either sign* on every image,
+and so is chosen too often; and the curvature that the slope ignores lowers the likelihood of exactly these classes. Both
+depend on the class far more than on the image, so they can be estimated from unlabelled images.
 """
 
 import json
@@ -27,10 +27,10 @@ from torch import Tensor
 
 from flowback.core.devices import put
 from flowback.core.errors import InputError
-from flowback.core.files import read_json
-from flowback.data.images import Images, as_images
+from flowback.core.files import read_json, write_whole
+from flowback.data.images import Images
 from flowback.flow.tarflow import TarFlow
-from flowback.latents import Flow
+from flowback.latents import Flow, as_data
 
 FILE, FORMAT = "classification.json", 1
 RULES = ("single_gradient", "z_score", "shortlist_3", "exact")
@@ -39,15 +39,15 @@ NEVER = (-30.0, 0.0)  # of `ClassStatistics.left_out`: the right class is always
 
 @dataclass
 class ClassStatistics:
-    """What z_score and probabilities need to know of a flow: learned from images without training the flow.
+    """What z_score and probabilities need to know of a flow: estimated from images, without training the flow.
 
     Args:
         mean: of each class' gradient over unlabelled noised images, `[K]`.
-        std: its deviation.
+        std: its standard deviation, `[K]`.
         images: how many were used.
         temperatures: rule -> temperature by which its scores are divided before the softmax, fitted on labelled images.
-        left_out: rule -> intercept and slope of the logit of the chance that the right class is among those that it does
-            not score, as a function of the largest probability of those that it scores.
+        left_out: rule -> intercept and slope of the logit of the probability that the right class is one that the rule
+            does not score, as a function of the largest probability of those that it scores.
     """
 
     mean: list[float]
@@ -57,21 +57,22 @@ class ClassStatistics:
     left_out: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def calibrate(self, rule: str, scores: Tensor, y: Tensor) -> None:
-        """Learn from a rule's scores `[B, K]` of images with labels `y [B]` what `probabilities` needs."""
+        """Fit what `probabilities` needs to a rule's scores `[B, K]` of images with labels `y [B]`."""
         self.temperatures[rule], self.left_out[rule] = fit_calibration(scores, y)
 
     def probabilities(self, rule: str, scores: Tensor) -> Tensor:
-        """A rule's scores `[B, K]` as calibrated probabilities `[B, K]`, of the classes that it leaves out too."""
+        """A rule's scores `[B, K]` as calibrated probabilities `[B, K]`, also of the classes that it does not score."""
         return calibrated(scores, self.temperatures[rule], self.left_out.get(rule, NEVER))
 
     def standardized(self, gradient: Tensor) -> Tensor:
-        """Gradients `[B, K]` with every class' own mean and deviation taken out."""
+        """Gradients `[B, K]`, standardized class by class."""
         mean, std = (put(torch.tensor(values, dtype=gradient.dtype), gradient.device) for values in (self.mean, self.std))
         return (gradient - mean) / std
 
     def save(self, folder: Path) -> None:
         """Write `classification.json`."""
-        (folder / FILE).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        write_whole(folder / FILE, lambda file: file.write_text(text))
 
     @classmethod
     def load(cls, folder: Path | None, classes: int) -> "ClassStatistics | None":
@@ -85,15 +86,15 @@ class ClassStatistics:
         try:
             content = read_json(file)
             if content.pop("format") != FORMAT:
-                raise ValueError("another format")
+                raise ValueError(f"it is not of format {FORMAT}")
             statistics = cls(**content)
             if len(statistics.mean) != classes or len(statistics.std) != classes:
-                raise ValueError(f"{len(statistics.mean)} classes, not {classes}")
+                raise ValueError(f"it has {len(statistics.mean)} classes, the flow {classes}")
             numbers = [*statistics.mean, *statistics.std, *statistics.temperatures.values()]
             numbers += [number for intercept, slope in statistics.left_out.values() for number in (intercept, slope)]
             torch.tensor(numbers, dtype=torch.float64)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{file} cannot be used ({error}); it can be deleted and made anew by evaluate") from None
+            raise InputError(f"{file} cannot be used ({error}); delete it and run `flowback evaluate` again") from error
         return statistics
 
 
@@ -107,11 +108,12 @@ def single_gradient(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassSta
 
 
 def z_score(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None) -> Tensor:
-    """`single_gradient`, standardized class by class."""
+    """`single_gradient`, standardized class by class; without `statistics` by those in the flow's folder."""
+    statistics = statistics or ClassStatistics.load(flow.folder, flow.num_classes)
     if statistics is None:
         raise InputError(
-            "z_score and shortlists need class statistics, of which this flow has none; allowed: single_gradient, exact, or "
-            "to run `flowback evaluate` first"
+            "z_score and shortlists need class statistics, and this flow has none: run `flowback evaluate`, or give "
+            "statistics=fit_statistics(flow, images); single_gradient and exact need none"
         )
     return statistics.standardized(single_gradient(flow, noisy))
 
@@ -147,9 +149,9 @@ def class_log_probs(flow: TarFlow, x: Tensor, labels: Tensor | None = None) -> T
 
 
 def _logit_gradient(flow: TarFlow, x: Tensor, lam: Tensor) -> Tensor:
-    with torch.enable_grad():
-        lam = lam.detach().requires_grad_()
-        log_prob = flow.log_prob(x, lam.softmax(dim=1))
+    with torch.inference_mode(False), torch.enable_grad():
+        lam = lam.clone().requires_grad_()
+        log_prob = flow.log_prob(x.clone(), lam.softmax(dim=1))
         (gradient,) = torch.autograd.grad(log_prob.sum(), lam)
     return gradient
 
@@ -169,8 +171,7 @@ def rule_named(name: str, classes: int) -> tuple[Score, int, int]:
         return fixed[name]
     found = re.fullmatch(r"shortlist_([1-9]\d{0,4})", name)
     if found is None:
-        allowed = ", ".join(rule for rule in RULES if not rule.startswith("shortlist"))
-        raise InputError(f"classification rule {name!r} does not exist; allowed: {allowed}, or shortlist_ and a number")
+        raise InputError(f"rule must be one of {', '.join(fixed)}, or shortlist_ and a number, got {name!r}")
     m = min(int(found[1]), classes)
     return shortlist(m), 3 + m, m
 
@@ -188,12 +189,12 @@ def classify(
 
     Args:
         flow: a class-conditional flow.
-        images: a tensor `[B, C, H, W]` in [-1, 1], or whatever `flowback.data.as_images` takes: PIL images, arrays, paths.
-        rule: one of `RULES`, or shortlist_m for another m. Another rule than this is never used.
+        images: a tensor `[B, C, H, W]` in [-1, 1], or what else `flowback.data.as_images` takes: PIL images, arrays, paths.
+        rule: one of `RULES`, or shortlist_m for another m. It is never replaced by another one.
         draws: noise draws whose scores are averaged.
         batch_size: rows that the flow sees at once; bounds the memory.
         seed: of the noise of training, which is added here.
-        statistics: of this flow; None for those in the folder that it was loaded from, where `flowback evaluate` left them.
+        statistics: of this flow; None for those in the folder that it was loaded from, where `flowback evaluate` put them.
 
     Returns:
         Scores `[B, K]`, larger is likelier, where the flow is.
@@ -201,8 +202,7 @@ def classify(
     Raises:
         InputError: if the flow is unconditional, the rule does not exist or lacks its statistics, or there are no draws.
     """
-    x = flow.to_data(as_images(images, flow.image_size, flow.channels), torch.Generator().manual_seed(0))
-    return class_scores(flow.core, x, rule, draws, batch_size, seed, statistics)
+    return class_scores(flow.core, as_data(flow, images), rule, draws, batch_size, seed, statistics)
 
 
 def class_scores(
@@ -216,23 +216,20 @@ def class_scores(
 ) -> Tensor:
     """`classify` in the flow's own space, of clean `x [B, *data_shape]`."""
     if not flow.num_classes:
-        raise InputError("an unconditional flow cannot classify; allowed is a flow with num_classes of at least 1")
+        raise InputError("an unconditional flow cannot classify: num_classes must be at least 1, got 0")
     for name, value in (("draws", draws), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value}")
     score, _, rows = rule_named(rule, flow.num_classes)
-    statistics = statistics or ClassStatistics.load(flow.folder, flow.num_classes)
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False):  # the rules take gradients
-        x = flow.enter(x).clone()
-        noisy = [flow.perturb(x, generator).split(max(1, batch_size // rows)) for _ in range(draws)]
-        return torch.cat([score(flow, parts, statistics) for parts in zip(*noisy, strict=True)])
+    noisy = [flow.perturb(x, generator).split(max(1, batch_size // rows)) for _ in range(draws)]
+    return torch.cat([score(flow, parts, statistics) for parts in zip(*noisy, strict=True)])
 
 
 def class_scores_by_all(
     flow: TarFlow, x: Tensor, rules: Sequence[str], statistics: ClassStatistics, draws: int = 1, seed: int = 0
 ) -> dict[str, Tensor]:
-    """`class_scores` by several rules: rule -> scores `[B, K]`. The gradient and the likelihoods are computed once for all."""
+    """`class_scores` by several rules: rule -> scores `[B, K]`. Gradients and likelihoods are computed once for all."""
     options: dict[str, Any] = {"draws": draws, "seed": seed, "statistics": statistics}
     gradient = class_scores(flow, x, "single_gradient", **options)
     scores = {"single_gradient": gradient, "z_score": statistics.standardized(gradient)}
@@ -247,21 +244,21 @@ def class_scores_by_all(
     return {rule: scores[rule] for rule in rules}
 
 
-def fit_statistics(flow: TarFlow, x: Tensor, batch_size: int = 256, seed: int = 1) -> ClassStatistics:
-    """Learn from unlabelled clean images `x [B, C, H, W]` what z_score needs: a pass over some hundred of them.
+def fit_statistics(flow: Flow, images: Images, batch_size: int = 256, seed: int = 1) -> ClassStatistics:
+    """Estimate what z_score needs from unlabelled clean images, in the forms of `classify`; some hundred are enough.
 
     Raises:
         InputError: if the flow is unconditional or there are fewer than two images.
     """
-    if len(x) < 2:
-        raise InputError(f"{len(x)} images have no deviation; allowed are at least 2, better some hundred")
-    scores = class_scores(flow, x, "single_gradient", batch_size=batch_size, seed=seed)
+    scores = classify(flow, images, "single_gradient", batch_size=batch_size, seed=seed)
+    if len(scores) < 2:
+        raise InputError(f"class statistics need at least 2 images, better some hundred, got {len(scores)}")
     std = scores.std(dim=0).clamp(min=1e-12)
-    return ClassStatistics(scores.mean(dim=0).tolist(), std.tolist(), len(x))
+    return ClassStatistics(scores.mean(dim=0).tolist(), std.tolist(), len(scores))
 
 
 def calibrated(scores: Tensor, temperature: float, left_out: tuple[float, float]) -> Tensor:
-    """Probabilities `[B, K]` of scores over a temperature; classes without a score (-inf) share `left_out`'s chance."""
+    """Probabilities `[B, K]` of scores `[B, K]`; classes without a score (-inf) share the probability of `left_out`."""
     among = (scores / temperature).softmax(dim=1)
     missing = ~scores.isfinite()
     count = missing.sum(dim=1, keepdim=True)
@@ -271,11 +268,11 @@ def calibrated(scores: Tensor, temperature: float, left_out: tuple[float, float]
 
 
 def fit_calibration(scores: Tensor, y: Tensor) -> tuple[float, tuple[float, float]]:
-    """The temperature and the chance of `calibrated` that make labels `y [B]` likeliest.
+    """The `temperature` and `left_out` of `calibrated` that make labels `y [B]` likeliest.
 
-    After Guo et al. (arXiv 1706.04599), who have a temperature alone. A rule that scores only some classes would then be
-    as sure as if the right one were always among them; a logistic regression says how likely that is, and the temperature
-    is fitted where it is so.
+    After Guo et al. (arXiv 1706.04599), who fit a temperature alone. A rule that scores only some classes would then be
+    as confident as if the right one were always among them; a logistic regression estimates how likely that is, and the
+    temperature is fitted to the images for which it is so.
     """
     scores = scores.double()
     known = scores.gather(1, y[:, None])[:, 0].isfinite()

@@ -1,7 +1,7 @@
-"""What exact invertibility makes possible with one's own images: interpolation, another class, inpainting.
+"""Edits of one's own images by exact inversion: interpolation, another class, inpainting.
 
-Images are clean: a tensor `[B, C, H, W]` in [-1, 1], or whatever `flowback.data.as_images` takes. Encode and decode
-themselves are methods of the flow.
+Images are clean: a tensor `[B, C, H, W]` in [-1, 1], or what else `flowback.data.as_images` takes. A flow in latents takes
+and returns images, too.
 """
 
 import math
@@ -14,44 +14,44 @@ from torch.nn.functional import adaptive_max_pool2d
 from flowback.core.devices import put
 from flowback.core.errors import InputError
 from flowback.core.seeds import draw
-from flowback.data.images import Images, as_images
+from flowback.data.images import Images
 from flowback.flow.labels import Labels
 from flowback.flow.tarflow import TarFlow
-from flowback.latents import Flow
+from flowback.latents import Flow, as_data
 
 ACCEPTANCE = 0.574  # share of proposals at which Metropolis-adjusted Langevin steps are most efficient
 
 
 @torch.no_grad()
 def interpolate(flow: Flow, x_a: Images, x_b: Images, steps: int, y_a: Labels = None, y_b: Labels = None) -> Tensor:
-    """Walk from one image to another through z: along the great circle, so that every z on the way is typical.
+    """Interpolate between images in z, along the great circle, so that every z on the way is typical.
 
     Args:
         flow: the flow.
-        x_a: where to start, `[B, C, H, W]`.
-        x_b: where to end, `[B, C, H, W]`.
-        steps: images on the way, ends included.
+        x_a: B images to start from.
+        x_b: B images to end at.
+        steps: number of images on the way, ends included.
         y_a: labels `[B]` of the first images, -1 or None for none.
         y_b: labels of the last ones; where they differ, the class moves with z, by mixing the class embeddings.
 
     Returns:
-        `[B, steps, C, H, W]`; the ends are the images given, to rounding.
+        `[B, steps, C, H, W]`; the ends are the given images, to rounding, or in latents their reconstructions.
 
     Raises:
         InputError: if shapes, labels or the number of steps do not fit.
     """
     if steps < 2:
         raise InputError(f"steps must be at least 2, got {steps}")
-    x_a, x_b = _data(flow, x_a), _data(flow, x_b)
-    if x_a.shape != x_b.shape:
-        raise InputError(f"images of shapes {list(x_a.shape)} and {list(x_b.shape)} do not fit each other")
-    whole, flow, B = flow, flow.core, len(x_a)
+    x_a, x_b = as_data(flow, x_a), as_data(flow, x_b)
+    B = len(x_a)
+    if len(x_b) != B:
+        raise InputError(f"x_b must be as many images as x_a, {B}, got {len(x_b)}")
     weights_a, weights_b = flow.class_weights(y_a, B), flow.class_weights(y_b, B)
-    (z_a, _), (z_b, _) = flow.encode(x_a, weights_a), flow.encode(x_b, weights_b)
+    (z_a, _), (z_b, _) = flow.core.encode(x_a, weights_a), flow.core.encode(x_b, weights_b)
     images = []
     for s in torch.linspace(0, 1, steps).tolist():
         weights = None if weights_a is None or weights_b is None else torch.lerp(weights_a, weights_b, s)
-        images.append(whole.to_images(flow.decode(slerp(z_a, z_b, s), weights)))
+        images.append(flow.decode(slerp(z_a, z_b, s), weights))
     return torch.stack(images, dim=1)
 
 
@@ -69,7 +69,7 @@ def slerp(z_a: Tensor, z_b: Tensor, s: float) -> Tensor:
 @torch.no_grad()
 def swap_class(flow: Flow, x: Images, y: Labels, y_new: Labels) -> Tensor:
     """Images of another class from the same noise: encoded with label `y [B]`, decoded with `y_new [B]`; `[B, C, H, W]`."""
-    z, _ = flow.core.encode(_data(flow, x), y)
+    z, _ = flow.core.encode(as_data(flow, x), y)
     return flow.decode(z, y_new)
 
 
@@ -77,11 +77,12 @@ def swap_class(flow: Flow, x: Images, y: Labels, y_new: Labels) -> Tensor:
 class Inpainting:
     """Images whose masked pixels were drawn anew."""
 
-    x: Tensor  # [B, C, H, W], the pixels that were kept exactly as given
+    x: Tensor  # [B, C, H, W]; the other pixels are exactly as given, or in latents decoded from exactly the same latents
     log_prob: Tensor  # [B, steps + 1], nats, of the noised images after each step; the first before any
     acceptance: Tensor  # [B], share of the steps that were accepted; nan without steps
 
 
+@torch.inference_mode(False)  # it takes gradients
 def inpaint(
     flow: Flow,
     x: Images,
@@ -91,19 +92,19 @@ def inpaint(
     tries: int = 8,
     generator: torch.Generator | None = None,
 ) -> Inpainting:
-    """Draw the masked pixels of images from what the flow expects there, given all others.
+    """Draw the masked pixels of images from the flow's density of them given all others.
 
-    First a guess in one decode: block 1, the last when generating, is given the known pixels and continues them. In a flow
-    of one block whose order runs from the known to the masked pixels that is a draw from the conditional density itself.
-    In all others it is not, since the blocks before did not see the known pixels: there, Metropolis-adjusted Langevin
-    steps (Roberts and Tweedie, 1996) on the masked pixels follow, whose stationary density is the conditional one,
-    exactly, because the flow's likelihood is exact. Each costs a forward and a backward pass. Step sizes adapt in the
-    first half. They are local: so several first guesses are made, and the likeliest is where they start.
+    It starts with a guess by one decode: block 1, the last when generating, is given the known pixels and continues them.
+    In a flow of one block that reads the known pixels before the masked ones, this is a draw from the conditional density.
+    In other flows it is not, since the other blocks did not see the known pixels. Therefore Metropolis-adjusted Langevin
+    steps (Roberts and Tweedie, 1996) on the masked pixels follow, whose stationary density is exactly the conditional one,
+    because the flow's likelihood is exact. Each costs a forward and a backward pass. Step sizes adapt in the first half.
+    The steps are local, so they start from the likeliest of several guesses.
 
     Args:
         flow: the flow.
-        x: images `[B, C, H, W]`; what they hold where masked does not matter.
-        mask: booleans that broadcast to x, true where pixels are to be drawn.
+        x: B images; their content where masked does not matter.
+        mask: booleans that broadcast to `[B, C, H, W]`, true where pixels are to be drawn.
         y: labels `[B]`, or None.
         steps: Langevin steps.
         tries: first guesses, each a decode.
@@ -112,16 +113,17 @@ def inpaint(
     Raises:
         InputError: if shapes or labels do not fit, or the number of steps or tries is impossible.
     """
-    if steps < 0 or tries < 1:
-        raise InputError(f"{steps} steps after {tries} tries cannot be taken; allowed: at least 0, and at least 1")
+    for name, value, least in (("steps", steps, 0), ("tries", tries, 1)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
     if mask.dtype != torch.bool:
         raise InputError(f"mask must be boolean (True = inpaint), got {mask.dtype}")
-    whole, x = flow, _data(flow, x)
+    whole, x = flow, as_data(flow, x)
     flow, pixels = whole.core, (len(x), *whole.data_shape)
     try:
         mask = put(mask.expand(pixels), flow.device)
     except RuntimeError as error:
-        raise InputError(f"mask of shape {list(mask.shape)} does not fit images of shape {list(pixels)}") from error
+        raise InputError(f"mask must broadcast to the shape {list(pixels)}, got {list(mask.shape)}") from error
     if whole is not flow:  # a latent is drawn if one of its pixels is
         mask = adaptive_max_pool2d(mask[:, :1].float(), x.shape[2:]).bool().expand_as(x)
     noisy = flow.perturb(torch.where(mask, torch.zeros_like(x), x), generator)
@@ -151,11 +153,6 @@ def inpaint(
     drawn = torch.where(mask, flow.denoise(current, y), x)
     rate = torch.stack(accepted).mean(0) if accepted else log_prob.new_full((len(x),), math.nan)
     return Inpainting(whole.to_images(drawn), torch.stack(trace, dim=1), rate)
-
-
-def _data(flow: Flow, images: Images) -> Tensor:
-    """Images as the flow sees them."""
-    return flow.to_data(as_images(images, flow.image_size, flow.channels), torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Better samples at test time by the flow's own likelihood, without training anything. Off unless asked for.
 
-- **best_of**: draw more than asked, keep those that the flow itself takes most surely for the asked class.
+- **best_of**: draw several candidates, and keep the one that the flow classifies as the asked class with most confidence.
 - **refine**: a few gradient steps on z that raise `log p(label | x)`, on the sphere that z lies on.
 
-Costs are given in passes, one pass being one forward of all blocks on one image; a backward counts two.
+z and x are those of the flow's own space; of a LatentFlow its `core` is used. Costs are in passes, one forward of all
+blocks on one image; a backward pass counts two.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from flowback.core.devices import put
 from flowback.core.errors import InputError
 from flowback.flow.guidance import Guidance
 from flowback.flow.tarflow import TarFlow
+from flowback.latents import Flow
 from flowback.tasks.classify import ClassStatistics, class_log_probs, rule_named
 
 Objective = Callable[[TarFlow, Tensor, Tensor], Tensor]
@@ -38,29 +40,28 @@ OBJECTIVES: dict[str, Objective] = {"contrast": contrast, "posterior": posterior
 
 @torch.no_grad()
 def agreement(
-    flow: TarFlow,
+    flow: Flow,
     x: Tensor,
     y: Tensor,
     rule: str = "exact",
     batch_size: int = 256,
     statistics: ClassStatistics | None = None,
 ) -> Tensor:
-    """How surely the flow takes noisy images `x [B, C, H, W]` for their labels `y [B]`: log-probability `[B]`, nats.
+    """The log-probability `[B]`, nats, that the flow gives the labels `y [B]` of noisy images `x [B, *data_shape]`.
 
     Args:
         flow: a class-conditional flow.
-        x: images as decoded, before the score step: with the noise that the flow was trained on.
+        x: images as decoded, before the score step: with the noise of training.
         y: labels.
         rule: a classification rule (`flowback.tasks.classify`); its scores are normalized over the classes.
         batch_size: rows that the flow sees at once.
-        statistics: that the rule may need; None for those in the folder that the flow was loaded from.
+        statistics: as in `classify`.
 
     Raises:
         InputError: if the flow is unconditional or the rule does not exist.
     """
-    _check_conditional(flow)
+    flow = _conditional(flow)
     score, _, rows = rule_named(rule, flow.num_classes)
-    statistics = statistics or ClassStatistics.load(flow.folder, flow.num_classes)
     parts = flow.enter(x).split(max(1, batch_size // rows))
     scores = torch.cat([score(flow, [part], statistics) for part in parts])
     return scores.log_softmax(dim=1).gather(1, put(y, scores.device)[:, None])[:, 0]
@@ -68,7 +69,7 @@ def agreement(
 
 @torch.no_grad()
 def best_of(
-    flow: TarFlow,
+    flow: Flow,
     z: Tensor,
     y: Tensor,
     guidance: float | Guidance = 0.0,
@@ -77,7 +78,7 @@ def best_of(
     batch_size: int = 64,
     compile: bool = False,
 ) -> Tensor:
-    """Of several noises for each image, the one whose image the flow takes most surely for its label.
+    """Of several noises for each image, the one whose image has the largest `agreement` with its label.
 
     Args:
         flow: a class-conditional flow.
@@ -92,7 +93,7 @@ def best_of(
     Returns:
         The best z of each image, `[B, N, D]`.
     """
-    R = z.shape[1]
+    flow, R = _conditional(flow), z.shape[1]
     z, y = flow.enter(z), put(y, flow.device)
     flat, labels = z.flatten(0, 1), y[:, None].expand(-1, R).flatten()
     scores = [
@@ -103,8 +104,9 @@ def best_of(
     return z[torch.arange(len(z), device=z.device), best]
 
 
+@torch.inference_mode(False)  # it takes gradients
 def refine(
-    flow: TarFlow,
+    flow: Flow,
     z: Tensor,
     y: Tensor,
     steps: int = 3,
@@ -114,18 +116,18 @@ def refine(
     batch_size: int = 64,
     compile: bool = False,
 ) -> Tensor:
-    """Turn z so that the flow takes the image for its label more surely.
+    """Turn z so that the flow gives the image's label a higher probability.
 
-    Each step turns z towards the gradient of the objective by `angle`, and keeps its length: the density under the prior
-    does not change, z stays as typical as it was. A step that does not raise the objective is taken back, and the angle
-    of its image halved. The gradient comes through the decode (`flowback.flow.implicit`).
+    Each step turns z towards the gradient of the objective by `angle`, and keeps its length, and so the density under the
+    prior. A step that does not raise the objective is undone, and the angle of its image halved. The gradient is that
+    through the decode (`flowback.flow.implicit`).
 
     Args:
         flow: a class-conditional flow.
         z: noise `[B, N, D]`.
         y: labels `[B]`, none of them -1.
         steps: gradient steps. Each costs a decode, the objective with its backward pass, and about ten passes of adjoint.
-        angle: of a step, radians; z has hundreds of dimensions, so that 0.1 is small and 1 changes the image altogether.
+        angle: of a step, radians; in hundreds of dimensions 0.1 is small, and 1 makes another image.
         objective: a key of `OBJECTIVES`.
         guidance: as the images will be decoded.
         batch_size: images at once; bounds the memory.
@@ -137,14 +139,16 @@ def refine(
     Raises:
         InputError: if the flow is unconditional, or an argument is impossible.
     """
-    _check_conditional(flow)
-    if steps < 0 or not 0 < angle < 1.6:
-        raise InputError(f"{steps} steps of angle {angle} cannot be taken; allowed: at least 0, and 0 to 1.57 radians")
+    flow = _conditional(flow)
+    if steps < 0:
+        raise InputError(f"steps must be at least 0, got {steps}")
+    if not 0 < angle < 1.6:
+        raise InputError(f"angle must be above 0 and at most 1.57 radians, got {angle}")
     if objective not in OBJECTIVES:
-        raise InputError(f"objective {objective!r} does not exist; allowed: {', '.join(OBJECTIVES)}")
+        raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if y.device.type == "cpu" and (y < 0).any():
-        raise InputError("label -1 cannot be refined towards; allowed are labels of classes")
-    z, y = flow.enter(z), put(y, flow.device)
+        raise InputError("labels to refine towards must be at least 0, got -1")
+    z, y = flow.enter(z), put(y, flow.device).clone()
     parts = zip(z.split(batch_size), y.split(batch_size), strict=True)
     return torch.cat([_refine(flow, *part, steps, angle, OBJECTIVES[objective], guidance, compile) for part in parts])
 
@@ -185,7 +189,7 @@ def _value_and_gradient(
     last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The objective `[B]` of what z is decoded to, and its gradient with respect to z, or zeros if it is the last."""
-    with torch.inference_mode(False), torch.set_grad_enabled(not last):
+    with torch.set_grad_enabled(not last):
         z = z.clone().requires_grad_()
         value = objective(flow, flow.decode(z, y, guidance, compile=compile), y)
         if last:
@@ -194,6 +198,8 @@ def _value_and_gradient(
     return value.detach(), gradient
 
 
-def _check_conditional(flow: TarFlow) -> None:
+def _conditional(flow: Flow) -> TarFlow:
+    """The flow in its own space, if it has classes."""
     if not flow.num_classes:
-        raise InputError("an unconditional flow has no labels to agree with; allowed is a class-conditional one")
+        raise InputError("labels need a class-conditional flow, got an unconditional one")
+    return flow.core

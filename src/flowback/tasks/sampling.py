@@ -1,6 +1,6 @@
 """Drawing any number of images to disk: an image is a function of flow, request and its number, whoever draws it.
 
-So work can be cut into parts, done by several processes, interrupted and taken up again; nothing is drawn twice.
+So work can be cut into parts, shared by the processes of torchrun, interrupted and resumed; nothing is drawn twice.
 
     grid.png            one picture
     folder/             000000.png, 000001.png, …
@@ -10,10 +10,14 @@ So work can be cut into parts, done by several processes, interrupted and taken 
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +26,22 @@ from torch import Tensor
 
 from flowback.core.console import Bar
 from flowback.core.devices import autocast
+from flowback.core.distributed import PeerLost
 from flowback.core.errors import InputError
 from flowback.core.files import write_whole
 from flowback.core.seeds import keyed_normal
 from flowback.core.units import to_uint8
 from flowback.data.pictures import save_grid, save_png
+from flowback.flow.autotune import solvers
 from flowback.flow.guidance import Guidance
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
 from flowback.tasks.refinement import OBJECTIVES, best_of, refine
 
-MOST_CANDIDATES = 10_000
 PART = 64  # images in a part; part of what is on disk, so it is no option
+TIMEOUT = timedelta(days=7)  # of a process that waits for the others
+LEAST_AND_MOST = {"num": (1, math.inf), "seed": (0, 2**63 - 1), "best_of": (1, 10_000), "refine": (0, math.inf)}
+CHOICES = {"precision": ("32-true", "bf16-mixed"), "objective": tuple(OBJECTIVES)}
 
 
 @dataclass(frozen=True)
@@ -42,17 +50,20 @@ class Request:
 
     Args:
         num: number of images.
-        labels: classes, which take turns; -1 for none.
-        guidance: scale.
-        schedule: of the guidance.
-        guided: which parameters are guided.
+        labels: their classes, which are cycled; -1 for none.
+        guidance: guidance scale; 0 for none.
+        schedule: scale along the tokens: constant, or annealed (rising from 0 at the first token).
+        guided: which parameters are guided: both, a or mu.
         temperature: standard deviation of z.
-        denoise: whether the score step removes the training noise.
-        seed: of the images.
-        precision: 32-true, or bf16-mixed.
-        best_of: candidates for each image, of which the flow's own favourite is kept; 1 for none.
-        refine: gradient steps on z.
-        objective: what they raise, a key of `flowback.tasks.refinement.OBJECTIVES`.
+        denoise: remove the noise of training by one score step.
+        seed: seed of the images; each is a function of it and of its own number.
+        precision: 32-true or bf16-mixed.
+        best_of: candidates for each image, of which the one that the flow takes most surely for its label is kept.
+        refine: gradient steps on z that raise the objective.
+        objective: posterior, log p(label | image), or contrast, log p(image | label) - log p(image).
+
+    Raises:
+        InputError: if one of them is not as above.
     """
 
     num: int = 64
@@ -69,24 +80,29 @@ class Request:
     objective: str = "posterior"
 
     def __post_init__(self) -> None:
-        for name, least in (("num", 1), ("seed", 0), ("best_of", 1), ("refine", 0)):
-            if getattr(self, name) < least:
-                raise InputError(
-                    f"{name} {getattr(self, name)} is not usable; allowed is a whole number of at least {least}"
-                )
-        if self.best_of > MOST_CANDIDATES:
-            raise InputError(f"best_of {self.best_of} is not usable; allowed is at most {MOST_CANDIDATES}")
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature {self.temperature} is not usable; allowed is a number above 0")
-        if self.precision not in ("32-true", "bf16-mixed"):
-            raise InputError(f"precision is {self.precision!r}; allowed: 32-true, bf16-mixed")
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"objective {self.objective!r} does not exist; allowed: {', '.join(OBJECTIVES)}")
-        if (self.best_of > 1 or self.refine) and min(self.labels) < 0:
-            raise InputError("rank and refine need labels to agree with; allowed are flows with classes")
-        if self.seed >= 2**63:
-            raise InputError(f"seed {self.seed} is not usable; allowed is a number below 2^63")
-        Guidance(self.guidance, self.schedule, self.guided)
+        for name, (least, most) in LEAST_AND_MOST.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most}"
+                raise InputError(f"{name} must be {bound}, got {value}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if not self.labels:
+            raise InputError("labels must name at least one class, or -1 for none; got none")
+        if (self.guidance or self.best_of > 1 or self.refine) and min(self.labels) < 0:
+            raise InputError("guidance, best_of and refine need a label for every image, got label -1")
+        self.as_guidance()
+
+    def as_guidance(self) -> Guidance:
+        """The guidance, as `TarFlow.decode` takes it."""
+        return Guidance(self.guidance, self.schedule, self.guided)
+
+    def numbers(self, part: int) -> range:
+        """The numbers of the images of a part."""
+        return range(part * PART, min((part + 1) * PART, self.num))
 
 
 @dataclass(frozen=True)
@@ -105,8 +121,7 @@ def draw(
 ) -> tuple[Tensor, Note]:
     """Draw one part: images, uint8 `[n, C, H, W]`, and a note on them."""
     started = time.perf_counter()
-    numbers = range(part * PART, min((part + 1) * PART, request.num))
-    guidance = Guidance(request.guidance, request.schedule, request.guided)
+    numbers, guidance = request.numbers(part), request.as_guidance()
     whole, flow = flow, flow.core
     images, residual, fell_back = [], 0.0, 0
     for start in range(0, len(numbers), batch_size):
@@ -138,10 +153,10 @@ def noise(flow: TarFlow, seed: int, number: int, candidates: int = 1) -> Tensor:
 
 
 def fingerprint(flow: Flow) -> str:
-    """A hash of the flow's weights."""
+    """A hash of the flow's weights, and of its autoencoder's if it has one."""
     digest = hashlib.sha256()
-    for name, tensor in flow.core.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in flow.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -154,7 +169,7 @@ class Store:
 
     def __init__(self, output: Path, request: Request, flow: Flow) -> None:
         self.output, self.request, self.flow = output, request, flow
-        self.is_folder = not output.suffix
+        self.is_folder = output.suffix.lower() not in (".png", ".npz")
         self.folder = output / ".flowback" if self.is_folder else output.with_name(output.name + ".parts")
         self.parts = range(-(-request.num // PART))
 
@@ -166,23 +181,20 @@ class Store:
         """
         text = json.dumps({**asdict(self.request), "model": fingerprint(self.flow)}, indent=1) + "\n"
         file = self.folder / "request.json"
-        if file.exists():
-            if file.read_text() != text:
-                raise InputError(
-                    f"{self.folder} was begun by another request or with other weights; allowed: the same, another output, "
-                    "or to delete it"
-                )
+        begun = file.read_text() if file.exists() else None
+        if begun == text:
             return
-        if self.folder.is_dir():
-            raise InputError(f"{self.folder} does not say what it was begun for; allowed: another output, or to delete it")
+        if begun is not None or self.folder.is_dir():
+            said = "was begun by another request or with other weights; choose another output, or delete it"
+            raise InputError(f"{self.folder} {said}")
         if self.is_folder and self.output.is_dir() and any(self.output.iterdir()):
-            raise InputError(f"{self.output} holds other files; allowed is a new or empty folder")
+            raise InputError(f"output must be a new or empty folder, but {self.output} holds other files")
         if not self.is_folder and self.output.is_dir():
-            raise InputError(f"{self.output} is a folder; allowed is a file's name")
+            raise InputError(f"output must be a file, but {self.output} is a folder")
         there = next(place for place in self.folder.absolute().parents if place.exists())
         free, needed = shutil.disk_usage(there).free, self.request.num * math.prod(self.flow.data_shape)
         if needed > free:
-            raise InputError(f"{self.request.num} images may take {needed} bytes; allowed in {there} are {free}, its room")
+            raise InputError(f"{self.request.num} images may take {needed} bytes, but {there} has room for {free}")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda path: path.write_text(text))
 
@@ -190,25 +202,28 @@ class Store:
         """Parts that are not on disk."""
         return [part for part in self.parts if not self._note(part).exists()]
 
+    def drawn(self) -> int:
+        """The number of images on disk."""
+        return self.request.num - sum(len(self.request.numbers(part)) for part in self.missing())
+
     def write(self, images: Tensor, note: Note) -> None:
         """Put a part on disk; its note is written last and says that it is whole."""
         if self.is_folder:
-            for number, image in enumerate(images, start=note.part * PART):
+            for number, image in zip(self.request.numbers(note.part), images, strict=True):
                 save_png(image, self.output / f"{number:06d}.png")
         else:
             np.save(self.folder / f"part_{note.part:06d}.npy", images.permute(0, 2, 3, 1).numpy())
         write_whole(self._note(note.part), lambda path: path.write_text(json.dumps(asdict(note)) + "\n"))
 
     def notes(self) -> list[Note]:
-        """The notes of all parts on disk."""
-        return [Note(**json.loads(self._note(part).read_text())) for part in self.parts if self._note(part).exists()]
+        """The notes of all parts, once no part is missing."""
+        return [Note(**json.loads(self._note(part).read_text())) for part in self.parts]
 
     def finish(self) -> None:
         """Put the output together once no part is missing."""
         if self.is_folder:
             return
-        suffix = self.output.suffix.lower()
-        if suffix == ".npz":
+        if self.output.suffix.lower() == ".npz":
             write_whole(self.output, self._write_npz)
         else:
             images = torch.from_numpy(np.concatenate([self._load(part) for part in self.parts]))
@@ -239,45 +254,90 @@ class Store:
                 np.lib.format.write_array(stream, labels)
 
 
+def checked_store(flow: Flow, request: Request, output: Path, method: str = "auto", batch_size: int = 64) -> Store:
+    """The store of `sample_to_disk`, not opened yet, after a check of its arguments.
+
+    Raises:
+        InputError: if the request or the method does not fit the flow, or an argument is not usable.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    store = Store(output, request, flow)
+    if store.is_folder and output.suffix[1:].isalpha() and not output.is_dir():
+        raise InputError(f"output must be a .png file (a grid), an .npz file or a folder, got {output}")
+    flow.class_weights(request.labels, len(request.labels))
+    solvers(method, None, flow.core.config.blocks, 1, flow.device)
+    return store
+
+
 def sample_to_disk(
     flow: Flow, request: Request, output: Path, method: str = "auto", batch_size: int = 64, compile: bool = False
 ) -> list[Note]:
     """Draw what is missing and put the output together.
+
+    Several processes share the parts if torchrun starts them, `torchrun --nproc-per-node 2 script.py`: each calls this with
+    the same arguments, and a flow on its own device. The first one puts the output together.
 
     Args:
         flow: what to draw from.
         request: what to draw.
         output: a .png file for a grid, an .npz file, or a folder.
         method: how to decode; it changes the images by less than 1e-4.
-        batch_size: images decoded at once.
+        batch_size: images decoded at once; bounds the memory.
         compile: compile the passes of decoding; pays for many images.
 
     Returns:
-        A note on each part.
+        A note on each part; from processes other than the first, on those that they drew.
 
     Raises:
         InputError: if the output is not usable, or the request does not fit the flow.
+        PeerLost: if another process is gone.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size}")
-    if output.suffix and output.suffix.lower() not in (".png", ".npz"):
-        raise InputError(f"output {output} is not known; allowed: a .png file for a grid, an .npz file, or a folder")
-    flow.class_weights(list(request.labels), len(request.labels))
-    store = Store(output, request, flow)
-    store.open()
-    missing = store.missing()
-    with Bar(str(output), request.num, request.num - _images(missing, request.num)) as bar:
-        for part in list(missing):
-            store.write(*draw(flow, request, part, method, batch_size, compile))
-            missing.remove(part)
-            bar.update(request.num - _images(missing, request.num))
-    notes = store.notes()
-    store.finish()
-    return notes
+    store, own = checked_store(flow, request, output, method, batch_size), []
+    with _processes() as (rank, world):
+        if rank == 0:
+            store.open()
+        _meet(world)
+        with Bar(str(output), request.num, done := store.drawn(), shown=rank == 0) as bar:
+            for part in store.missing():
+                if part % world == rank:
+                    images, note = draw(flow, request, part, method, batch_size, compile)
+                    store.write(images, note)
+                    own.append(note)
+                    bar.update(done := store.drawn())
+            _meet(world)
+            if done < request.num:
+                bar.update(request.num)
+        if rank:
+            return own
+        notes = store.notes()
+        store.finish()
+        return notes
 
 
-def _images(parts: list[int], num: int) -> int:
-    return sum(min(num, (part + 1) * PART) - part * PART for part in parts)
+@contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """This process's rank and the number of processes, by torchrun's environment, who can meet meanwhile."""
+    if "RANK" not in os.environ:
+        yield 0, 1
+        return
+    begins = not torch.distributed.is_initialized()
+    if begins:
+        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield torch.distributed.get_rank(), torch.distributed.get_world_size()
+    finally:
+        if begins:
+            torch.distributed.destroy_process_group()
+
+
+def _meet(world: int) -> None:
+    """Wait for all processes."""
+    if world > 1:
+        try:
+            torch.distributed.barrier()
+        except RuntimeError as error:
+            raise PeerLost("another process that draws is gone; what it drew is kept, start again to resume") from error
 
 
 def class_grid(flow: Flow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0) -> Tensor:

@@ -54,14 +54,11 @@ class Device:
     utilization: float = 0.4
 
     def __post_init__(self) -> None:
-        for name, value, most in (
-            ("device-tflops", self.tflops, math.inf),
-            ("device-gb", self.gigabytes, math.inf),
-            ("utilization", self.utilization, 1.0),
-        ):
-            if not 0 < value <= most or math.isinf(value):
-                allowed = "a number above 0" if math.isinf(most) else "a share above 0, at most 1"
-                raise InputError(f"--{name} is {value}; allowed is {allowed}")
+        for name in ("tflops", "gigabytes"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number above 0, got {getattr(self, name)}")
+        if not 0 < self.utilization <= 1:
+            raise InputError(f"utilization must be above 0 and at most 1, got {self.utilization}")
 
 
 @dataclass(frozen=True)

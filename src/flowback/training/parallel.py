@@ -22,16 +22,13 @@ import torch
 from torch import nn
 
 from flowback.core.devices import pick_device
+from flowback.core.distributed import PeerLost
 from flowback.core.errors import InputError
 from flowback.runs.config import TrainConfig
 
 LOST = "another process of this run is gone; the last checkpoint is whole, go on from it with --train.resume"
 SYNCHRONIZE = 0x00100000  # Windows' right to wait for the end of a process
 TIMEOUT = timedelta(hours=2)  # of a process that waits for another, which may be making caches
-
-
-class PeerLost(RuntimeError):
-    """Another process of the run is gone, so this one cannot go on."""
 
 
 def world(config: TrainConfig) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from flowback.alignment.projectors import Projector
 from flowback.core.units import nll_per_dim
 from flowback.flow.block import FlowBlock
 from flowback.flow.transformer import CausalTransformer
+from oracle import decode_with_graph
 
 FLOWS = {
     "conditional": {},
@@ -117,20 +118,24 @@ class Task:
             hidden |= self.features(t, x_rev)
         return self.align(dict(sorted(hidden.items())))
 
-    def decode_definition(self):
-        """Reverse by its meaning: autograd through a token-by-token decode, no cache."""
+    def decode_definition(self, decode):
+        """Reverse by its meaning: autograd through a token-by-token decode of every block."""
         x_rev, hidden = self.encoded()[0], {}
         classes = self.flow.class_weights(self.y, len(self.x))
         for t in range(len(self.flow.blocks), self.at[0][0] - 1, -1):
-            block = self.flow.blocks[t - 1]
-            z, tokens = block.reorder(x_rev), torch.zeros_like(x_rev)
-            for d in range(self.N):
-                mu, a, _ = block.predict(tokens, classes)
-                token = z[:, d] * torch.exp(a[:, d]) + mu[:, d]
-                tokens = torch.cat([tokens[:, :d], token[:, None], tokens[:, d + 1 :]], dim=1)
-            x_rev = block.reorder(tokens)
+            x_rev = decode(self.flow.blocks[t - 1], x_rev, classes)
             hidden |= self.features(t, x_rev)
         return self.align(dict(sorted(hidden.items())))
+
+
+def decode_without_cache(block, z, classes):
+    """As `oracle.decode_with_graph`, with all tokens predicted anew for every token."""
+    z, tokens = block.reorder(z), torch.zeros_like(z)
+    for d in range(z.shape[1]):
+        mu, a, _ = block.predict(tokens, classes)
+        token = z[:, d] * torch.exp(a[:, d]) + mu[:, d]
+        tokens = torch.cat([tokens[:, :d], token[:, None], tokens[:, d + 1 :]], dim=1)
+    return block.reorder(tokens)
 
 
 def assert_same(found, expected, tolerance):
@@ -189,9 +194,10 @@ def test_terms_of_the_adjoint_equal_unrolled_sweeps(options, at, k):
 
 @flows
 @places
-def test_exact_and_sequential_equal_autograd_through_the_decode(options, at):
+@pytest.mark.parametrize("decode", [decode_without_cache, decode_with_graph])
+def test_exact_and_sequential_equal_autograd_through_the_decode(options, at, decode):
     task = Task(at, **options)
-    expected = task.gradients(task.decode_definition())
+    expected = task.gradients(task.decode_definition(decode))
     assert_same(task.gradients(task.run("sequential")[1]), expected, 1e-9)
     assert_same(task.gradients(task.run(EXACT)[1]), expected, 1e-9)
     assert_same(task.gradients(task.run(task.N - 1)[1]), expected, 1e-9)
@@ -343,6 +349,6 @@ def test_block_decoder_with_a_graph_inverts_the_block():
         assert isinstance(block, FlowBlock)
         tokens = torch.randn(3, *task.flow.token_shape, dtype=torch.float64)
         z = block(tokens, classes).z.detach().requires_grad_()
-        decoded = strategies._decode_with_graph(block, z, classes)
+        decoded = decode_with_graph(block, z, classes)
         assert torch.allclose(decoded, tokens, atol=1e-10)
         assert torch.autograd.grad(decoded.sum(), z)[0].abs().min() > 0

@@ -1,0 +1,68 @@
+"""The parser of every verb: errors in one line, switches, recipes in UTF-8."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from jsonargparse import ArgumentParser, Namespace
+
+from flowback.cli import fail
+from flowback.core.errors import InputError
+
+Run = Callable[[Namespace], int]
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose errors are one line and exit status 2, and whose options of type bool are switches."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Print the message in one line and exit with status 2."""
+        fail(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:
+        """Parse words. A bare switch, such as `--compile`, means true; `--compile false` and `--no-compile` mean false."""
+        words: list[str] = []
+        for word in args or ():
+            if words and words[-1] in self._switches and word in ("true", "false"):
+                words[-1] += f"={word}"
+            else:
+                words.append(f"--{word[5:]}=false" if f"--{word[5:]}" in self._switches and word[:5] == "--no-" else word)
+        return super().parse_args([f"{w}=true" if w in self._switches else w for w in words], *others, **kwargs)
+
+    def format_help(self) -> str:
+        """The help, in which the value of a switch is optional."""
+        for action in filter(_is_bool, self._actions):
+            action.metavar = "[true|false]"
+        return super().format_help()
+
+    @property
+    def _switches(self) -> set[str]:
+        return {name for action in self._actions if _is_bool(action) for name in action.option_strings}
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a configuration file in UTF-8.
+
+        Raises:
+            InputError: if it is not text, or a section in it has no options.
+        """
+        try:
+            text = Path(path).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not text in UTF-8; allowed is a recipe, or the config.yaml of a run") from error
+        found = self.parse_string(text, str(path), *args, **kwargs)
+        for name, value in vars(found).items():
+            if value is None and any(action.dest.startswith(f"{name}.") for action in self._actions):
+                raise InputError(f"{path} has {name} without options; allowed are some, or to leave {name} out")
+        return found
+
+
+class Verb(Protocol):
+    """Adds a verb: its name, and the function that runs it and returns the exit status."""
+
+    def __call__(self, name: str, run: Run) -> Parser:
+        """Returns the verb's own parser, for its options."""
+        ...
+
+
+def _is_bool(action: Any) -> bool:
+    return getattr(action, "_typehint", None) is bool
