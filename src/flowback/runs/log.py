@@ -62,8 +62,9 @@ class MetricsLog:
         """Append one row."""
         with self._or_without():
             _write_rows(self.file, "a", [{"step": step, **values}])
-            for name, value in values.items() if self.events is not None else ():
-                self.events.add_scalar(name, value, step)
+            if self.events is not None:
+                for name, value in values.items():
+                    self.events.add_scalar(name, value, step)
 
     @contextmanager
     def _or_without(self) -> Iterator[None]:
