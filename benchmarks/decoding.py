@@ -106,7 +106,7 @@ def main() -> None:
     if o.uncalibrated:
         flow.autotune = None
     elif flow.autotune is None or flow.autotune.machine != machine_name(device):
-        flow.autotune = autotune(flow, sorted({B * (2 if w else 1) for B in batches for w in scales}), report=print)
+        autotune(flow, sorted({B * (2 if w else 1) for B in batches for w in scales}), report=print)
     speed = gemm_speed(device)
     print(f"GEMM speed {speed / 1e9:.0f} GFLOP/s")
 

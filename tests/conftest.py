@@ -1,4 +1,7 @@
-"""One thread, fixed seeds, one profile for the property tests, and the real data that ships with scikit-learn."""
+"""One thread, fixed seeds, one profile for the property tests, the real data that ships with scikit-learn, small flows."""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +9,9 @@ from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_digits
 
 import second_device
+from builders import SMALL_RUN
 from flowback import TarFlow
+from flowback.cli import main
 from flowback.core.units import from_levels, nll_per_dim
 
 torch.set_num_threads(1)  # for tensors this small a second thread only waits, and on a busy machine for long
@@ -19,6 +24,12 @@ settings.load_profile("flowback")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """No test reads or writes the user's cache."""
+    os.environ["FLOWBACK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -59,3 +70,11 @@ def trained(digits):
         optimizer.step()
         schedule.step()
     return flow.eval()
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory, own_cache) -> Path:
+    """The folder of a run of two steps on 64 digits, for tests that only read it, or copy it."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["train", f"--run={folder}", "--train.steps=2", *SMALL_RUN]) == 0
+    return folder

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from flowback.flow.block import FlowBlock, affine_decode
+from flowback.flow.guidance import Guidance
 from flowback.flow.transformer import Cache
 
 
@@ -21,11 +22,16 @@ class GrowingCache(Cache):
         return k, v
 
 
-def decode_with_graph(block: FlowBlock, z: Tensor, classes: Tensor | None) -> Tensor:
-    """What `block` maps to `z [B, N, D]`, raster order, differentiable in z, the class weights and the parameters."""
+def decode_with_graph(block: FlowBlock, z: Tensor, classes: Tensor | None, guidance: Guidance | None = None) -> Tensor:
+    """What `block` maps to `z [B, N, D]`, raster order, differentiable in z, the class weights and the parameters.
+
+    With guidance the class weights are `[2B, K]`: conditional, then unconditional.
+    """
     tokens = block.reorder(z).split(1, dim=1)
     x, cache = [tokens[0]], GrowingCache()
-    for token in tokens[1:]:
-        mu, a, _ = block.predict_next(x[-1], classes, cache=cache)
+    for d, token in enumerate(tokens[1:], start=1):
+        mu, a, _ = block.predict_next(x[-1] if guidance is None else x[-1].repeat(2, 1, 1), classes, cache=cache)
+        if guidance is not None:
+            mu, a = guidance.apply(mu, a, guidance.weights(z)[d])
         x.append(affine_decode(token, mu, a))
     return block.reorder(torch.cat(x, dim=1))

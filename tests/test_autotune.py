@@ -8,9 +8,10 @@ import torch
 
 from builders import attributes, labels, random_flow
 from flowback import InputError, TarFlow
-from flowback.flow import autotune as calibration
-from flowback.flow.autotune import FILE, Autotune, Measurement, calibrate, candidates, choose, machine_name
+from flowback.flow.autotune import FILE, Autotune, Measurement, choose, machine_name
 from flowback.flow.decoding import Solver, solve
+from flowback.tasks import autotune as measuring
+from flowback.tasks.autotune import autotune, candidates
 
 HERE = machine_name(torch.device("cpu"))
 SWEEPS = Solver("gauss_seidel")
@@ -28,8 +29,12 @@ def z(flow):
 
 
 def made_of(rows, machine=HERE, blocks=3):
-    """A calibration that takes the same solver for every block: `rows` is {number of rows: solver}."""
+    """Measurements that take the same solver for every block: `rows` is {number of rows: solver}."""
     return Autotune(machine, {n: [Measurement(solver, 1.0, 2.0, 8, 1e-6)] * blocks for n, solver in rows.items()})
+
+
+def chosen(flow, rows):
+    return choose(flow.autotune, flow.config.blocks, rows, flow.device)
 
 
 @pytest.fixture
@@ -44,8 +49,8 @@ def race(monkeypatch):
             now[0] += seconds(F.block, solver, runs[F.block, solver] - 1)
             return solve(F, solver, tolerance)
 
-        monkeypatch.setattr(calibration, "solve", timed)
-        monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+        monkeypatch.setattr(measuring, "solve", timed)
+        monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now[0]))
         return runs
 
     return start
@@ -54,8 +59,8 @@ def race(monkeypatch):
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def test_calibrating_measures_every_block_at_every_number_of_rows(flow):
-    found = calibrate(flow, rows=(2, 1, 2), repeats=1)
+def test_autotune_measures_every_block_at_every_number_of_rows(flow):
+    found = autotune(flow, rows=(2, 1, 2), repeats=1)
     assert flow.autotune is found
     assert found.machine == HERE
     assert list(found.rows) == [1, 2]
@@ -81,7 +86,7 @@ def test_candidates_are_different_and_start_with_the_sequential_loop(tokens):
 def test_the_fastest_wins_block_one_first(flow, race):
     fastest = dict(zip(flow.blocks, [SWEEPS, SEQUENTIAL, Solver("gauss_seidel", 2)], strict=True))
     race(lambda block, solver, before: 1.0 if solver == fastest[block] else 2.0)
-    found = calibrate(flow, rows=(1, 3))
+    found = autotune(flow, rows=(1, 3))
     for measured in found.rows.values():
         assert [block.solver for block in measured] == list(fastest.values())
         assert [block.seconds for block in measured] == [1.0] * 3
@@ -92,34 +97,34 @@ def test_the_fastest_wins_block_one_first(flow, race):
 
 def test_of_several_runs_the_fastest_counts(flow, race):
     race(lambda block, solver, before: 1.0 if solver == SWEEPS and before == 2 else 2.0)
-    assert [block.solver for block in calibrate(flow, rows=(1,), repeats=3).rows[1]] == [SWEEPS] * 3
+    assert [block.solver for block in autotune(flow, rows=(1,), repeats=3).rows[1]] == [SWEEPS] * 3
     race(lambda block, solver, before: 1.0 if solver == SWEEPS and before == 2 else 2.0)
-    assert [block.solver for block in calibrate(flow, rows=(1,), repeats=2).rows[1]] == [SEQUENTIAL] * 3
+    assert [block.solver for block in autotune(flow, rows=(1,), repeats=2).rows[1]] == [SEQUENTIAL] * 3
 
 
 def test_what_is_far_too_slow_runs_once(flow, race):
     runs = race(lambda block, solver, before: 7.0 if solver == SWEEPS else 2.0)
-    calibrate(flow, rows=(1,), repeats=3)
+    autotune(flow, rows=(1,), repeats=3)
     for (_, solver), times in runs.items():
         assert times == (1 if solver == SWEEPS else 3)
 
 
 def test_what_is_hardly_faster_does_not_win(flow, race):
     race(lambda block, solver, before: 1.0 if solver == SEQUENTIAL else 0.98)
-    assert [block.solver for block in calibrate(flow, rows=(1,)).rows[1]] == [SEQUENTIAL] * 3
+    assert [block.solver for block in autotune(flow, rows=(1,)).rows[1]] == [SEQUENTIAL] * 3
 
 
 def test_every_block_is_measured_on_what_those_above_it_decoded(flow, race, monkeypatch):
     seen = {}
     race(lambda block, solver, before: 1.0)
-    timed = calibration.solve
+    timed = measuring.solve
 
     def spy(F, solver, tolerance):
         seen[F.block] = F.block.reorder(F.z)
         return timed(F, solver, tolerance)
 
-    monkeypatch.setattr(calibration, "solve", spy)
-    calibrate(flow, rows=(4,))
+    monkeypatch.setattr(measuring, "solve", spy)
+    autotune(flow, rows=(4,))
     classes = flow.class_weights(torch.arange(4), 4)
     for lower, upper in pairwise(flow.blocks):
         assert torch.allclose(upper(seen[lower], classes).z, seen[upper], atol=1e-8)
@@ -128,7 +133,7 @@ def test_every_block_is_measured_on_what_those_above_it_decoded(flow, race, monk
 def test_every_block_is_reported_in_a_line(flow, race):
     race(lambda block, solver, before: 0.5 if solver == Solver("gauss_seidel", 2) else 2.0)
     lines = []
-    calibrate(flow, rows=(1, 12), report=lines.append)
+    autotune(flow, rows=(1, 12), report=lines.append)
     assert [line.split("block ")[1][0] for line in lines] == list("321321")
     assert lines[-1].startswith(" 12 rows")
     assert "gauss_seidel, window 2 " in lines[-1]
@@ -136,17 +141,17 @@ def test_every_block_is_reported_in_a_line(flow, race):
 
 
 @pytest.mark.parametrize("options", [{"num_classes": 0}, {"image_size": 2}, {"log_scale_bound": None}])
-def test_any_flow_can_be_calibrated(options):
+def test_any_flow_can_be_measured(options):
     flow = random_flow(torch.float32, std=0.1, **options)
-    assert len(calibrate(flow, rows=(1,), repeats=1).rows[1]) == 3
+    assert len(autotune(flow, rows=(1,), repeats=1).rows[1]) == 3
 
 
-def test_calibrating_leaves_nothing_but_the_calibration(flow):
+def test_autotune_leaves_nothing_but_what_it_measured(flow):
     state, before = torch.get_rng_state(), attributes(flow)
-    calibrate(flow, rows=(1, 2), repeats=1)
+    autotune(flow, rows=(1, 2), repeats=1)
     assert torch.equal(torch.get_rng_state(), state)
     after = attributes(flow)
-    assert {name for name in after if after[name] != before[name]} == {".calibration"}
+    assert {name for name in after if after[name] != before[name]} == {".autotune"}
     assert all(p.grad is None for p in flow.parameters())
 
 
@@ -157,10 +162,10 @@ def test_the_measured_images_depend_on_their_own_seed_only(flow, monkeypatch):
         seen.append(F.z)
         return solve(F, solver, tolerance)
 
-    monkeypatch.setattr(calibration, "solve", spy)
+    monkeypatch.setattr(measuring, "solve", spy)
     for global_seed, own_seed in ((0, 4), (1, 4), (0, 5)):
         torch.manual_seed(global_seed)
-        calibrate(flow, rows=(1,), seed=own_seed, repeats=1)
+        autotune(flow, rows=(1,), seed=own_seed, repeats=1)
     first, second, other = (seen[i * len(seen) // 3] for i in range(3))
     assert torch.equal(first, second)
     assert (first - other).abs().max() > 0.1
@@ -177,7 +182,7 @@ def test_the_measured_images_depend_on_their_own_seed_only(flow, monkeypatch):
 )
 def test_impossible_measurements_are_refused(flow, arguments, message):
     with pytest.raises(InputError, match=message):
-        calibrate(flow, **arguments)
+        autotune(flow, **arguments)
     assert flow.autotune is None
 
 
@@ -188,7 +193,7 @@ def test_impossible_measurements_are_refused(flow, arguments, message):
 def test_the_nearest_number_of_rows_counts_on_a_log_scale(flow, rows, nearest):
     by_rows = {1: SEQUENTIAL, 8: JACOBI, 32: WINDOW}
     flow.autotune = made_of(by_rows)
-    assert choose(flow, rows) == [by_rows[nearest]] * 3
+    assert chosen(flow, rows) == [by_rows[nearest]] * 3
 
 
 @pytest.mark.parametrize(
@@ -203,20 +208,20 @@ def test_the_nearest_number_of_rows_counts_on_a_log_scale(flow, rows, nearest):
     ids=["none", "another machine", "fewer blocks", "more blocks", "empty"],
 )
 @pytest.mark.parametrize(("rows", "few"), [(1, True), (4, True), (5, False), (64, False)])
-def test_without_a_calibration_that_fits_sweeps_serve_few_rows(flow, useless, rows, few):
+def test_without_measurements_that_fit_sweeps_serve_few_rows(flow, useless, rows, few):
     flow.autotune = useless
-    assert choose(flow, rows) == ([SWEEPS, SWEEPS, SEQUENTIAL] if few else [SEQUENTIAL] * 3)
+    assert chosen(flow, rows) == ([SWEEPS, SWEEPS, SEQUENTIAL] if few else [SEQUENTIAL] * 3)
 
 
-def test_a_calibration_of_other_threads_is_of_another_machine(flow):
+def test_measurements_of_other_threads_are_of_another_machine(flow):
     flow.autotune = made_of({1: JACOBI})
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert choose(flow, 8) == [SEQUENTIAL] * 3
+        assert chosen(flow, 8) == [SEQUENTIAL] * 3
     finally:
         torch.set_num_threads(threads)
-    assert choose(flow, 8) == [JACOBI] * 3
+    assert chosen(flow, 8) == [JACOBI] * 3
 
 
 @pytest.mark.parametrize(("guidance", "solver"), [(0.0, JACOBI), (1.5, WINDOW)])
@@ -227,14 +232,14 @@ def test_a_guided_image_counts_as_two_rows(flow, z, guidance, solver):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-def test_a_calibrated_flow_decodes_the_same_images(flow, z, guidance):
-    calibrate(flow, rows=(1, 4), repeats=1)
+def test_a_measured_flow_decodes_the_same_images(flow, z, guidance):
+    autotune(flow, rows=(1, 4), repeats=1)
     expected = flow.decode(z, labels(flow), guidance, method="sequential")
     assert torch.allclose(flow.decode(z, labels(flow), guidance), expected, atol=1e-8)
 
 
 @pytest.mark.parametrize("solver", candidates(9, draft=True), ids=str)
-def test_whatever_a_calibration_chose_decodes_the_same_images(flow, z, solver):
+def test_whatever_was_chosen_decodes_the_same_images(flow, z, solver):
     flow.autotune = made_of({1: solver})
     x, report = flow.decode_with_report(z, labels(flow), 1.5)
     assert [solved.solver for solved in report] == [solver] * 3
@@ -245,34 +250,34 @@ def test_whatever_a_calibration_chose_decodes_the_same_images(flow, z, solver):
 
 
 def test_what_was_saved_is_loaded(flow, tmp_path):
-    for made in (made_of({1: JACOBI, 8: Solver("gauss_seidel", None, True)}), calibrate(flow, rows=(1,), repeats=1)):
+    for made in (made_of({1: JACOBI, 8: Solver("gauss_seidel", None, True)}), autotune(flow, rows=(1,), repeats=1)):
         made.save(tmp_path)
         assert Autotune.load(tmp_path) == made
 
 
-def test_a_folder_without_calibration_has_none(tmp_path):
+def test_a_folder_without_measurements_has_none(tmp_path):
     assert Autotune.load(tmp_path) is None
 
 
-def test_a_flow_keeps_its_calibration(flow, z, tmp_path):
+def test_a_flow_keeps_its_measurements(flow, z, tmp_path):
     flow.autotune = made_of({1: Solver("gauss_seidel", 3), 8: JACOBI})
     flow.save_pretrained(tmp_path)
     loaded = TarFlow.from_pretrained(tmp_path)
-    assert loaded.calibration == flow.autotune
+    assert loaded.autotune == flow.autotune
     assert torch.equal(loaded.decode(z, labels(flow)), flow.decode(z, labels(flow)))
 
 
-def test_a_flow_without_calibration_saves_none(flow, tmp_path):
+def test_a_flow_without_measurements_saves_none(flow, tmp_path):
     flow.save_pretrained(tmp_path)
     assert not (tmp_path / FILE).exists()
-    assert TarFlow.from_pretrained(tmp_path).calibration is None
+    assert TarFlow.from_pretrained(tmp_path).autotune is None
 
 
-def test_saving_a_flow_without_calibration_removes_that_of_another(flow, tmp_path):
+def test_saving_a_flow_without_measurements_removes_that_of_another(flow, tmp_path):
     flow.autotune = made_of({1: JACOBI})
     flow.save_pretrained(tmp_path)
     random_flow(seed=5).save_pretrained(tmp_path)
-    assert TarFlow.from_pretrained(tmp_path).calibration is None
+    assert TarFlow.from_pretrained(tmp_path).autotune is None
 
 
 def change_solver(**values):
@@ -325,9 +330,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_calibration_is_refused_by_name(flow, tmp_path, damage):
+def test_a_damaged_file_is_refused_by_name(flow, tmp_path, damage):
     flow.autotune = made_of({1: JACOBI})
     flow.save_pretrained(tmp_path)
     DAMAGES[damage](tmp_path / FILE)
-    with pytest.raises(InputError, match=r"decoding\.json is not a calibration"):
+    with pytest.raises(InputError, match=r"decoding\.json is not what autotune wrote"):
         TarFlow.from_pretrained(tmp_path)

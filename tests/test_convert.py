@@ -161,7 +161,7 @@ def assert_equal_outputs(flow, model, dtype=torch.float32):
         noise = torch.randn(len(x), *model.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
         samples = model.sample(noise, y)
         g = torch.Generator().manual_seed(2)
-        assert_close(flow.sample(y, denoise=False, generator=g, method="sequential"), samples, **tolerance)
+        assert_close(flow.sample(y=y, denoise=False, generator=g, method="sequential"), samples, **tolerance)
         assert_close(flow.decode(their_z, y), x, **tolerance)
     assert (z - nn.functional.unfold(x, model.patch, stride=model.patch).mT).abs().max() > 0.01 or model.shape[0] == 1
     return samples
@@ -262,7 +262,7 @@ def test_options_given_go_before_the_name(tmp_path):
 )
 def test_patch_size_and_channels(patch, channels, given):
     flow = imported_with(Published(patch=patch, channels=channels), **given)
-    assert (flow.config.patch_size, flow.channels, flow.image_size) == (patch, channels, 2 * patch)
+    assert (flow.config.patch_size, flow.channels, flow.image_size) == (patch, channels, (2 * patch, 2 * patch))
 
 
 def test_layers_may_differ_by_block():

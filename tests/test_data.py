@@ -1,4 +1,5 @@
 import gzip
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from PIL import Image
 from flowback.core.errors import InputError
 from flowback.data import DataConfig, batches, load_data, load_image, step_generator
 from flowback.data.batches import StepOrder
-from flowback.data.datasets import DEBIAN_FASHION_MNIST, MemorySplit, split_indices
+from flowback.data.datasets import DEBIAN_FASHION_MNIST
+from flowback.data.splits import MemorySplit, split_indices
 
 
 def write_tree(root: Path, classes: int = 3, images: int = 5, size: tuple[int, int] = (12, 9)) -> Path:
@@ -78,25 +80,29 @@ def test_fashion_mnist_reads_plain_and_gzipped_idx(tmp_path):
     assert len(data.held_out) == 10
 
 
-@pytest.mark.parametrize(("size", "before"), [(28, 0), (29, 0), (32, 2)])
-def test_fashion_mnist_is_padded_with_zeros_around_its_middle(tmp_path, size, before):
+@pytest.mark.parametrize(
+    ("size", "above", "left"), [(28, 0, 0), (29, 0, 0), (32, 2, 2), ((32, 28), 2, 0), ((28, 33), 0, 2), ((40, 32), 6, 2)]
+)
+def test_fashion_mnist_is_padded_with_zeros_around_its_middle(tmp_path, size, above, left):
     write_fashion(tmp_path)
     own, padded = (load_data(DataConfig(name="fashion_mnist", path=str(tmp_path), image_size=s)) for s in (None, size))
     assert (own.image_size, padded.image_size) == (28, size)
+    assert own.size == (28, 28)
+    height, width = padded.size
+    assert padded.size == (size if isinstance(size, tuple) else (size, size))
     for small, large in ((own.train, padded.train), (own.held_out, padded.held_out)):
         everything = range(len(small))
-        expected = torch.zeros(len(small), 1, size, size, dtype=torch.uint8)
-        expected[..., before : before + 28, before : before + 28] = small[everything][0]
+        expected = torch.zeros(len(small), 1, height, width, dtype=torch.uint8)
+        expected[..., above : above + 28, left : left + 28] = small[everything][0]
         assert torch.equal(large[everything][0], expected)
         assert torch.equal(large.labels, small.labels)
 
 
-@pytest.mark.parametrize("size", [1, 16, 27])
+@pytest.mark.parametrize("size", [1, 16, 27, (27, 32), (32, 27)])
 def test_fashion_mnist_smaller_than_it_is_is_refused(tmp_path, size):
     write_fashion(tmp_path)
-    with pytest.raises(
-        InputError, match=rf"^data\.image_size is {size}; allowed for fashion_mnist is at least 28, by padding$"
-    ):
+    message = f"data.image_size is {size}; allowed for fashion_mnist is at least 28, by padding"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_data(DataConfig(name="fashion_mnist", path=str(tmp_path), image_size=size))
 
 
@@ -178,13 +184,18 @@ def test_unreadable_image_is_one_sentence(tmp_path, content, workers):
 
 
 BAD_CONFIGS = [
-    ({"name": "cats"}, "data.name is 'cats'; allowed: digits, fashion_mnist, folder"),
+    ({"name": "cats"}, "data.name is 'cats'; allowed: digits, fashion_mnist, own, folder"),
     ({"holdout": 0.0}, "data.holdout is 0.0"),
     ({"holdout": 1.0}, "data.holdout is 1.0"),
     ({"channels": 2}, "data.channels is 2"),
     ({"limit": 0}, "data.limit is 0"),
     ({"workers": -1}, "data.workers is -1"),
     ({"image_size": 0}, "data.image_size is 0"),
+    ({"image_size": [8, 0]}, "data.image_size is .*pair"),
+    ({"image_size": (8, 8, 8)}, "data.image_size is .*pair"),
+    ({"image_size": (8, 2.5)}, "data.image_size is .*pair"),
+    ({"image_size": "8"}, "data.image_size is '8'.*pair"),
+    ({"image_size": True}, "data.image_size is True"),
 ]
 
 
@@ -226,7 +237,17 @@ def test_steps_have_noise_of_their_own():
     assert not torch.equal(draws[0], draws[3])
 
 
+def test_a_pair_of_equal_sides_is_a_square_and_a_list_is_a_pair():
+    assert DataConfig(image_size=[8, 8]) == DataConfig(image_size=8)
+    assert DataConfig(image_size=[6, 8]).image_size == (6, 8)
+    assert replace(DataConfig(image_size=(6, 8)), limit=3).image_size == (6, 8)
+
+
 def test_digits_have_one_size():
-    assert load_data(DataConfig(image_size=8)).image_size == 8
+    for size in (8, (8, 8), [8, 8]):
+        assert load_data(DataConfig(image_size=size)).image_size == 8
+    assert load_data(DataConfig()).size == (8, 8)
+    with pytest.raises(InputError, match=r"data\.image_size is \(8, 16\); allowed for digits is 8"):
+        load_data(DataConfig(image_size=(8, 16)))
     with pytest.raises(InputError, match=r"data\.image_size is 16; allowed for digits is 8"):
         load_data(DataConfig(image_size=16))

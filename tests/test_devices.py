@@ -17,23 +17,30 @@ from safetensors.torch import load_file
 import accelerator
 import second_device
 from builders import SMALL_RUN, PatchEncoder, images, labels, random_flow, tiny_autoencoder
-from flowback import InputError, TarFlow
+from flowback import InputError, LatentFlow, TarFlow
 from flowback.alignment import Alignment
 from flowback.cli import main
 from flowback.core.devices import pick_device
-from flowback.flow.autotune import calibrate
+from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solver
+from flowback.latents import load_autoencoder
 from flowback.quickstart import quickstart, recipe
 from flowback.runs.config import RunConfig
 from flowback.runs.log import read_metrics
+from flowback.tasks.autotune import autotune
 from flowback.tasks.classify import classify, fit_statistics
 from flowback.tasks.editing import inpaint, interpolate, swap_class
-from flowback.tasks.refinement import agreement, rank, refine
+from flowback.tasks.refinement import agreement, best_of, refine
 
 Y = torch.tensor([0, 1, 2])
 MASK = (torch.arange(6) >= 3).expand(1, 1, 6, 6)
 STRATEGIES = [("forward", "one_step"), ("detach", "one_step")]
 STRATEGIES += [("reverse", gradient) for gradient in ("cached", "one_step", 2, "exact", "sequential")]
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path_factory.getbasetemp() / "device_cache"))
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +92,8 @@ WORK = {
     "lists": lambda f: f.log_prob(images(f), [0, -1, 2]),
     "dequantize": lambda f: f.dequantize(images(f), seeded()),
     "denoise": lambda f: f.denoise(images(f), labels(f)),
-    "inference mode": lambda f: torch.inference_mode()(f.sample)(Y, generator=seeded()),
-    "sample": lambda f: f.sample(Y, 1.0, generator=seeded(), return_log_prob=True),
+    "inference mode": lambda f: torch.inference_mode()(f.sample)(y=Y, generator=seeded()),
+    "sample": lambda f: f.sample(y=Y, guidance=1.0, generator=seeded(), return_log_prob=True),
     "sample a number": lambda f: f.sample(4, generator=seeded()),
     "known pixels": lambda f: f.decode(noise(f), Y, known=(images(f), ~MASK)),
     **{
@@ -96,10 +103,10 @@ WORK = {
     },
     **{
         rule: lambda f, rule=rule: classify(f, images(f), rule, draws=2, statistics=statistics(f)).nan_to_num(neginf=0)
-        for rule in ("single_gradient", "z_score", "logit_steps", "shortlist_2", "exact")
+        for rule in ("single_gradient", "z_score", "shortlist_2", "exact")
     },
     "agreement": lambda f: agreement(f, images(f), Y),
-    "rank": lambda f: rank(f, torch.stack([noise(f), noise(f).flip(0)], dim=1), Y),
+    "best_of": lambda f: best_of(f, torch.stack([noise(f), noise(f).flip(0)], dim=1), Y),
     "refine": lambda f: refine(f, noise(f), Y, steps=1),
     "refine, contrast": lambda f: refine(f, noise(f), Y, steps=1, objective="contrast"),
     "interpolate": lambda f: interpolate(f, images(f), images(f).flip(0), 3, Y, Y.flip(0)),
@@ -176,16 +183,38 @@ def test_auto_takes_what_is_there(second):
     assert pick_device("cpu") == torch.device("cpu")
 
 
+def test_the_encoder_follows(second):
+    flow = random_flow()
+    align = Alignment(flow, PatchEncoder(flow), [(2, 1)]).double()
+    expected = align.targets(images(flow))
+    align.to(second)
+    assert next(align.encoder.parameters()).device.type == second
+    assert torch.allclose(align.targets(images(flow)).cpu(), expected)
+
+
 def test_the_autoencoder_follows(second, tmp_path):
-    flow = TarFlow(image_size=8, channels=1, patch_size=2, width=16, blocks=1, layers=1, head_dim=8,
-                   autoencoder=str(tiny_autoencoder(tmp_path / "vae")))  # fmt: skip
+    core = random_flow(torch.float32, image_size=4, channels=3, std=0.05)
+    flow = LatentFlow(core, load_autoencoder(str(tiny_autoencoder(tmp_path / "vae"))))
     x = torch.rand(2, 1, 8, 8) * 2 - 1
+    work = {
+        "to_data": lambda: flow.to_data(x),
+        "to_images": lambda: flow.to_images(latents),
+        "sample": lambda: flow.sample(y=[0, 3], guidance=1.0, seed=0),
+        "log_prob": lambda: flow.log_prob(x, 1, seeded()),
+        "classify": lambda: classify(flow, x, "exact"),
+        "swap": lambda: swap_class(flow, x, 1, 2),
+        "inpaint": lambda: inpaint(flow, x, torch.ones(8, 8).triu().bool(), 1, 1, 1, seeded()).x,
+    }
     latents = flow.to_data(x)
+    expected = {name: do() for name, do in work.items()}
     flow.to(second)
-    assert next(flow.autoencoder.model.parameters()).device.type == second
-    assert torch.allclose(flow.to_data(x).cpu(), latents, atol=1e-5)
-    assert torch.allclose(flow.to_images(latents).cpu(), flow.to("cpu").to_images(latents), atol=1e-5)
-    assert next(flow.autoencoder.model.parameters()).device.type == "cpu"
+    assert {p.device.type for p in flow.parameters()} == {second}
+    for name, do in work.items():
+        found = do()
+        assert found.device.type == second, name
+        assert torch.allclose(found.cpu(), expected[name], atol=1e-3), name
+    flow.to("cpu")
+    assert {p.device.type for p in flow.parameters()} == {"cpu"}
 
 
 # ---- waits ----------------------------------------------------------------------------------------------------------
@@ -219,13 +248,12 @@ def test_a_sweep_waits_once(second, method):
     assert count == sum(solved.sweeps for solved in report)
 
 
-@pytest.mark.parametrize("name", ["denoise", "single_gradient", "z_score", "exact", "rank"])
+@pytest.mark.parametrize("name", ["denoise", "single_gradient", "z_score", "exact", "best_of"])
 def test_other_work_does_not_wait(second, on_device, name):
-    on_device.statistics = statistics(on_device)
-    work = WORK[name] if name in ("denoise", "rank") else lambda f: classify(f, images(f), name)
-    on_device.calibration = None
-    if name == "rank":
-        work = lambda f: rank(f, torch.stack([noise(f), noise(f)], dim=1), Y, method="sequential")  # noqa: E731
+    known = statistics(on_device)
+    work = WORK[name] if name == "denoise" else lambda f: classify(f, images(f), name, statistics=known)
+    if name == "best_of":
+        work = lambda f: best_of(f, torch.stack([noise(f), noise(f)], dim=1), Y, method="sequential")  # noqa: E731
     assert waits(second, lambda: work(on_device))[0] == 0
 
 
@@ -280,9 +308,9 @@ def run(second, tmp_path_factory):
 VERBS = {
     "sample": "sample RUN --num 4 -o OUT/grid.png",
     "sample sequential": "sample RUN --num 4 --method sequential --guidance 1 --schedule annealed -o OUT/a.npz",
-    "sample jacobi": "sample RUN --num 4 --method jacobi --guidance 1 --guide mu -o OUT/folder",
+    "sample jacobi": "sample RUN --num 4 --method jacobi --guidance 1 --guided mu -o OUT/folder",
     "sample gauss_seidel": "sample RUN --num 4 --method gauss_seidel --no-denoise -o OUT/a.npz",
-    "sample ranked": "sample RUN --num 2 --labels 1,2 --rank 2 -o OUT/a.npz",
+    "sample best of 2": "sample RUN --num 2 --labels 1,2 --best-of 2 -o OUT/a.npz",
     "sample refined": "sample RUN --num 2 --labels 1,2 --refine 1 -o OUT/a.npz",
     "classify": "classify RUN IMAGES --rule exact",
     "encode": "encode RUN IMAGES -o OUT/z.safetensors",
@@ -386,14 +414,15 @@ def test_evaluate_compare_and_export(second, run, tmp_path):
             assert measured[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
 
-def test_a_calibration_is_of_the_device_that_made_it(second, run, tmp_path):
+def test_timings_are_of_the_device_that_made_them(second, run, tmp_path):
     flow = random_flow(torch.float32).to(second)
-    found = calibrate(flow, rows=(2,), repeats=1)
+    found = flow.autotune = autotune(flow, rows=(2,), repeats=1)
     assert found.machine.startswith(second)
-    assert len(flow.solvers("auto", 2)) == 3
-    flow.to("cpu")
-    assert flow.solvers("auto", 9) == [Solver("sequential")] * 3  # not as it was measured elsewhere
-    assert main(["calibrate", str(run / "run"), "--rows=1", f"--device={second}"]) == 0
+    measured = solvers("auto", found, 3, 2, torch.device(second, 0))
+    assert len(measured) == 3
+    # not as it was measured elsewhere
+    assert solvers("auto", found, 3, 9, torch.device("cpu")) == [Solver("sequential")] * 3
+    assert main(["autotune", str(run / "run"), "--rows=1", f"--device={second}"]) == 0
     perform("sample RUN --num 2 -o OUT/a.npz", run, tmp_path, second)
 
 
@@ -437,7 +466,7 @@ def test_latents_with_and_without_caches(second, tmp_path, monkeypatch):
     vae = tiny_autoencoder(tmp_path / "vae")
     losses = {}
     for device, cache in (("cpu", "true"), (second, "true"), (second, "false")):
-        words = ["train", *RUN, "--flow.patch_size=2", f"--flow.autoencoder={vae}", f"--train.cache_latents={cache}"]
+        words = ["train", *RUN, "--flow.patch_size=2", f"--latents.autoencoder={vae}", f"--latents.cache={cache}"]
         words += [*ALIGNED, "--alignment.cache=false", f"--run={tmp_path / device / cache}", f"--device={device}"]
         with second.counted() as counts:
             assert main(words) == 0
@@ -464,7 +493,7 @@ def test_the_quickstart_ends_on_the_device(second, tmp_path):
         report = quickstart(config)
     assert counts.operations > 0
     assert second in report["machine"]
-    assert {"single_gradient", "exact"} <= set(report["plain"]["accuracy"])
+    assert all({"single_gradient", "exact"} <= set(report[name]["accuracy"]) for name in ("plain", "aligned"))
     assert (tmp_path / "report.html").is_file()
 
 

@@ -31,6 +31,16 @@ def picture(number: int, side: int = 8) -> bytes:
     return stream.getvalue()
 
 
+def photo(number: int, orientation: int) -> bytes:
+    """A JPEG large enough to be decoded at a fraction, different for every number, turned by its EXIF tag."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ramp = np.linspace(0, 100, 160)[None, :] * np.linspace(0.2, 1, 100)[:, None] + number
+    stream = io.BytesIO()
+    Image.fromarray(ramp.astype(np.uint8)).save(stream, "JPEG", exif=exif)
+    return stream.getvalue()
+
+
 def tree(root: Path, parts: tuple[str, ...] = ("",), classes: int = 3, images: int = 4) -> Path:
     for p, part in enumerate(parts):
         for k in range(classes):
@@ -69,6 +79,38 @@ def test_fingerprint_goes_with_the_images_and_not_with_their_place(tmp_path):
     for file in (tmp_path / "b" / "class0").iterdir():
         file.write_bytes(picture(77))
     assert load_data(config("folder", tmp_path / "b")).train.fingerprint() != first
+
+
+def test_fingerprints_of_earlier_versions_still_hold(tmp_path):
+    """What runs and caches have kept."""
+    tree(tmp_path / "a")
+    for channels, size, expected in (
+        (3, 8, "b060d3c955c23e8e"),
+        (1, 8, "225b9fcc56193c3d"),
+        (3, [16, 16], "0bfadc424aac6eb6"),
+    ):
+        changed = config("folder", tmp_path / "a", channels=channels, image_size=size)
+        assert load_data(changed).train.fingerprint() == expected
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet", "shards"])
+@pytest.mark.parametrize("size", [(6, 12), (12, 6)])
+def test_images_that_are_not_square(tmp_path, name, size):
+    files = {f"class{k}/{i}.jpg": photo(30 * k + 10 * i, orientation=1 + i) for k in range(2) for i in range(4)}
+    for file, content in files.items():
+        (tmp_path / "images" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / file).write_bytes(content)
+    write_tar(tmp_path / "shards" / "all.tar", files)
+    square = config(name, tmp_path / ("shards" if name == "shards" else "images"), channels=1)
+    data = load_data(replace(square, image_size=size))
+    assert (data.image_size, data.size) == (size, size)
+    expected = {load_image(content, size, 1).numpy().tobytes() for content in files.values()}
+    found = [image for split in (data.train, data.held_out) for image in split[range(len(split))][0]]
+    assert {tuple(image.shape) for image in found} == {(1, *size)}
+    assert {image.numpy().tobytes() for image in found} == expected
+    assert len({load_data(replace(square, image_size=s)).train.fingerprint() for s in (6, 12, (6, 12), (12, 6))}) == 4
+    (raw,) = batches(data.train, 4, seed=0, start=0, stop=1, workers=1)
+    assert raw.images.shape == (4, 1, *size)
 
 
 def test_a_large_tree_is_remembered_and_a_change_is_seen(tmp_path, monkeypatch):

@@ -1,11 +1,16 @@
+import doctest
 import re
 from pathlib import Path
+
+import pytest
+
+from flowback import TarFlow
 
 DOCS = Path(__file__).parents[1]
 
 
 def code_blocks(file: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / file).read_text(), flags=re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", (DOCS / file).read_text("utf-8"), flags=re.DOTALL)
 
 
 def test_the_check_of_the_published_algorithm_shows_what_the_text_says(capsys):
@@ -18,15 +23,31 @@ def test_the_check_of_the_published_algorithm_shows_what_the_text_says(capsys):
     assert min(eval(capsys.readouterr().out)) > 0
 
 
-def test_the_readme_runs(tmp_path, monkeypatch):
-    from flowback import TarFlow
-
-    flow = TarFlow(image_size=8, channels=1, patch_size=2, width=32, blocks=4, layers=2, num_classes=10, levels=17)
-    flow.save_pretrained(tmp_path / "runs/quickstart/aligned/checkpoints/step_00001000")
+@pytest.fixture
+def quickstart(trained, tmp_path, monkeypatch):
+    """A folder in which the flow of the quickstart lies, small and trained for seconds."""
+    blocks = TarFlow(image_size=8, channels=1, num_classes=10, levels=17, patch_size=2, width=32, blocks=4, layers=2)
+    for folder, flow in (("aligned", blocks), ("plain", trained)):
+        flow.save_pretrained(tmp_path / "runs" / "quickstart" / folder / "checkpoints" / "step_00001000")
     monkeypatch.chdir(tmp_path)
+
+
+def test_the_readme_runs(quickstart):
+    """Every block of Python, in order, as one program; then what its comments say."""
     names = {}
-    for block in code_blocks("README.md"):
-        exec(block, names)
+    blocks = code_blocks("README.md")
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README.md, block {number + 1}", "exec"), names)
+    assert len(blocks) > 1
     assert names["x"].shape == (2, 1, 8, 8)
-    assert float((names["x"] - names["x_again"]).abs().max()) < 1e-4
+    assert names["z"].shape == (2, 16, 4)
+    assert names["log_det"].shape == (2,)
+    assert float((names["x"] - names["x_again"]).detach().abs().max()) < 1e-4
     assert all(p.grad is not None for p in names["align"].projector.parameters())
+    assert {"nll", "align"} <= set(names["parts"])
+
+
+@pytest.mark.parametrize("file", ["README.md", *(f"docs/{file.name}" for file in sorted((DOCS / "docs").glob("*.md")))])
+def test_sessions_in_the_documentation_are_what_python_prints(file, quickstart):
+    failed, _ = doctest.testfile(str(DOCS / file), module_relative=False, encoding="utf-8")
+    assert failed == 0

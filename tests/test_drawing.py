@@ -16,6 +16,7 @@ from builders import random_flow, tiny_autoencoder
 from flowback import Guidance, InputError, LatentFlow, TarFlow
 from flowback.core.devices import pick_device
 from flowback.core.distributed import PeerLost
+from flowback.core.files import write_whole
 from flowback.core.units import to_uint8
 from flowback.latents.autoencoder import load_autoencoder
 from flowback.tasks.refinement import best_of, refine
@@ -553,3 +554,31 @@ def test_parts_left_by_an_interrupted_end_do_not_reach_another_request(flow, req
 
 def test_noise_does_not_repeat_in_large_sets(flow):
     assert not torch.equal(noise(flow, 16, 23565), noise(flow, 16, 49940))  # equal in the lowest 32 bits of a torch seed
+
+
+# ---- one atomic write ------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path):
+    def half(path):
+        path.write_text("half")
+        raise OSError("full")
+
+    file = tmp_path / "new" / "a.txt"
+    write_whole(file, lambda path: path.write_text("first"))
+    with pytest.raises(OSError, match="full"):
+        write_whole(file, half)
+    assert snapshot(tmp_path) == {file.relative_to(tmp_path): b"first"}
+
+
+def test_writes_at_once_do_not_meet(tmp_path):
+    file = tmp_path / "a.txt"
+
+    def another_meanwhile(path):
+        path.write_text("first")
+        write_whole(file, lambda other: other.write_text("second"))
+        assert file.read_text() == "second"
+        assert path.suffix == ".txt"
+
+    write_whole(file, another_meanwhile)
+    assert snapshot(tmp_path) == {file.relative_to(tmp_path): b"first"}

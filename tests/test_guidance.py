@@ -62,8 +62,8 @@ def test_every_schedule_and_target_is_another_guidance(flow, z):
             assert (first - second).abs().max() > 1e-3
 
 
-def test_a_number_means_linear_guidance_of_both(flow, z):
-    assert torch.equal(flow.decode(z, Y, 1.7), flow.decode(z, Y, Guidance(1.7, "linear", "both")))
+def test_a_number_means_constant_guidance_of_both(flow, z):
+    assert torch.equal(flow.decode(z, Y, 1.7), flow.decode(z, Y, Guidance(1.7, "constant", "both")))
 
 
 @pytest.mark.parametrize("guidance", [0, 0.0, Guidance(0.0, "annealed", "mu")])
@@ -71,16 +71,37 @@ def test_no_guidance_is_plain_decoding(flow, z, guidance):
     assert torch.equal(flow.decode(z, Y, guidance), flow.decode(z, Y))
 
 
-@pytest.mark.parametrize("y", [None, torch.full((3,), -1)])
+@pytest.mark.parametrize("y", [None, torch.full((3,), -1), [-1, -1, -1], -1])
 @pytest.mark.parametrize("schedule", ["constant", "annealed"])
 def test_without_labels_there_is_nothing_to_guide(flow, z, y, schedule):
-    assert torch.allclose(flow.decode(z, y, Guidance(3.0, schedule)), flow.decode(z), atol=1e-10)
+    for guidance in (3.0, Guidance(3.0, schedule)):
+        with pytest.raises(InputError, match=r"guidance 3\.0 needs labels"):
+            flow.decode(z, y, guidance)
+        if y is not None:  # without a word, labels are drawn
+            with pytest.raises(InputError, match=r"guidance 3\.0 needs labels"):
+                flow.sample(3, y=y, guidance=guidance)
+    assert flow.sample(3, guidance=3.0).isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "annealed"])
+def test_guidance_away_from_no_label_changes_nothing(flow, z, schedule):
+    mean = torch.full((3, 4), 0.25, dtype=torch.float64)
+    assert torch.allclose(flow.decode(z, mean, Guidance(3.0, schedule)), flow.decode(z), atol=1e-10)
+    guided = flow.decode(z, [-1, 2, -1], Guidance(3.0, schedule))
+    assert torch.allclose(guided[::2], flow.decode(z)[::2], atol=1e-10)
+
+
+def test_a_chunk_without_labels_is_no_call_without_labels(flow):
+    y = [-1, -1, 2, 3]
+    apart, together = (flow.sample(y=y, guidance=2.0, seed=0, batch_size=size) for size in (2, 4))
+    assert torch.allclose(apart, together, atol=1e-10)
 
 
 def test_guided_rows_keep_to_their_own_label_and_noise(flow, z):
     together = flow.decode(z, Y, 2.0)
     for i in range(3):
-        assert torch.allclose(flow.decode(z[i : i + 1], Y[i : i + 1], 2.0)[0], together[i], atol=1e-10)
+        alone = flow.decode(z[i : i + 1], Y[i : i + 1], 2.0 if Y[i] >= 0 else 0.0)
+        assert torch.allclose(alone[0], together[i], atol=1e-10)
 
 
 def test_annealed_guidance_starts_at_nothing_and_ends_at_its_scale():
@@ -96,9 +117,9 @@ def test_annealed_guidance_starts_at_nothing_and_ends_at_its_scale():
 def test_unconditional_flow_cannot_be_guided():
     flow = random_flow(num_classes=0)
     z = torch.zeros(1, *flow.token_shape, dtype=torch.float64)
-    with pytest.raises(InputError, match=r"guidance 1\.5 needs a class-conditional flow; allowed here: 0"):
+    with pytest.raises(InputError, match=r"guidance must be 0 for an unconditional flow, got 1\.5"):
         flow.decode(z, guidance=1.5)
-    with pytest.raises(InputError, match="class-conditional"):
+    with pytest.raises(InputError, match="unconditional"):
         flow.sample(2, guidance=1.5)
 
 
@@ -108,8 +129,8 @@ def test_unconditional_flow_cannot_be_guided():
         ((-0.5,), r"guidance scale -0\.5 is not usable; allowed is a number of at least 0"),
         ((float("nan"),), "guidance scale nan"),
         ((float("inf"),), "guidance scale inf"),
-        ((1.0, "cosine"), "guidance schedule 'cosine' does not exist; allowed: linear, annealed"),
-        ((1.0, "linear", "z"), "guidance cannot act on 'z'; allowed: both, a, mu"),
+        ((1.0, "cosine"), "guidance schedule 'cosine' does not exist; allowed: constant, annealed"),
+        ((1.0, "constant", "z"), "guidance cannot act on 'z'; allowed: both, a, mu"),
     ],
 )
 def test_impossible_guidance_is_named(arguments, message):

@@ -10,7 +10,7 @@ SHAPES = {"side": st.integers(1, 4), "patch": st.integers(1, 3), "channels": st.
 @given(**SHAPES)
 def test_round_trip_is_exact(side, patch, channels):
     x = torch.randn(2, channels, side * patch, side * patch)
-    assert torch.equal(unpatchify(patchify(x, patch), patch, side * patch), x)
+    assert torch.equal(unpatchify(patchify(x, patch), patch, (side * patch, side * patch)), x)
 
 
 @given(**SHAPES)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from builders import images, labels, random_flow
-from flowback import InputError, TarFlow
+from flowback import InputError, TarFlow, from_pretrained
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_loaded_flow_gives_equal_outputs(flow, folder, as_text):
     for found, expected in zip(loaded.encode(x, y), flow.encode(x, y), strict=True):
         assert torch.equal(found, expected)
     g = [torch.Generator().manual_seed(0) for _ in range(2)]
-    assert torch.equal(loaded.sample([0, 1], generator=g[0]), flow.sample([0, 1], generator=g[1]))
+    assert torch.equal(loaded.sample(y=[0, 1], generator=g[0]), flow.sample(y=[0, 1], generator=g[1]))
 
 
 def test_every_parameter_can_be_trained_on(folder):
@@ -77,6 +77,7 @@ def truncate(folder):
 
 
 NAME = "blocks.1.proj_in.weight"
+OTHER = "does not describe a TarFlow or LatentFlow of format 1"
 BROKEN = {
     "missing tensor": (lambda f: change_tensors(f, lambda t: t.pop(NAME)), rf"lacks the tensor {NAME}"),
     "extra tensor": (lambda f: change_tensors(f, lambda t: t.update(foo=torch.zeros(2))), "has a tensor foo that the"),
@@ -94,9 +95,18 @@ BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), r"no readable config\.json"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("width: 16"), r"no readable config\.json"),
     "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x80"), r"no readable config\.json"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"does not describe a TarFlow of format 1"),
-    "config is of another model": (lambda f: change_config(f, model="GPT"), r"does not describe a TarFlow of format 1"),
-    "config is of another format": (lambda f: change_config(f, format=2), r"does not describe a TarFlow of format 1"),
+    "config is a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        OTHER,
+    ),
+    "config is of another model": (
+        lambda f: change_config(f, model="GPT"),
+        OTHER,
+    ),
+    "config is of another format": (
+        lambda f: change_config(f, format=2),
+        OTHER,
+    ),
     "unknown option": (lambda f: change_config(f, depth=3), r"no option 'depth'"),
     "option of another type": (lambda f: change_config(f, width="16"), r"flow\.width is '16'"),
     "impossible option": (lambda f: change_config(f, head_dim=5), r"flow\.head_dim 5 does not divide"),
@@ -119,7 +129,7 @@ def test_broken_checkpoint_is_refused_by_name(folder, damage):
 def test_hub_id_is_downloaded(folder, flow, monkeypatch):
     asked = []
 
-    def download(repo, allow_patterns):
+    def download(repo, allow_patterns, **options):
         asked.append((repo, sorted(allow_patterns)))
         return str(folder)
 
@@ -153,6 +163,56 @@ def test_missing_folder_is_not_looked_up_on_the_hub(monkeypatch, place):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
     with pytest.raises(InputError, match="is neither a folder nor a hub id of the form owner/name"):
         TarFlow.from_pretrained(place)
+
+
+@pytest.mark.parametrize("load", [TarFlow.from_pretrained, from_pretrained])
+def test_options_of_the_hub_are_passed_on(folder, flow, monkeypatch, load, tmp_path):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.update(k, name=a) or str(folder))
+    loaded = load("me/my-flow", revision="v1", token="secret", cache_dir=tmp_path, device="cpu")
+    assert asked["name"] == ("me/my-flow",)
+    assert (asked["revision"], asked["token"], asked["cache_dir"]) == ("v1", "secret", tmp_path)
+    assert torch.equal(loaded.encode(images(flow))[0], flow.encode(images(flow))[0])
+
+
+# ---- other shapes and versions --------------------------------------------------------------------------------------
+
+
+LATENT = ("channels", "downsample", "scale", "shift", "weights")
+
+
+def test_a_flow_of_version_0_1_0_is_loaded(folder, flow):
+    old = {f"latent_{name}": None for name in LATENT} | {"latent_posterior": "mean", "autoencoder": None}
+    for values in (old, old | {"latent_posterior": None}):
+        change_config(folder, **values)
+        for load in (TarFlow.from_pretrained, from_pretrained):
+            loaded = load(folder)
+            assert type(loaded) is TarFlow
+            assert loaded.config == flow.config
+            assert torch.equal(loaded.encode(images(flow))[0], flow.encode(images(flow))[0])
+
+
+def test_images_that_are_not_square_come_back_so(tmp_path):
+    flow = random_flow(image_size=(4, 6))
+    flow.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["image_size"] == [4, 6]
+    loaded = TarFlow.from_pretrained(tmp_path)
+    assert loaded.config == flow.config
+    assert loaded.image_size == (4, 6)
+
+
+def test_the_cause_of_an_error_is_kept(folder, monkeypatch):
+    def download(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError) as caught:
+        TarFlow.from_pretrained("someone/some-flow")
+    assert isinstance(caught.value.__cause__, OSError)
+    truncate(folder)
+    with pytest.raises(InputError) as caught:
+        TarFlow.from_pretrained(folder)
+    assert caught.value.__cause__ is not None
 
 
 def test_precision_is_kept(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from flowback.data.cache import ArrayCache
 from flowback.data.splits import MemorySplit
 from flowback.runs.checkpoint import _sync
 from flowback.runs.folder import _lock
+from flowback.training.parallel import _end_with
 
 # As on Windows: modules and calls of POSIX are missing, a folder cannot be opened, only what is open for writing can be
 # synced, a rename replaces nothing, processes are spawned. Spawned ones run the part above `if` too.
@@ -65,7 +67,7 @@ WITHOUT_POSIX = """
         assert main([*train, "--data.workers=1", "--train.until=2"]) == 0
         assert main([*train, "--data.workers=1", "--train.resume"]) == 0
         assert main(["sample", run, "--num", "2", "-o", f"{out}/a.png"]) == 0
-        assert main(["sample", run, "--num", "66", "--processes", "2", "-o", f"{out}/a.npz"]) == 0
+        assert main(["sample", run, "--num", "66", "-o", f"{out}/a.npz"]) == 0
         assert main(["classify", run, image, "--rule", "exact"]) == 0
         assert main(["encode", run, image, "-o", f"{out}/z.safetensors"]) == 0
         assert main(["decode", run, f"{out}/z.safetensors", "-o", f"{out}/b.png"]) == 0
@@ -262,3 +264,22 @@ def test_processes_that_read_ahead_may_be_spawned(name, tmp_path, spawning):
     assert len(found) == 3
     for one, other in zip(wanted, found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+
+
+def test_on_windows_a_process_waits_for_the_end_of_the_one_that_started_it(monkeypatch, capsys):
+    calls = []
+
+    def wait(handle, milliseconds):
+        calls.append((handle, milliseconds))
+
+    def leave(status):
+        raise SystemExit(status)
+
+    windows = SimpleNamespace(OpenProcess=lambda *words: words, WaitForSingleObject=wait, INFINITE=-1)
+    monkeypatch.setitem(sys.modules, "_winapi", windows)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        _end_with(os.getppid())  # which there stays the same when the parent is gone
+    assert calls == [((0x00100000, False, os.getppid()), -1)]
+    assert "another process of this run is gone" in capsys.readouterr().err

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 from dataclasses import fields
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd.functional import jacobian
 
 from builders import SMALL, attributes, gradients, images, labels, random_flow
-from flowback import InputError, TarFlow
+from flowback import InputError, TarFlow, classify
 from flowback.core.units import LOG_2PI, bin_width
 from flowback.flow.block import FlowBlock
 from flowback.flow.config import FlowConfig
@@ -17,7 +19,7 @@ from flowback.flow.patches import patchify
 OPTIONS = st.fixed_dictionaries(
     {
         "patch_size": st.integers(1, 2),
-        "image_size": st.sampled_from([2, 4]),
+        "image_size": st.sampled_from([2, 4, (2, 4), (4, 2)]),
         "channels": st.integers(1, 3),
         "blocks": st.integers(1, 3),
         "layers": st.integers(1, 2),
@@ -189,6 +191,74 @@ def test_decode_leaves_z_alone():
     assert torch.equal(z, before)
 
 
+# ---- images that are not square, other sizes, copies ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_images_need_not_be_square(positions):
+    flow = random_flow(image_size=(4, 6), channels=1, positions=positions)
+    assert (flow.image_size, flow.data_shape, flow.grid) == ((4, 6), (1, 4, 6), (2, 3))
+    x, y = images(flow), labels(flow)
+    z, log_det = flow.encode(x, y)
+    assert z.shape == (3, 6, 4)
+    assert torch.allclose(flow.decode(z, y), x, atol=1e-10)
+    for i in range(3):
+        J = jacobian(lambda v, i=i: flow.encode(v, y[i : i + 1])[0].flatten(), x[i : i + 1]).reshape(24, 24)
+        assert abs(torch.linalg.slogdet(J)[1] - log_det[i]) < 1e-9
+    drawn, log_prob = flow.sample(3, y=2, denoise=False, return_log_prob=True)
+    assert drawn.shape == (3, 1, 4, 6)
+    assert torch.allclose(flow.log_prob(drawn, 2), log_prob, atol=1e-9)
+    assert flow.sample(2).shape == (2, 1, 4, 6)
+    with pytest.raises(InputError, match=r"images must have the shape \[B, 1, 4, 6\], got \[3, 1, 6, 4\]"):
+        flow.encode(x.mT, y)
+
+
+def test_tokens_of_a_wide_image_are_in_raster_order():
+    flow = TarFlow(image_size=(2, 6), channels=1, patch_size=2, width=16, head_dim=8, blocks=1, layers=1)
+    x = torch.arange(12.0).view(1, 1, 2, 6)
+    assert flow.encode(x)[0].tolist() == [[[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]]
+
+
+def test_a_flow_with_rotary_positions_serves_other_sizes():
+    flow = random_flow(positions="rotary", noise_std=0.2)
+    for size in (8, (4, 10)):
+        other = flow.resized(size)
+        height, width = (size, size) if isinstance(size, int) else size
+        assert other.image_size == (height, width)
+        assert other.token_shape == (height * width // 4, 8)
+        x = images(other)
+        assert torch.allclose(other.decode(other.encode(x, 1)[0], 1), x, atol=1e-9)
+        assert all(torch.equal(p, q) for p, q in zip(flow.parameters(), other.parameters(), strict=True))
+        assert other.dtype == flow.dtype
+        assert not other.training
+    same = flow.resized(6)
+    assert torch.equal(same.encode(images(flow))[0], flow.encode(images(flow))[0])
+    same.blocks[0].proj_in.weight.data += 1
+    assert not torch.equal(same.blocks[0].proj_in.weight, flow.blocks[0].proj_in.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "rotary", "prior": "scaled"}])
+def test_positions_and_priors_that_belong_to_a_size_are_not_resized(options):
+    with pytest.raises(InputError, match="rotary positions and the standard prior"):
+        random_flow(**options).resized(8)
+    with pytest.raises(InputError, match="patch_size 2 does not divide the image size 7"):
+        random_flow(positions="rotary").resized(7)
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "rotary", "prior": "scaled", "image_size": (4, 6)}])
+def test_copies_pickles_and_state_dicts_give_equal_outputs(options):
+    flow = random_flow(**options)
+    x, y = images(flow), labels(flow)
+    loaded = TarFlow(flow.config).double()
+    assert loaded.load_state_dict(flow.state_dict()).missing_keys == []
+    for other in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)), loaded):
+        assert other.config == flow.config
+        assert torch.equal(other.log_prob(x, y), flow.log_prob(x, y))
+        assert torch.equal(other.sample(2, seed=0), flow.sample(2, seed=0))
+        other.blocks[0].proj_in.weight.data += 1
+        assert not torch.equal(other.log_prob(x, y), flow.log_prob(x, y))
+
+
 # ---- labels -----------------------------------------------------------------------------------------------------
 
 
@@ -327,7 +397,7 @@ def test_noise_follows_the_generator_and_leaves_the_images_alone(noise):
         ("noise_std", -0.1, r"flow\.noise_std is -0\.1; allowed is a number of at least 0"),
         ("noise_std", float("inf"), r"flow\.noise_std is inf"),
         ("noise_std", float("nan"), r"flow\.noise_std is nan"),
-        ("depth", 3, r"no option 'depth'; allowed: image_size, .*latent_posterior$"),
+        ("depth", 3, r"no option 'depth'; allowed: image_size, .*prior$"),
     ],
 )
 def test_impossible_options_are_named(option, value, message):
@@ -340,10 +410,10 @@ def test_impossible_options_are_named(option, value, message):
     [
         (torch.tensor([0, 1, 4]), r"label 4 is out of range; allowed: 0 to 3, or -1 for no label"),
         (torch.tensor([0, -2, 3]), r"label -2 is out of range"),
-        (torch.tensor([0, 1]), r"labels of shape \[2\] do not fit 3 images; allowed is \[3\]"),
-        (torch.tensor([[0], [1], [2]]), r"labels of shape \[3, 1\]"),
-        (torch.full((3, 5), 0.2), r"class weights of shape \[3, 5\] do not fit; allowed is \[3, 4\]"),
-        (torch.full((2, 4), 0.25), r"class weights of shape \[2, 4\]"),
+        (torch.tensor([0, 1]), r"labels must have the shape \[3\], .*got \[2\]"),
+        (torch.tensor([[0], [1], [2]]), r"labels must .* got \[3, 1\]"),
+        (torch.full((3, 5), 0.2), r"class weights must have the shape \[3, 4\], got \[3, 5\]"),
+        (torch.full((2, 4), 0.25), r"class weights must .* got \[2, 4\]"),
     ],
 )
 def test_impossible_labels_are_named(y, message):
@@ -363,13 +433,13 @@ def test_labels_of_an_unconditional_flow_are_refused(y):
 
 @pytest.mark.parametrize("shape", [(3, 2, 6, 5), (3, 1, 6, 6), (2, 6, 6), (3, 2, 8, 8)])
 def test_images_of_another_shape_are_refused(shape):
-    with pytest.raises(InputError, match=r"images of shape .* do not fit; allowed is \[B, 2, 6, 6\]"):
+    with pytest.raises(InputError, match=r"images must have the shape \[B, 2, 6, 6\], got"):
         random_flow().encode(torch.zeros(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(3, 9, 7), (3, 8, 8), (9, 8)])
 def test_z_of_another_shape_is_refused(shape):
-    with pytest.raises(InputError, match=r"z of shape .* does not fit; allowed is \[B, 9, 8\]"):
+    with pytest.raises(InputError, match=r"z must have the shape \[B, 9, 8\], got"):
         random_flow().decode(torch.zeros(shape, dtype=torch.float64))
 
 
@@ -409,7 +479,7 @@ def test_a_call_that_fails_midway_leaves_nothing_behind(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(FlowBlock, "predict_next", failing)
         with pytest.raises(RuntimeError, match="power cut"):
-            flow.sample(y)
+            flow.sample(y=y)
     assert attributes(flow) == before
     assert torch.equal(flow.decode(z, y), expected)
 
@@ -419,7 +489,8 @@ def test_ordinary_calls_leave_nothing_behind():
     before = attributes(flow)
     flow.encode(images(flow), labels(flow), trace=[(1, 1)])
     flow.sample(3, guidance=1.0)
-    flow.classify(images(flow))
+    classify(flow, images(flow), "exact")
+    classify(flow, images(flow), "single_gradient")
     assert attributes(flow) == before
 
 

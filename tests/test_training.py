@@ -1,6 +1,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +12,24 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from builders import refuse, tiny_autoencoder
+from flowback.cli import main
 from flowback.core.devices import autocast
 from flowback.core.errors import InputError
+from flowback.core.files import file_hash
 from flowback.core.units import from_levels
 from flowback.data import DataConfig, ImageSet, load_data
 from flowback.data.batches import Raw
 from flowback.data.splits import MemorySplit
 from flowback.flow.config import FlowConfig
 from flowback.flow.tarflow import TarFlow
-from flowback.latents import AutoencoderConfig
+from flowback.latents import AutoencoderConfig, LatentFlow
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import load_flow
-from flowback.runs.config import AlignmentConfig, RunConfig, TrainConfig
+from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig, TrainConfig
 from flowback.runs.log import MetricsLog, read_metrics
 from flowback.training import train
-from flowback.training.build import build_flow, make_alignment
+from flowback.training.build import build_flow, fingerprint, make_alignment
 from flowback.training.inputs import Inputs
 from flowback.training.optim import learning_rate, update_ema
 
@@ -390,3 +395,265 @@ def test_metrics_columns_are_those_that_are_written(whole):
         header = next(csv.reader(stream))
     written = {name for row in read_metrics(whole / "metrics.csv") for name in row}
     assert written == set(header)
+
+
+OF_0_1_0 = """
+run: {run}
+data: {{name: digits, path: null, image_size: null, channels: 3, holdout: 0.2, split_seed: 0, limit: 64, workers: 0,
+  unreadable: 0.0}}
+flow: {{image_size: null, channels: null, num_classes: null, levels: null, patch_size: 4, width: 32, blocks: 2, layers: 1,
+  head_dim: 32, mlp: gelu, mlp_ratio: 4.0, positions: learned, log_scale_bound: 8.0, noise: gaussian, noise_std: 0.2,
+  prior: standard, autoencoder: null, latent_channels: null, latent_downsample: null, latent_scale: null,
+  latent_shift: null, latent_weights: null, latent_posterior: mean}}
+alignment: {{strategy: none, gradient: one_step, at: [[2, 1]], weight: 0.1, encoder: efficientnet_lite0,
+  encoder_weights: null, encoder_precision: 32-true, projector: mlp, projector_width: 16, spatial_norm: false, until: null,
+  shuffled: false, cache: true}}
+train: {{steps: 12, batch_size: 16, lr: 1e-3, warmup: 3, weight_decay: 0.0001, betas: [0.9, 0.95], clip: 0.5, ema: 0.999,
+  label_drop: 0.2, flip: true, seed: 0, precision: 32-true, compile: false, accelerator: auto, devices: 1, nodes: 1,
+  strategy: ddp, accumulate: 2, checkpoint_activations: false, deterministic: false, log_every: 3, eval_every: 6,
+  eval_images: 20, sample_every: 100, checkpoint_every: 5, keep: 2, cache_latents: true, caches: null, resume: false,
+  until: null}}
+"""
+
+
+def test_a_run_of_version_0_1_0_goes_on_bit_for_bit(tmp_path, capsys):
+    renamed = {"grad_clip": 0.5, "class_dropout": 0.2, "hflip": True, "grad_accum_steps": 2}
+    train(config(tmp_path / "whole", **renamed))
+    run = tmp_path / "old"
+    train(config(run, until=7, **renamed))
+    (run / "config.yaml").write_text(OF_0_1_0.format(run=run))
+    folder = checkpoint.newest(run)
+    described = json.loads((folder / "config.json").read_text())
+    names = ("channels", "downsample", "scale", "shift", "weights")
+    described |= {"autoencoder": None, **{f"latent_{name}": None for name in names}, "latent_posterior": "mean"}
+    (folder / "config.json").write_text(json.dumps(described))
+    checksums = json.loads((folder / "checksums.json").read_text()) | {"config.json": file_hash(folder / "config.json")}
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+    assert load_flow(run)[0].config.width == 32
+    other = ["train", f"--config={run / 'config.yaml'}", "--train.resume", "--train.grad_clip=2"]
+    assert re.search(r"train.grad_clip was 0.5 .* is 2", refuse(other, capsys))
+    assert main(["train", f"--config={run / 'config.yaml'}", "--train.resume"]) == 0
+    expected, found = tensors(tmp_path / "whole"), tensors(run)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_options_of_version_0_1_0_have_todays_names():
+    old = OF_0_1_0.format(run="a").replace("autoencoder: null", "autoencoder: some/vae")
+    found = RunConfig.from_yaml(old.replace("latent_posterior: mean", "latent_posterior: sample"))
+    assert found.latents == LatentConfig(autoencoder="some/vae", posterior="sample", cache=True)
+    assert (found.train.grad_clip, found.train.lr, found.train.betas) == (0.5, 1e-3, (0.9, 0.95))
+    assert RunConfig.from_yaml(found.to_yaml()) == found
+
+
+def test_the_config_of_an_interrupted_run_goes_on_to_its_end(tmp_path):
+    train(config(tmp_path, until=2))
+    kept = RunConfig.read(tmp_path / "config.yaml")
+    assert train(replace(kept, train=replace(kept.train, resume=True))).state.step == 12
+
+
+class Data:
+    def __init__(self, seed=0, size=(8, 12)):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(256, (40, 3, *size), dtype=torch.uint8, generator=generator)
+        self.train, self.held_out = (images[:32], torch.arange(32) % 2), (images[32:], torch.arange(8) % 2)
+
+
+def test_a_data_set_of_ones_own_is_trained_on_and_resumed_with(tmp_path):
+    data = Data()
+    data.classes = ["cat", "dog"]
+    one = config(tmp_path / "run", until=3, hflip=True)
+    result = train(one, data=data)
+    assert result.flow.data_shape == (3, 8, 12)
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["cat", "dog"]
+    kept = RunConfig.read(tmp_path / "run" / "config.yaml")
+    kept = replace(kept, train=replace(kept.train, resume=True))
+    with pytest.raises(InputError, match=r"given in Python; allowed is train\(config, data="):
+        train(kept)
+    train(kept, data=data)
+    train(replace(one, run=str(tmp_path / "whole"), train=replace(one.train, until=None)), data=data)
+    assert all(torch.equal(tensors(tmp_path / "whole")[name], t) for name, t in tensors(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize("fault", ["no splits", "floats", "a class too many", "no images"])
+def test_what_is_no_data_set_is_refused(tmp_path, fault):
+    data = Data()
+    if fault == "no splits":
+        del data.held_out
+    if fault == "floats":
+        data.train = (data.train[0] / 255, data.train[1])
+    if fault == "a class too many":
+        data.classes = ["cat"]
+    if fault == "no images":
+        data.train = (data.train[0][:0], data.train[1][:0])
+    with pytest.raises(InputError, match="data set cannot be used"):
+        train(config(tmp_path / "run"), data=data)
+    assert not (tmp_path / "run").exists()
+
+
+class Means(torch.nn.Module):
+    """Means of patches: an encoder without tensors."""
+
+    grid, dim = (2, 2), 1
+
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x[:, :1], self.grid).flatten(2).transpose(1, 2)
+
+
+class Layer(Means):
+    dim = 6
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layer = torch.nn.Linear(1, self.dim)
+
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.layer(super().forward(x))
+
+
+def test_features_of_ones_own_encoder_are_cached_by_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path / "cache"))
+    one, encoder, again = config(tmp_path / "run", aligned=True, until=3), Layer(), Layer()
+    train(one, encoder=encoder)
+    assert encoder.calls > 0
+    resumed = replace(one, train=replace(one.train, until=None, resume=True))
+    train(resumed, encoder=again)
+    assert not hasattr(again, "calls")  # its features are there
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with pytest.raises(InputError, match=r"alignment\.encoder_weights was"):
+        train(resumed, encoder=Layer(seed=1))
+    with pytest.raises(InputError, match=r"given in Python; allowed is train\(config, encoder="):
+        train(replace(RunConfig.read(tmp_path / "run" / "config.yaml"), run=str(tmp_path / "other")))
+    train(replace(one, run=str(tmp_path / "direct"), alignment=replace(one.alignment, cache=False)), encoder=Layer())
+    rows = [read_metrics(tmp_path / name / "metrics.csv")[0]["align"] for name in ("run", "direct")]
+    assert rows[0] == pytest.approx(rows[1], abs=1e-4)
+    train(replace(one, run=str(tmp_path / "second")), encoder=Layer(seed=1))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_an_encoder_that_nothing_tells_from_others_is_not_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path / "cache"))
+    one = config(tmp_path / "run", aligned=True, until=3)
+    train(one, encoder=Means())
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(InputError, match="shuffled"):
+        train(replace(one, alignment=replace(one.alignment, shuffled=True)), encoder=Means())
+    with pytest.raises(InputError, match=r"alignment\.strategy is 'none'"):
+        train(config(tmp_path / "plain"), encoder=Layer())
+
+
+def test_a_fingerprint_is_of_structure_and_weights_and_not_of_places_in_memory():
+    assert fingerprint(Layer()) == fingerprint(Layer()) != fingerprint(Layer(seed=1))
+    with_tanh, with_relu = (torch.nn.Sequential(Layer(), kind()) for kind in (torch.nn.Tanh, torch.nn.ReLU))
+    assert fingerprint(with_tanh) != fingerprint(with_relu)
+    assert fingerprint(Means()) is None
+    assert fingerprint(lambda x: x) is None
+    odd = Layer().to(torch.bfloat16)
+    odd.register_buffer("scalar", torch.tensor(True))
+    odd.register_buffer("empty", torch.empty(0, 3))
+    odd.extra_repr = lambda: repr(object())
+    assert fingerprint(odd) == fingerprint(odd)
+
+
+def test_training_begins_with_a_flow_of_ones_own(whole, tmp_path):
+    start = load_flow(whole)[0]
+    before = {name: t.clone() for name, t in start.state_dict().items()}
+    still = config(tmp_path / "run", steps=2, lr=1e-12, weight_decay=0.0)
+    still = replace(still, flow=FlowConfig())
+    train(still, flow=start)
+    after = tensors(tmp_path / "run")
+    assert all(torch.allclose(before[name], after[f"weights.flow.{name}"], atol=1e-8) for name in before)
+    assert all(torch.equal(before[name], t) for name, t in start.state_dict().items())
+    assert RunConfig.read(tmp_path / "run" / "config.yaml").flow.width == 32
+    assert load_flow(tmp_path / "run")[0].config == start.config
+    for options in ({"width": 64}, {"mlp": "swiglu"}, {"blocks": 5}):
+        with pytest.raises(InputError, match=f"flow.{next(iter(options))} is .*; allowed for this flow"):
+            train(replace(still, run=str(tmp_path / "new"), flow=FlowConfig(**options)), flow=start)
+    with pytest.raises(InputError, match="image_size is 12; allowed for the data set Data: 8"):
+        train(replace(still, run=str(tmp_path / "new")), data=Data(size=(8, 8)), flow=TarFlow(image_size=12, channels=3))
+    assert not (tmp_path / "new").exists()
+
+
+def test_training_begins_with_a_latent_flow_and_its_autoencoder(tmp_path):
+    pytest.importorskip("diffusers")
+    folder = tiny_autoencoder(tmp_path / "vae")
+    one = config(tmp_path / "run", steps=2, lr=1e-12, weight_decay=0.0)
+    one = replace(one, latents=LatentConfig(autoencoder=str(folder)), flow=FlowConfig(patch_size=2, width=32, blocks=2))
+    start = train(one).flow
+    again = replace(one, run=str(tmp_path / "again"), latents=LatentConfig())
+    result = train(again, flow=start)
+    assert isinstance(result.flow, LatentFlow)
+    assert RunConfig.read(tmp_path / "again" / "config.yaml").latents.autoencoder == str(folder)
+    found = result.flow.core.state_dict()
+    assert all(torch.allclose(t, found[name], atol=1e-8) for name, t in start.core.state_dict().items())
+    other = LatentConfig(autoencoder="another/vae")
+    with pytest.raises(InputError, match=r"latents\.autoencoder is 'another/vae'; allowed for this flow"):
+        train(replace(again, run=str(tmp_path / "new"), latents=other), flow=start)
+
+
+def test_folders_that_are_not_ours_are_neither_listed_nor_pruned(tmp_path):
+    train(config(tmp_path, until=3))
+    folder = tmp_path / "checkpoints"
+    ours = folder / "step_00000003"
+    others = ["step_00000002_v2", "step_best1", "step_00000003 2", "step_3", "step_000000031"]
+    for name in others:
+        shutil.copytree(ours, folder / name)
+    (folder / "step_20_notes_1").write_text("mine")
+    (folder / "step_00000099").mkdir()  # nothing in it is ours
+    kept = tmp_path / "elsewhere"
+    ours.rename(kept)
+    ours.symlink_to(kept)  # moved to a larger disk
+    assert checkpoint.newest(tmp_path) == ours
+    train(config(tmp_path, resume=True, keep=1, checkpoint_every=1))
+    assert checkpoint.newest(tmp_path).name == "step_00000012"
+    assert all((folder / name / "checksums.json").exists() for name in others)
+    assert (kept / "checksums.json").exists()
+    assert (folder / "step_20_notes_1").exists()
+    assert (folder / "step_00000099").exists()
+
+
+def test_figures_that_are_no_numbers_are_not_the_best_and_leave_valid_json(tmp_path, monkeypatch):
+    figures = iter([float("nan"), 3.0, 2.0, float("inf"), float("-inf"), float("nan")])
+    monkeypatch.setattr("flowback.training.loop._evaluate", lambda *_: {"held_out_nats_per_dim": next(figures)})
+    train(config(tmp_path, steps=6, eval_every=1, checkpoint_every=1, keep=1))
+    assert [folder.name for folder in checkpoint.all_of(tmp_path)] == ["step_00000006", "step_00000003"]
+
+    def refused(word):
+        raise ValueError(word)
+
+    for folder in checkpoint.all_of(tmp_path):
+        json.loads((folder / "state.json").read_text(), parse_constant=refused)
+    assert checkpoint.State.read(checkpoint.newest(tmp_path)).held_out_nats_per_dim is None
+
+
+@pytest.mark.parametrize("left", ["9,1.5,0.1", "\0" * 40, "\0" * 40 + "\n", "9,x\n", "9" + ",1" * 40 + "\n", "\n", ",\n"])
+def test_a_log_that_was_cut_is_read_up_to_there_and_continued(tmp_path, left):
+    train(config(tmp_path, until=6))
+    before = read_metrics(tmp_path / "metrics.csv")
+    with (tmp_path / "metrics.csv").open("a") as stream:
+        stream.write(left)
+    assert read_metrics(tmp_path / "metrics.csv") == before
+    train(config(tmp_path, resume=True, steps=12))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv") if "loss" in row] == [3, 6, 9, 12]
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flowback.runs.log._write_rows", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
+    assert train(config(tmp_path)).state.step == 12
+    assert capsys.readouterr().out.count("No space left on device") == 1
+
+
+def test_the_log_is_closed_when_training_fails(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", lambda events: closed.append(events))
+    monkeypatch.setattr(Inputs, "prepare", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(config(tmp_path))
+    assert len(closed) == 1

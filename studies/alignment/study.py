@@ -276,10 +276,12 @@ def judged(images: torch.Tensor, data: ImageSet, extractor: str = "judge") -> di
 def what_blocks_do(flow: TarFlow, x: torch.Tensor, y: torch.Tensor) -> dict[int, dict[str, float]]:
     """Block -> RMS of what it changes over that of its input, and its log-determinant a dimension."""
     noisy = flow.perturb(x, torch.Generator().manual_seed(0))
-    rows = {}
-    for t, x_in, out in flow.run_blocks(noisy, y.to(noisy.device)):
+    rows, x_in, classes = {}, flow.tokenize(noisy), flow.class_weights(y, len(noisy))
+    for t, block in enumerate(flow.blocks, start=1):
+        out = block(x_in, classes)
         moved = (out.z - x_in).square().mean().sqrt() / x_in.square().mean().sqrt()
         rows[t] = {"moved": float(moved), "log_det": float(out.log_det.mean() / flow.dims)}
+        x_in = out.z
     return rows
 
 

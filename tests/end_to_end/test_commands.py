@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,53 +17,60 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from builders import SMALL_RUN
-from flowback.cli import main
+from flowback.cli import VERBS, build_parser, main
 from flowback.quickstart import recipe
 from flowback.runs.checkpoint import load_flow
+from flowback.runs.config import RunConfig
 from flowback.tasks.classify import classify
 
 FLOWBACK = [sys.executable, "-c", "from flowback.cli import main; raise SystemExit(main())"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    os.environ["FLOWBACK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    assert main(["train", f"--run={folder}", "--train.steps=8", *SMALL_RUN]) == 0
-    return folder
+@pytest.fixture
+def run(small_run, tmp_path) -> Path:
+    return Path(shutil.copytree(small_run, tmp_path / "run"))
 
 
 def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys, monkeypatch):
-    assert main(["quickstart", f"--run={tmp_path}", "--steps=2"]) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
+    full = RunConfig.read(recipe("digits"))
+    small = replace(
+        full,
+        data=replace(full.data, limit=64),
+        flow=replace(full.flow, width=32, blocks=2, layers=1, patch_size=4),
+        alignment=replace(full.alignment, at=[[2, 1]]),
+        train=replace(full.train, batch_size=16, eval_images=20, warmup=2),
+    )
+    (tmp_path / "small.yaml").write_text(small.to_yaml())
+    monkeypatch.setattr("flowback.quickstart.recipe", lambda name: tmp_path / "small.yaml")
+    run = tmp_path / "run"
+    assert main(["quickstart", f"--run={run}", "--steps=30", "--seed=5"]) == 0
+    report = json.loads((run / "report.json").read_text())
     for name in ("plain", "aligned"):
         figures = report[name]
         assert {"single_gradient", "shortlist_3", "exact"} <= set(figures["accuracy"])
         assert (figures["held_out_images"], figures["noise_draws"]) == (359, 4)
-        assert figures["steps"] == 2
+        assert figures["steps"] == 30
         assert figures["seconds"] > 0
         assert np.isfinite([figures["nats_per_dim"], figures["bits_per_dim"]]).all()
+        config = RunConfig.read(run / name / "config.yaml")
+        assert config.train == replace(small.train, steps=30, seed=5)
+        assert (config.data, config.flow) == (small.data, small.flow)
     assert report["plain"]["strategy"] == "none"
     assert report["aligned"]["strategy"] == "reverse"
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert page.count("data:image/png;base64,") == 7  # real images; and of each flow samples, guided ones, judged ones
     assert page.count("data:image/svg+xml;base64,") == 4  # two of curves, and each flow's rules
-    assert (tmp_path / "overview.png").is_file()
-    flow, _ = load_flow(tmp_path / "aligned")
+    assert (run / "overview.png").is_file()
+    flow, _ = load_flow(run / "aligned")
     assert classify(flow, flow.sample(2)).shape == (2, 10)  # by shortlist_3, whose statistics the evaluation left
     printed = capsys.readouterr().out
-    assert str(tmp_path / "report.html") in printed
+    assert str(run / "report.html") in printed
     assert "exact" in printed
-    file = tmp_path / "aligned" / "checkpoints" / "step_00000002" / "training.safetensors"
-    trained = file.stat().st_mtime
-    monkeypatch.setattr("flowback.quickstart.evaluate", lambda *arguments: None)  # evaluation.json is there
-    assert main(["quickstart", f"--run={tmp_path}", "--steps=2"]) == 0
-    assert file.stat().st_mtime == trained
+    weights = run / "aligned" / "checkpoints" / "step_00000030" / "model.safetensors"
+    trained = weights.stat().st_mtime_ns
+    assert main(["quickstart", f"--run={run}", "--steps=30", "--seed=5"]) == 0
+    assert weights.stat().st_mtime_ns == trained
 
 
 def test_config_file_and_command_line_meet_and_the_command_line_wins(tmp_path):
@@ -145,15 +154,11 @@ def test_evaluate_prints_and_writes_the_figures(run, capsys):
     assert main(["evaluate", str(run), "--metrics=bpd,accuracy", "--images=30"]) == 0
     figures = json.loads((run / "evaluation.json").read_text())
     assert figures["held_out_images"] == 30
-    assert figures["weights"] == "ema weights of step_00000008"
+    assert figures["weights"] == "ema weights of step_00000002"
     assert {"single_gradient", "z_score", "shortlist_3", "exact"} < set(figures["accuracy"])
     assert "bits_per_dim" in capsys.readouterr().out
     assert main(["evaluate", str(run), "--metrics=bpd", "--weights=raw", "--images=30"]) == 0
-    assert json.loads((run / "evaluation.json").read_text())["weights"] == "raw weights of step_00000008"
-
-
-VERBS = ["quickstart", "train", "sample", "calibrate", "classify", "evaluate", "compare"]
-VERBS += ["encode", "decode", "interpolate", "swap", "inpaint", "cache", "import-tarflow", "export"]
+    assert json.loads((run / "evaluation.json").read_text())["weights"] == "raw weights of step_00000002"
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -169,5 +174,51 @@ def test_help_explains_every_option(verb, capsys):
             assert len(" ".join(described.split())) > len(name) + 25
 
 
-def test_recipe_ships_with_the_package():
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_that_is_on_or_off_is_a_switch(verb):
+    top, commands = build_parser(verb)
+    actions = [action for action in commands[verb][0]._actions if "print" not in action.dest and action.dest != "help"]
+    assert all(action.nargs != 0 for action in actions)  # none with a way of its own
+    positional = ["x"] * sum(not action.option_strings for action in actions)
+    switches = {action.dest: action.option_strings[-1] for action in actions if isinstance(action.default, bool)}
+    forms = {"{}": True, "{} true": True, "{}=true": True, "{} false": False, "{}=false": False, "--no-{}": False}
+    for form, meant in forms.items():
+        words = [word for name in switches.values() for word in form.format(name).replace("--no---", "--no-").split()]
+        for line in ([verb, *words, *positional], [verb, *positional, *words]):
+            options = top.parse_args(line)[verb]
+            assert {options[dest] for dest in switches} <= {meant}
+
+
+def options_of(*words: str):
+    return build_parser(words[0])[0].parse_args(words)[words[0]]
+
+
+def test_a_config_of_version_0_1_0_is_a_recipe(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "run: null\ndata: {name: digits}\nflow: {patch_size: 2, autoencoder: 'Bäume', latent_scale: null}\n"
+        "train: {clip: 2.0, accumulate: 4, label_drop: 0.25, flip: true, cache_latents: false, lr: 1e-2}\n",
+        "utf-8",
+    )
+    options = options_of("train", f"--config={file}", "--train.lr=3e-3")
+    train = options.train
+    assert (train.grad_clip, train.grad_accum_steps, train.class_dropout, train.hflip) == (2.0, 4, 0.25, True)
+    assert (options.latents.autoencoder, options.latents.cache) == ("Bäume", False)
+    assert train.lr == 3e-3
+
+
+def test_a_recipe_is_utf_8_in_every_locale(tmp_path):
+    (tmp_path / "a.yaml").write_text("run: 二/Bäume\n", "utf-8")
+    program = "from flowback.cli import build_parser; parser, _ = build_parser('train'); "
+    program += "print(ascii(parser.parse_args(['train', '--config=a.yaml']).train.run))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ascii("二/Bäume")
+
+
+def test_recipes_ship_with_the_package():
     assert recipe("digits").read_text().startswith("# 8x8 digits")
+    for file in recipe("digits").parent.glob("*.yaml"):
+        assert RunConfig.read(file).flow.patch_size

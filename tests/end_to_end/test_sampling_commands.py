@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from sklearn.datasets import load_digits
 from builders import SMALL_RUN, refuse
 from flowback import TarFlow
 from flowback.cli import main
+from flowback.tasks.sampling import checked_store
 
 SMALL = [*SMALL_RUN, "--train.lr=0.01", "--train.ema=0.9"]
 CELL = 34  # an image in a grid: 8 pixels, enlarged fourfold, and a line of 2
@@ -90,12 +95,13 @@ WAYS = {
     "cpu": (["--device=cpu"], 0, 0),
     "bf16-mixed": (["--precision=bf16-mixed"], 0, 40),
     "seed": (["--seed=1"], 20, 255),
-    "rank": (["--rank=2"], 20, 255),
+    "best of 2": (["--best-of=2"], 20, 255),
     "refine": (["--refine=1"], 2, 255),
     "temperature": (["--temperature=0.5"], 20, 255),
     "noise": (["--no-denoise"], 2, 255),
+    "annealed": (["--guidance=2", "--schedule=annealed", "--guided=mu"], 2, 255),
     "raw weights": (["--weights=raw"], 2, 255),
-    "ranked and refined": (["--rank=2", "--refine=1", "--precision=bf16-mixed", "--guidance=1"], 20, 255),
+    "best of 2, refined": (["--best-of=2", "--refine=1", "--precision=bf16-mixed", "--guidance=1"], 20, 255),
 }
 
 
@@ -126,9 +132,9 @@ def test_sample_says_what_is_not_finite(tmp_path, capsys):
     assert (read_npz(tmp_path / "a.npz") == 128).any(axis=(1, 2, 3)).all()
 
 
-def test_several_processes_and_a_second_start_give_the_same_folder(run, tmp_path):
+def test_several_processes_and_a_second_start_give_the_same_folder(run, tmp_path, capfd):
     """What was lost is drawn again, by two processes; nothing else is."""
-    arguments = ["sample", str(run), "--num=140", "--batch-size=32", "-o", str(tmp_path / "images")]
+    arguments = ["sample", str(run), "--num=140", "--batch-size=32", "--no-denoise", "-o", str(tmp_path / "images")]
     assert main(arguments) == 0
     files = sorted((tmp_path / "images").glob("*.png"))
     assert len(files) == 140
@@ -137,11 +143,111 @@ def test_several_processes_and_a_second_start_give_the_same_folder(run, tmp_path
         (tmp_path / "images" / ".flowback" / f"part_{part:06d}.json").unlink()
     for file in files[64:]:
         file.unlink()
+    capfd.readouterr()
     assert main([*arguments, "--processes=2"]) == 0
+    assert capfd.readouterr().out.count(f"140 images in {tmp_path / 'images'}") == 1
     assert sorted((tmp_path / "images").glob("*.png")) == files
     for number, file in enumerate(files):
         assert file.read_bytes() == before[file][0]
         assert (file.stat().st_mtime_ns == before[file][1]) == (number < 64)
+
+
+# ---- several processes, and what ends them ---------------------------------------------------------------------------
+
+MANY = ["--num=1280", "--batch-size=1", "--device=cpu"]  # 20 parts, a second or two each
+MAIN = """import signal, sys
+from flowback.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process of the background may ignore
+sys.exit(main())"""
+
+
+def start(run: Path, output: Path) -> subprocess.Popen:
+    words = [sys.executable, "-c", MAIN, "sample", str(run), *MANY, "--processes=2", "-o", str(output)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_another_part(process: subprocess.Popen, output: Path) -> None:
+    before = len(list(output.rglob("part_*.json")))
+    while process.poll() is None and len(list(output.rglob("part_*.json"))) == before:
+        time.sleep(0.02)
+    assert process.poll() is None, process.stderr and process.stderr.read()
+
+
+def processes_of(output: Path) -> dict[int, str]:
+    """The processes that have it in their command line."""
+    table = subprocess.run(["ps", "-ewwo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=1) for line in table.splitlines() if str(output) in line]
+    return {int(pid): words for pid, words in lines}
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps, to find processes")
+def test_killed_or_interrupted_nothing_goes_on_and_what_was_drawn_is_kept(run, tmp_path, capfd):
+    output = tmp_path / "images"
+    process = start(run, output)
+    wait_for_another_part(process, output)
+    others = {pid: words for pid, words in processes_of(output).items() if pid != process.pid}
+    workers = [pid for pid, words in others.items() if "torch.distributed.run" not in words]
+    assert len(workers) == 2, others
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert len(errors.strip().splitlines()) == 1
+    assert all(word in errors for word in ("flowback: ", "ended early", "signal 9", "again to resume"))
+    assert not processes_of(output)
+
+    process = start(run, output)
+    wait_for_another_part(process, output)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (130, "flowback: interrupted\n")
+    assert not processes_of(output)
+
+    parts = sorted(output.rglob("part_*.json"))
+    assert 2 <= len(parts) < 20
+    kept = {file: file.stat().st_mtime_ns for file in parts}
+    assert main(["sample", str(run), *MANY, "--batch-size=64", "-o", str(output)]) == 0
+    assert {file: file.stat().st_mtime_ns for file in parts} == kept
+    assert main(["sample", str(run), *MANY, "--batch-size=64", "-o", str(tmp_path / "undisturbed")]) == 0
+    assert distance(read_folder(output), read_folder(tmp_path / "undisturbed")) <= 1
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps, to find processes")
+def test_processes_end_when_the_one_that_started_them_is_killed(run, tmp_path):
+    output = tmp_path / "images"
+    process = start(run, output)
+    wait_for_another_part(process, output)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while processes_of(output) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes_of(output)
+
+
+def test_what_goes_wrong_in_a_process_is_said_in_one_line(run, tmp_path, monkeypatch, capsys):
+    mine, output = tmp_path / "flow", tmp_path / "a.npz"
+    shutil.copytree(next((run / "checkpoints").iterdir()), mine)
+
+    def checked_and_gone(*args):  # the weights, before the processes can read them
+        (mine / "model.safetensors").unlink()
+        return checked_store(*args)
+
+    monkeypatch.setattr("flowback.cli.sampling.checked_store", checked_and_gone)
+    assert main(["sample", str(mine), "--num=3", "--processes=2", "-o", str(output)]) == 1
+    errors = capsys.readouterr().err.strip()
+    assert len(errors.splitlines()) == 1
+    assert all(word in errors for word in ("flowback: ", "ended early", "model.safetensors", "again to resume"))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("bad", ["--seed=-1", "--labels=ten", "--method=newton", "--device=nowhere", "-o=a.gif"])
+def test_bad_input_is_refused_before_processes_are_started(run, bad, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flowback.cli.sampling._start", lambda options: pytest.fail("started"))
+    said = refuse(["sample", str(run), "--processes=2", *bad.split("=", maxsplit=int(bad.startswith("-o")))], capsys)
+    assert bad.split("=")[1] in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_request_into_the_same_folder_is_refused(run, tmp_path, capsys):
@@ -151,21 +257,21 @@ def test_another_request_into_the_same_folder_is_refused(run, tmp_path, capsys):
     assert main(arguments) == 0
 
 
-def test_calibrate_measures_and_sample_uses_it(run, tmp_path, capsys):
+def test_autotune_measures_and_sample_uses_it(run, tmp_path, capsys):
     mine = tmp_path / "run"
     shutil.copytree(run, mine)
     assert main(["sample", str(mine), "--num=4", "-o", str(tmp_path / "before.npz")]) == 0
-    assert main(["calibrate", str(mine), "--rows=1,4"]) == 0
+    assert main(["autotune", str(mine), "--rows=1,4"]) == 0
     printed = capsys.readouterr().out
     stored = mine / "checkpoints" / "step_00000040" / "decoding.json"
     assert str(stored) in printed.replace("\n", "")
     assert printed.count("block 1") == printed.count("block 2") == 2
-    calibration = json.loads(stored.read_text())
-    assert {rows: len(blocks) for rows, blocks in calibration["rows"].items()} == {"1": 2, "4": 2}
+    measured = json.loads(stored.read_text())
+    assert {rows: len(blocks) for rows, blocks in measured["rows"].items()} == {"1": 2, "4": 2}
     for method in ("jacobi", "sequential"):  # whatever was measured, what is stored is what is used
-        for block in calibration["rows"]["4"]:
+        for block in measured["rows"]["4"]:
             block["solver"] = {"method": method, "window": None, "draft": False}
-        stored.write_text(json.dumps(calibration))
+        stored.write_text(json.dumps(measured))
         capsys.readouterr()
         assert main(["sample", str(mine), "--num=4", "-o", str(tmp_path / f"{method}.npz")]) == 0
         assert distance(read_npz(tmp_path / "before.npz"), read_npz(tmp_path / f"{method}.npz")) <= 1
@@ -258,7 +364,7 @@ def test_inpaint_without_steps_says_nothing_of_them(run, digits, tmp_path, capsy
 # ---- help ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["sample", "calibrate", "encode", "decode", "interpolate", "swap", "inpaint"])
+@pytest.mark.parametrize("verb", ["sample", "autotune", "encode", "decode", "interpolate", "swap", "inpaint"])
 def test_help_explains_every_option(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

@@ -118,7 +118,7 @@ def sequential(flow: TarFlow, x: Tensor, y: Tensor | None, at: Pairs, align: Ali
 def _cut_blocks(
     flow: TarFlow, x: Tensor, y: Tensor | None, at: Pairs, first: int
 ) -> Iterator[tuple[int, Tensor, BlockOutput]]:
-    """`TarFlow.run_blocks`, where blocks from `first` on take a detached input, which requires a gradient of its own."""
+    """Encode block by block; those from `first` on take a detached input, which requires a gradient of its own."""
     classes, tokens = flow.class_weights(y, len(x)), flow.tokenize(x)
     for t, block in enumerate(flow.blocks, start=1):
         if t >= first:

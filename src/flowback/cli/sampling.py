@@ -107,11 +107,9 @@ def _start(options: Namespace) -> None:
             launcher.terminate()
             launcher.stderr.read()  # until all have ended
     if launcher.returncode:
-        reason = re.search(r"^[\w.: ]*[Ee]rror: (.+)|exitcode: (-\d+)", errors, re.MULTILINE)
+        reason = re.search(r"^[\w.: ]*[Ee]rror: (.+)|exitcode: -(\d+)", errors, re.MULTILINE)
         said = f" ({reason[1] or f'signal {reason[2]}'})" if reason else ""
-        raise PeerLost(
-            f"a process that draws ended early{said}; what is drawn is kept, run the same command again to resume"
-        )
+        raise PeerLost(f"a process ended early{said}; what was drawn is kept, run the same command again to resume")
 
 
 def _end_with_input() -> None:

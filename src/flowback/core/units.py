@@ -81,7 +81,7 @@ def as_size(size: Any, name: str) -> Any:
     """
     if isinstance(size, list | tuple) and len(size) == 2:
         size = size[0] if size[0] == size[1] else tuple(size)
-    for side in size if isinstance(size, tuple) else (size,):
+    for side in size if isinstance(size, tuple) and len(size) == 2 else (size,):
         whole = isinstance(side, int) and not isinstance(side, bool) and side >= 1
         if not whole and size is not None:
             raise InputError(

@@ -425,8 +425,8 @@ class ArrayCache:
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
-    """A short hash of the facts, the same whatever their order."""
-    return hashlib.sha256(json.dumps(_plain(facts), sort_keys=True).encode()).hexdigest()[:16]
+    """A short hash of the facts, the same whatever their order, and of the format: caches of another one are not found."""
+    return hashlib.sha256(json.dumps([FORMAT, _plain(facts)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find(root: Path, facts: Mapping[str, Any]) -> ArrayCache | None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flowback.core.errors import InputError
+from flowback.core.units import as_size
 from flowback.data.folders import FolderSource
 from flowback.data.shards import ShardSource
 from flowback.data.sources import DiskSplit, Report, Source
@@ -40,9 +42,10 @@ class DataConfig:
             and val/class/, with val held out), imagenet (the same), or shards (WebDataset's tar files).
         path: where the data lies: a tree; a folder of .tar files or a pattern such as train-{000..146}.tar; optional for
             fashion_mnist (a folder of its IDX files).
-        image_size: side of the images, pixels. Those on disk are resized and centre-cropped to it; those of
-            fashion_mnist are padded with background (32 makes 16x16 tokens in patches of 2); null for the data's own.
-        channels: of images on disk: 3 for colour, 1 for grey.
+        image_size: height and width of the images, pixels, or one number for both. Those on disk are resized and
+            center-cropped to it; those of fashion_mnist are padded with background (32 makes 16x16 tokens in patches of 2);
+            null for the data's own.
+        channels: of images on disk: 3 for color, 1 for grey.
         holdout: share of each class that is held out, where the data has no held-out part of its own (fashion_mnist's
             test images, val of a tree or of shards).
         split_seed: seed of the held-out split.
@@ -56,7 +59,7 @@ class DataConfig:
 
     name: str = "digits"
     path: str | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     channels: int = 3
     holdout: float = 0.2
     split_seed: int = 0
@@ -65,6 +68,7 @@ class DataConfig:
     unreadable: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", as_size(self.image_size, "data.image_size"))
         names = [*LOADERS, *SOURCES]
         if self.name not in names:
             raise InputError(f"data.name is {self.name!r}; allowed: {', '.join(names)}")
@@ -73,8 +77,8 @@ class DataConfig:
         if not 0 <= self.unreadable < 1:
             raise InputError(f"data.unreadable is {self.unreadable}; allowed is a share from 0 to 1, 1 excluded")
         if self.channels not in (1, 3):
-            raise InputError(f"data.channels is {self.channels}; allowed: 1 (grey) or 3 (colour)")
-        for name, least in (("image_size", 1), ("limit", 1), ("workers", 0), ("split_seed", 0)):
+            raise InputError(f"data.channels is {self.channels}; allowed: 1 (grey) or 3 (color)")
+        for name, least in (("limit", 1), ("workers", 0), ("split_seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"data.{name} is {value}; allowed is a whole number of at least {least}")
@@ -91,9 +95,14 @@ class ImageSet:
     train: Split
     held_out: Split
     classes: list[str]
-    image_size: int
+    image_size: int | tuple[int, int]  # a number for squares, or height and width, pixels
     channels: int
     levels: int  # values that a pixel can take
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
 
 def load_data(config: DataConfig, report: Report | None = None) -> ImageSet:
@@ -143,25 +152,22 @@ def _fashion_mnist(config: DataConfig) -> ImageSet:
     images, labels = (_read_idx(folder, f"train-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     test_images, test_labels = (_read_idx(folder, f"t10k-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     keep = limit_indices(len(labels), config)
-    size = config.image_size or images.shape[-1]
-    if size < images.shape[-1]:
-        raise InputError(f"data.image_size is {size}; allowed for fashion_mnist is at least {images.shape[-1]}, by padding")
+    own = images.shape[-1]
+    size = config.image_size or own
+    height, width = size if isinstance(size, tuple) else (size, size)
+    if min(height, width) < own:
+        raise InputError(f"data.image_size is {size}; allowed for fashion_mnist is at least {own}, by padding")
+    left, above = (width - own) // 2, (height - own) // 2
+    margins = (left, width - own - left, above, height - own - above)  # of zeros, the background
     return ImageSet(
         name="fashion_mnist",
-        train=MemorySplit(_padded(images[keep][:, None], size), labels[keep].long()),
-        held_out=MemorySplit(_padded(test_images[:, None], size), test_labels.long()),
+        train=MemorySplit(pad(images[keep][:, None], margins), labels[keep].long()),
+        held_out=MemorySplit(pad(test_images[:, None], margins), test_labels.long()),
         classes=FASHION_CLASSES,
         image_size=size,
         channels=1,
         levels=256,
     )
-
-
-def _padded(images: Tensor, size: int) -> Tensor:
-    """Images `[n, C, S, S]` in the middle of a background of zeros, `[n, C, size, size]`."""
-    before = (size - images.shape[-1]) // 2
-    after = size - images.shape[-1] - before
-    return torch.nn.functional.pad(images, (before, after, before, after))
 
 
 def _fashion_mnist_folder(path: str | None) -> Path:
@@ -179,7 +185,7 @@ def _fashion_mnist_folder(path: str | None) -> Path:
         raise InputError(
             f"fashion_mnist is not on this machine and cannot be downloaded ({str(error).splitlines()[0]}); "
             "allowed: a network, the Debian package dataset-fashion-mnist, or data.path, a folder of its IDX files"
-        ) from None
+        ) from error
     return root / "FashionMNIST" / "raw"
 
 
@@ -194,7 +200,7 @@ def _read_idx(folder: Path, name: str) -> Tensor:
                 shape = np.frombuffer(raw, ">u4", count=ndim, offset=4)
                 return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy())
             except (OSError, EOFError, ValueError, IndexError) as error:
-                raise InputError(f"{file} is not a whole IDX file ({error})") from None
+                raise InputError(f"{file} is not a whole IDX file ({error})") from error
     raise InputError(f"{folder} has no {name} or {name}.gz; data.path must be a folder of Fashion-MNIST's IDX files")
 
 
@@ -204,7 +210,7 @@ def _on_disk(config: DataConfig, report: Report | None) -> ImageSet:
     if config.path is None:
         raise InputError(f"data.path is missing; {config.name} needs {layout}")
     if config.image_size is None:
-        raise InputError(f"data.image_size is missing; {config.name} needs the side of its images, pixels")
+        raise InputError(f"data.image_size is missing; {config.name} needs the size of its images, pixels")
     source, size, channels = kind(config.path, report), config.image_size, config.channels
     if source.held_out.any():
         train, held_out = (~source.held_out).nonzero()[:, 0], source.held_out.nonzero()[:, 0]

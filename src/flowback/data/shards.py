@@ -1,4 +1,8 @@
-"""Tar files in WebDataset's layout, read at random: an index says where in which tar each image begins."""
+"""Tar files in WebDataset's layout, read at random: an index says where in which tar each image begins.
+
+The package webdataset streams shards. Then what a step sees depends on the number of readers, and a run cannot be resumed
+exactly. The package braceexpand keeps all numbers of `{0..99999999999}` in memory, where `expand_braces` refuses them.
+"""
 
 import math
 import os
@@ -32,8 +36,7 @@ END = bytes(512)  # an empty block, which ends a tar
 class ShardSource(Source):
     """The samples of tar files, in the order of the tars' paths.
 
-    Shards are usually streamed, but then what a step sees depends on the number of readers and on where a run was resumed;
-    here it is a function of (seed, step), so every image is read by its place, which an index gives that is built once
+    What a step sees is a function of (seed, step), so every image is read by its place. The index of places is built once
     for each shard and kept in the cache folder.
 
     Files with the same key (the path up to the first dot of its last part) are one sample: an image by its extension, and
@@ -105,7 +108,7 @@ class ShardSource(Source):
             handle = _opened(self.shards[shard], self.stamps[shard])
             data = read_at(handle.descriptor, size, int(self.offsets[index]))
         except OSError as error:
-            raise InputError(f"image {self.where(index)} cannot be read ({error.strerror})") from None
+            raise InputError(f"image {self.where(index)} cannot be read ({error.strerror})") from error
         if len(data) < size:
             raise InputError(f"image {self.where(index)} cannot be read (the tar ends within it)")
         return data
@@ -204,7 +207,7 @@ def _index(shard: Path) -> dict[str, Any]:
             index = _samples(shard, stream, members)
     except (OSError, tarfile.TarError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"shard {shard} cannot be read ({reason}); allowed is a whole tar without compression") from None
+        raise InputError(f"shard {shard} cannot be read ({reason}); allowed is a whole tar without compression") from error
     index["stamp"] = np.array(stamp, np.int64)
     save_index("shards", str(shard), index)
     return index
@@ -246,9 +249,9 @@ def _class_number(stream: BinaryIO, files: dict[str, tarfile.TarInfo], sample: s
     content = read_at(stream.fileno(), files[extension].size, files[extension].offset_data)
     try:
         value = int(content) if extension == "cls" else parse_json(content)
-    except ValueError:
+    except ValueError as error:
         kind = "a whole number" if extension == "cls" else "JSON"
-        raise InputError(f"{sample} has {content[:20]!r} in .{extension}; allowed is {kind}") from None
+        raise InputError(f"{sample} has {content[:20]!r} in .{extension}; allowed is {kind}") from error
     if extension == "json":
         value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
         if value is None:
@@ -266,7 +269,7 @@ def _class_names(folder: Path) -> list[str] | None:
                 text = file.read_text("utf-8")
                 names = parse_json(text) if file.suffix == ".json" else text.split("\n")
             except (OSError, ValueError) as error:
-                raise InputError(f"{file} cannot be read ({error})") from None
+                raise InputError(f"{file} cannot be read ({error})") from error
             if file.suffix == ".txt":
                 names = [name.strip() for name in names if name.strip()]
             strings = isinstance(names, list) and all(isinstance(name, str) for name in names)

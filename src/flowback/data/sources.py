@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowback.core.errors import InputError
+from flowback.core.files import cache_folder, write_whole
 from flowback.data.images import MAX_BYTES, READING, load_image
 from flowback.data.splits import Split
 
@@ -94,11 +94,11 @@ class DiskSplit(Split):
     Args:
         source: where they lie.
         indices: which of its images, `[n]`.
-        image_size: side of the square that each is made, pixels.
-        channels: 3 for colour, 1 for grey.
+        image_size: height and width that each is cropped and resized to, or one number for both, pixels.
+        channels: 3 for color, 1 for grey.
     """
 
-    def __init__(self, source: Source, indices: Tensor, image_size: int, channels: int) -> None:
+    def __init__(self, source: Source, indices: Tensor, image_size: int | tuple[int, int], channels: int) -> None:
         self.source, self.indices, self.labels = source, indices, source.labels[indices]
         self.image_size, self.channels = image_size, channels
 
@@ -147,21 +147,11 @@ def save_index(kind: str, place: str, values: Mapping[str, Any]) -> None:
     arrays = {}
     for name, value in values.items():
         arrays |= {name: value.blob, name + OFFSETS: value.offsets} if isinstance(value, Texts) else {name: value}
-    file = _index_file(kind, place)
-    own = file.with_name(f"{file.stem}.{uuid4().hex}.partial")
     with suppress(OSError):  # without an index the next start only takes longer
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with own.open("wb") as stream:
-                np.savez(stream, **arrays)
-            own.replace(file)
-        finally:
-            own.unlink(missing_ok=True)
+        write_whole(_index_file(kind, place), lambda path: np.savez(path, **arrays))
 
 
 def _index_file(kind: str, place: str) -> Path:
-    from flowback.core.files import cache_folder
-
     name = hashlib.sha256(f"{FORMAT} {os.path.realpath(place)}".encode(errors="surrogateescape")).hexdigest()[:24]
     return cache_folder() / kind / f"{name}.npz"
 

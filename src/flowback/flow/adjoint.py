@@ -31,7 +31,8 @@ def solve_adjoint(g: Tensor, x_in: Tensor, mu: Tensor, a: Tensor, terms: int, to
     Args:
         g: cotangent of the block's input as the decoder's solution, `[B, N, D]`.
         x_in: the block's input, a leaf of the graph of `mu` and `a`.
-        mu, a: what the block predicts for it, `[B, N, D]`.
+        mu: what the block predicts for it, `[B, N, D]`.
+        a: likewise.
         terms: how many to take at most; N - 1 for all.
         tolerance: the series of an image ends early where a term is smaller than this share of the sum.
     """

@@ -66,7 +66,7 @@ class Autotune:
                 raise ValueError(f"{min(rows)} rows")
             return cls(content["machine"], rows)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{file} is not what autotune wrote ({error}); it can be deleted and made anew") from None
+            raise InputError(f"{file} is not what autotune wrote ({error}); it can be deleted and made anew") from error
 
 
 def machine_name(device: torch.device) -> str:

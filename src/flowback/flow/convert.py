@@ -103,10 +103,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except PermissionError:
         raise
-    except Exception:  # torch.load raises many kinds, with advice to load without safety
+    except Exception as error:  # torch.load raises many kinds, with advice to load without safety
         raise InputError(
             f"{file} cannot be read; allowed is an undamaged file of tensors only, since other objects can run code"
-        ) from None
+        ) from error
     if isinstance(found, dict):
         found = next((found[key] for key in WRAPPERS if _is_state(found.get(key))), found)
     if not _is_state(found):

@@ -14,12 +14,12 @@ little progress, and say so. The host waits for the device once a sweep, to know
 sequential loop.
 
 Compiled, every pass has the same shapes: the places of its tokens are a tensor on the device, and attention sees all
-keys under a mask (`flowback.nn.StaticCache`). So one program serves all passes, and on CUDA one graph.
+keys under a mask (`flowback.flow.transformer.StaticCache`). So one program serves all passes, and on CUDA one graph.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -60,7 +60,7 @@ class Solver:
         if self.method not in METHODS:
             raise InputError(f"decoding method {self.method!r} does not exist; allowed: {', '.join(METHODS)}")
         if self.window is not None and not (isinstance(self.window, int) and self.window >= 1):
-            raise InputError(f"window {self.window!r} is not usable; allowed is a whole number of at least 1, or None")
+            raise InputError(f"window must be a whole number of at least 1 or None, got {self.window!r}")
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,8 @@ class CausalMap:
     Args:
         block: the block to invert.
         z: its output `[B, N, D]`, raster order.
-        classes: class weights `[B, K]`; with guidance `[2B, K]`, the conditional rows before the unconditional ones, which
-            then run as one batch.
-        guidance: how the two halves are combined.
+        classes: class weights `[B, K]`; None for an unconditional block.
+        guidance: of some scale makes passes of `2B` rows: the conditional ones, then the unconditional ones.
         known: numbers of x that are not decoded but given (inpainting): their values and, as booleans, their places,
             both `[B, N, D]` in raster order.
         compiled: whether passes are compiled.
@@ -102,6 +101,8 @@ class CausalMap:
         self.known = None if known is None else (block.reorder(known[0]), block.reorder(known[1]))
         self.tokens = z.shape[1]
         self.w = guidance.weights(self.z) if guidance.scale else None
+        if classes is not None and self.w is not None:
+            self.classes = torch.cat([classes, torch.full_like(classes, 1 / classes.shape[1])])
 
     def next(self, x: Tensor, places: Places, cache: Cache | None = None) -> Tensor:
         """F of the tokens after each of `x [B, n, D]`, which stand at `places`: `[B, n, D]`."""
@@ -141,14 +142,9 @@ class CausalMap:
 
     def for_tokens(self) -> "CausalMap":
         """The same map, with a copy of the block that is laid out for passes of few tokens."""
-        return _replaced(self, block=few_row_block(self.block, self.z.device))
-
-
-def _replaced(F: CausalMap, **values: Any) -> CausalMap:
-    """A map with other values of some attributes."""
-    new = object.__new__(CausalMap)
-    new.__dict__ = {**F.__dict__, **values}
-    return new
+        new = copy(self)
+        new.block = few_row_block(self.block, self.z.device)
+        return new
 
 
 def few_row_block(block: FlowBlock, device: torch.device) -> FlowBlock:

@@ -1,12 +1,12 @@
 """Classifier-free guidance of an autoregressive flow (TARFlow, arXiv 2412.06329, section 3.5)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowback.core.errors import InputError
+from flowback.flow.labels import Labels, as_tensor
 
 SCHEDULES = ("constant", "annealed")
 TARGETS = ("both", "a", "mu")
@@ -58,17 +58,16 @@ class Guidance:
         return mu, a
 
 
-def guided_classes(guidance: Guidance, classes: Tensor | None, y: Any) -> Tensor | None:
-    """Class weights `[B, K]` as guidance needs them: those of an unconditional pass follow, `[2B, K]`; else unchanged.
+def checked(guidance: float | Guidance, y: Labels, classes: int) -> Guidance:
+    """A scale or a guidance as a guidance, for the labels `y` of a flow of `classes`.
 
     Raises:
         InputError: if there is guidance, but no label to guide towards.
     """
-    if not guidance.scale:
-        return classes
-    if classes is None:
+    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    if guidance.scale and not classes:
         raise InputError(f"guidance must be 0 for an unconditional flow, got {guidance.scale}")
     on_host = not isinstance(y, Tensor) or y.device.type == "cpu"
-    if y is None or (on_host and bool((torch.as_tensor(y) == -1).all())):
+    if guidance.scale and (y is None or (on_host and bool((as_tensor(y) == -1).all()))):
         raise InputError(f"guidance {guidance.scale} needs labels y to guide towards; there are none")
-    return torch.cat([classes, torch.full_like(classes, 1 / classes.shape[1])])
+    return guidance

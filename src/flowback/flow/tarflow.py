@@ -5,10 +5,10 @@ space, that of its images `x [B, C, H, W]`; these may be the latents of an autoe
 Noise is `z [B, N, D]`, likelihoods are nats summed per image, and blocks and layers count from 1.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ from flowback.flow.autotune import Autotune, solvers
 from flowback.flow.block import BlockOutput, FlowBlock
 from flowback.flow.config import FlowConfig
 from flowback.flow.decoding import CausalMap, Solved, default_tolerance
-from flowback.flow.guidance import Guidance, guided_classes
+from flowback.flow.guidance import Guidance, checked
 from flowback.flow.implicit import solve_with_gradient
-from flowback.flow.labels import Labels, as_tensor, class_weights
+from flowback.flow.labels import Labels, class_weights, to_draw
 from flowback.flow.patches import patchify, unpatchify
+
+BLOCK_OPTIONS = ("width", "head_dim", "num_classes", "mlp", "mlp_ratio", "positions", "log_scale_bound")
 
 
 @dataclass
@@ -58,40 +60,30 @@ class TarFlow(io.Pretrained, nn.Module):
         torch.Size([2, 1, 8, 8])
     """
 
+    prior_std: Tensor | None
+
     def __init__(self, config: FlowConfig | None = None, **options: Any) -> None:
         super().__init__()
         self.config = c = FlowConfig.complete(config, options)
-        self.image_size, self.channels, self.num_classes, self.levels = c.size, c.channels, c.num_classes, c.levels
-        height, width = c.size
-        self.data_shape = (c.channels, height, width)
+        self.channels, self.num_classes, self.levels = cast("tuple[int, int, int]", (c.channels, c.num_classes, c.levels))
+        height, width = self.image_size = c.size
+        self.data_shape = (self.channels, height, width)
         self.grid = (height // c.patch_size, width // c.patch_size)
-        self.token_shape = (self.grid[0] * self.grid[1], c.channels * c.patch_size**2)  # N, D
+        self.token_shape = (self.grid[0] * self.grid[1], self.channels * c.patch_size**2)  # N, D
         self.dims = self.token_shape[0] * self.token_shape[1]  # numbers in an image
-        self.prior_std: Tensor | None
         self.register_buffer("prior_std", torch.ones(self.token_shape) if c.prior == "scaled" else None)
         self.autotune: Autotune | None = None  # which decoder is fastest for which block on this machine
         self.folder: Path | None = None  # where the flow was loaded from
+        shared = {name: getattr(c, name) for name in BLOCK_OPTIONS}
         self.blocks = nn.ModuleList(
-            FlowBlock(
-                *self.token_shape,
-                width=c.width,
-                layers=depth,
-                head_dim=c.head_dim,
-                num_classes=c.num_classes,
-                flip=t % 2 == 1,
-                mlp=c.mlp,
-                mlp_ratio=c.mlp_ratio,
-                positions=c.positions,
-                log_scale_bound=c.log_scale_bound,
-            )
-            for t, depth in enumerate(c.depths)
+            FlowBlock(*self.token_shape, layers=depth, flip=t % 2 == 1, **shared) for t, depth in enumerate(c.depths)
         )
 
     # ---- where it is, and what enters it ---------------------------------------------------------------------------
 
     @property
     def core(self) -> "TarFlow":
-        """The flow in its own space: itself."""
+        """The flow in its own space: itself (compare `LatentFlow.core`)."""
         return self
 
     @property
@@ -127,7 +119,7 @@ class TarFlow(io.Pretrained, nn.Module):
 
     def class_weights(self, y: Labels, batch: int) -> Tensor | None:
         """Labels as weights of the class embeddings, `[B, K]`; None for an unconditional flow (`flowback.flow.labels`)."""
-        return class_weights(y, batch, self.num_classes, torch.empty(0, dtype=self.data_dtype, device=self.device))
+        return class_weights(y, batch, self.num_classes, self.data_dtype, self.device)
 
     def tokenize(self, x: Tensor) -> Tensor:
         """Images `[B, C, H, W]` to `x^0 [B, N, D]`.
@@ -142,20 +134,6 @@ class TarFlow(io.Pretrained, nn.Module):
         return patchify(self.enter(x), self.config.patch_size)
 
     # ---- density ---------------------------------------------------------------------------------------------------
-
-    def run_blocks(
-        self, x: Tensor, y: Labels, at: Iterable[tuple[int, int]] = ()
-    ) -> Iterator[tuple[int, Tensor, BlockOutput]]:
-        """Encode block by block, yielding `(t, x^(t-1), output of block t)` for t = 1 … T.
-
-        `x`, `y` are those of `encode`; `at` are (block, layer) pairs whose hidden states the outputs carry.
-        """
-        classes = self.class_weights(y, x.shape[0])  # not len(x), which exporting would take for a constant
-        tokens, at = self.tokenize(x), list(at)
-        for t, block in enumerate(self.blocks, start=1):
-            out = block(tokens, classes, hidden=[layer for b, layer in at if b == t])
-            yield t, tokens, out
-            tokens = out.z
 
     @overload
     def encode(self, x: Tensor, y: Labels = None, trace: None = None) -> tuple[Tensor, Tensor]: ...
@@ -177,9 +155,12 @@ class TarFlow(io.Pretrained, nn.Module):
         Raises:
             InputError: if shapes, labels, blocks or layers do not fit the flow.
         """
-        record, log_dets, z = Trace(), [], x
-        for t, tokens, out in self.run_blocks(x, y, self.config.check_pairs(trace or ())):
-            record.inputs[t] = tokens
+        at, record, log_dets = self.config.check_pairs(trace or ()), Trace(), []
+        z = self.tokenize(x)
+        classes = self.class_weights(y, x.shape[0])  # not len(x), which exporting would take for a constant
+        for t, block in enumerate(self.blocks, start=1):
+            record.inputs[t] = z
+            out: BlockOutput = block(z, classes, hidden=[layer for b, layer in at if b == t])
             record.hidden.update({(t, layer): h for layer, h in out.hidden.items()})
             log_dets.append(out.log_det)
             z = out.z
@@ -227,12 +208,13 @@ class TarFlow(io.Pretrained, nn.Module):
     ) -> Tensor:
         """Map noise to images; without guidance the inverse of `encode`.
 
-        Differentiable once in z, in class weights and in the parameters, by the adjoint (`flowback.flow.implicit`).
+        Differentiable once in z, in class weights, in known images and in the parameters, whatever the method
+        (`flowback.flow.implicit`).
 
         Args:
             z: `[B, N, D]`; it is not written to.
             y: labels, as in `encode`.
-            guidance: scale, or a `Guidance`. It needs labels. Conditional and unconditional passes run as one batch.
+            guidance: scale, or a `Guidance`. It needs labels, and doubles the rows of a batch.
             method: "sequential", "jacobi", "gauss_seidel", or "auto", which takes for each block what `autotune`
                 measured as fastest; or one of them for each block, block 1 first (`flowback.flow.decoding`).
             tolerance: update at which the parallel methods stop; None for 1e-5 in float32, 1e-10 in float64.
@@ -265,12 +247,11 @@ class TarFlow(io.Pretrained, nn.Module):
             raise InputError(f"z must have the shape [B, {N}, {D}], got {list(getattr(z, 'shape', ()))}")
         if tolerance is not None and not 0 < tolerance < float("inf"):
             raise InputError(f"tolerance must be above 0, got {tolerance}")
-        z, guidance = self.enter(z), guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         tolerance = tolerance or default_tolerance(self.dtype, self.device)
-        classes = guided_classes(guidance, self.class_weights(y, len(z)), y)
+        classes, guidance = self.class_weights(y, len(z)), checked(guidance, y, self.num_classes)
         chosen = solvers(method, self.autotune, self.config.blocks, len(z) * (2 if guidance.scale else 1), self.device)
         given = None if known is None else self._known_tokens(*known, batch=len(z))
-        tokens, report = z, []
+        tokens, report = self.enter(z), []
         for t in range(self.config.blocks, 0, -1):
             block: Any = self.blocks[t - 1]
             F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None, compile)
@@ -287,25 +268,21 @@ class TarFlow(io.Pretrained, nn.Module):
     def denoise(self, x: Tensor, y: Labels = None, batch_size: int = 64) -> Tensor:
         """Remove the training noise by one score step, `x + sigma^2 grad_x log p(x)` (Tweedie; TARFlow, eq. 8).
 
-        The score is of the density that was trained, whose prior is N(0, I), also where `prior` is "scaled".
-
-        Args:
-            x: noisy images `[B, C, H, W]`.
-            y: labels, as in `encode`.
-            batch_size: images that one backward pass takes; bounds the memory.
+        The score is of the density that was trained, whose prior is N(0, I), also where `prior` is "scaled". `x` are noisy
+        images `[B, C, H, W]`; a backward pass takes `batch_size` of them, which bounds the memory.
         """
+        x, parts = self.enter(x).detach(), []
         if self.config.noise != "gaussian" or not self.config.noise_std:
-            return self.enter(x).detach().clone()
-        x, classes = self.enter(x), self.class_weights(y, len(x))
-        parts = []
+            return x.clone()
+        classes = self.class_weights(y, len(x))
         for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
             with torch.inference_mode(False), torch.enable_grad():
-                weights = None if classes is None else classes[start : start + batch_size].clone()
-                part = x[start : start + batch_size].detach().clone().requires_grad_()
-                z, log_det = self.encode(part, weights)
+                part = x[rows].clone().requires_grad_()
+                z, log_det = self.encode(part, None if classes is None else classes[rows].clone())
                 (score,) = torch.autograd.grad((log_det - 0.5 * z.square().sum(dim=(1, 2))).sum(), part)
             parts.append(part.detach() + self.config.noise_std**2 * score)
-        return torch.cat(parts) if parts else x.detach().clone()
+        return torch.cat(parts) if parts else x.clone()
 
     @torch.no_grad()
     def sample(
@@ -327,7 +304,7 @@ class TarFlow(io.Pretrained, nn.Module):
 
         Args:
             num: how many, or a shape; None for as many as there are labels.
-            y: labels, one for each image or one for all, -1 for no label. None draws them uniformly, if the flow has any.
+            y: labels, as in `encode`. None draws them uniformly, if the flow has any.
             guidance: scale, or a `Guidance`; 0 for none.
             temperature: standard deviation of z, as a multiple of the prior's.
             denoise: whether the score step removes the training noise (Gaussian noise only).
@@ -344,41 +321,27 @@ class TarFlow(io.Pretrained, nn.Module):
         Raises:
             InputError: if a number, a label, the temperature or the guidance is impossible.
         """
-        for name, value in (("temperature", temperature), ("batch_size", batch_size)):
-            if not 0 < value < float("inf"):
-                raise InputError(f"{name} must be above 0, got {value}")
+        if not 0 < temperature < float("inf"):
+            raise InputError(f"temperature must be above 0, got {temperature}")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if seed is not None and generator is not None:
             raise InputError("give either seed or generator, not both")
         generator = generator if seed is None else torch.Generator().manual_seed(seed)
-        shape, labels = self._labels_to_draw(num, y, generator)
-        empty = torch.empty(len(labels), *self.token_shape, dtype=self.data_dtype, device=self.device)
+        shape, y = to_draw(num, y, self.num_classes, generator)
+        empty = torch.empty(*shape, *self.token_shape, dtype=self.data_dtype, device=self.device).flatten(0, -3)
+        classes, guidance = self.class_weights(y, len(empty)), checked(guidance, y, self.num_classes)
         z = temperature * self.to_prior(draw(torch.randn, empty, generator))
         images, log_probs = [], []
-        for z_part, y_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
-            x = self.decode(z_part, y_part, guidance, method, compile=compile)
+        for start in range(0, len(z), batch_size):
+            rows = slice(start, start + batch_size)
+            weights = None if classes is None else classes[rows]
+            x = self.decode(z[rows], weights, guidance, method, compile=compile)
             if return_log_prob:
-                log_probs.append(self.log_prob(x, y_part))
-            images.append(self.denoise(x, y_part, batch_size) if denoise else x)
+                log_probs.append(self.log_prob(x, weights))
+            images.append(self.denoise(x, weights, batch_size) if denoise else x)
         x = torch.cat(images).unflatten(0, shape)
         return (x, torch.cat(log_probs).unflatten(0, shape)) if return_log_prob else x
-
-    def _labels_to_draw(
-        self, num: int | tuple[int, ...] | None, y: Labels, generator: torch.Generator | None
-    ) -> tuple[tuple[int, ...], Tensor]:
-        """The shape asked for, and a label for each image."""
-        labels = None if y is None else as_tensor(y)
-        if num is None:
-            if labels is None:
-                raise InputError("give num, the number of images, or y, their labels")
-            num = len(labels) if labels.dim() else 1
-        shape = num if isinstance(num, tuple) else (num,)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in shape) or not shape:
-            raise InputError(f"num must be a whole number of at least 1 or a tuple of them, got {num!r}; labels are y=")
-        count = torch.Size(shape).numel()
-        if labels is None:
-            K = self.num_classes
-            labels = torch.randint(K, (count,), generator=generator) if K else torch.full((count,), -1)
-        return shape, labels.expand(count) if labels.dim() == 0 else labels
 
     def resized(self, image_size: int | tuple[int, int]) -> "TarFlow":
         """A copy for images of another size, with the same weights. Rotary positions only.

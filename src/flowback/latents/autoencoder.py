@@ -114,7 +114,7 @@ class Autoencoder(nn.Module):
         return self.from_moments(self.moments(images), generator)
 
     def moments(self, images: Tensor) -> Tensor:
-        """The posterior's mean, `[B, channels, …]`; where latents are samples, its standard deviation follows as channels."""
+        """The posterior's mean, `[B, channels, …]`; where latents are samples, then its standard deviation, as channels."""
         model: Any = self.model
         parts = []
         for part in put(images, model.device).split(BATCH):

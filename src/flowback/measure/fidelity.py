@@ -193,7 +193,8 @@ def reference_of(data: ImageSet, count: int, training: bool = True) -> tuple[Ima
     split = data.train if training else data.held_out
     images = SplitImages(split, data.levels, count)
     part = "train" if training else "held-out"
-    return images, f"{data.name}-{part}-{len(images)}-{data.image_size}-{split.fingerprint()}"
+    size = "x".join(map(str, dict.fromkeys(data.size)))
+    return images, f"{data.name}-{part}-{len(images)}-{size}-{split.fingerprint()}"
 
 
 def _calculate(extractor: str, weights: str | None, device: torch.device | str, **options: Any) -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from flowback.core.console import console
 from flowback.core.files import write_whole
@@ -42,7 +43,8 @@ class MetricsLog:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file, self.fails, self.events = run / "metrics.csv", False, None
+        self.file, self.fails = run / "metrics.csv", False
+        self.events: Any = None
         kept = [row for row in read_metrics(self.file) if row["step"] <= step] if self.file.exists() and step else []
         with self._or_without():
             write_whole(self.file, lambda file: _write_rows(file, "w", kept))
@@ -60,8 +62,9 @@ class MetricsLog:
         """Append one row."""
         with self._or_without():
             _write_rows(self.file, "a", [{"step": step, **values}])
-            for name, value in values.items() if self.events is not None else ():
-                self.events.add_scalar(name, value, step)
+            if self.events is not None:
+                for name, value in values.items():
+                    self.events.add_scalar(name, value, step)
 
     @contextmanager
     def _or_without(self) -> Iterator[None]:

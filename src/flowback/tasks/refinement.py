@@ -104,6 +104,7 @@ def best_of(
     return z[torch.arange(len(z), device=z.device), best]
 
 
+@torch.inference_mode(False)  # it takes gradients
 def refine(
     flow: Flow,
     z: Tensor,
@@ -147,7 +148,7 @@ def refine(
         raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if y.device.type == "cpu" and (y < 0).any():
         raise InputError("labels to refine towards must be at least 0, got -1")
-    z, y = flow.enter(z), put(y, flow.device)
+    z, y = flow.enter(z), put(y, flow.device).clone()
     parts = zip(z.split(batch_size), y.split(batch_size), strict=True)
     return torch.cat([_refine(flow, *part, steps, angle, OBJECTIVES[objective], guidance, compile) for part in parts])
 
@@ -188,7 +189,7 @@ def _value_and_gradient(
     last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The objective `[B]` of what z is decoded to, and its gradient with respect to z, or zeros if it is the last."""
-    with torch.inference_mode(False), torch.set_grad_enabled(not last):
+    with torch.set_grad_enabled(not last):
         z = z.clone().requires_grad_()
         value = objective(flow, flow.decode(z, y, guidance, compile=compile), y)
         if last:

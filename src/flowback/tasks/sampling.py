@@ -181,15 +181,12 @@ class Store:
         """
         text = json.dumps({**asdict(self.request), "model": fingerprint(self.flow)}, indent=1) + "\n"
         file = self.folder / "request.json"
-        if file.exists():
-            if file.read_text() != text:
-                raise InputError(
-                    f"{self.folder} was begun by another request or with other weights; repeat that one, choose another "
-                    "output, or delete it"
-                )
+        begun = file.read_text() if file.exists() else None
+        if begun == text:
             return
-        if self.folder.is_dir():
-            raise InputError(f"{self.folder} does not say what it was begun for; choose another output, or delete it")
+        if begun is not None or self.folder.is_dir():
+            said = "was begun by another request or with other weights; choose another output, or delete it"
+            raise InputError(f"{self.folder} {said}")
         if self.is_folder and self.output.is_dir() and any(self.output.iterdir()):
             raise InputError(f"output must be a new or empty folder, but {self.output} holds other files")
         if not self.is_folder and self.output.is_dir():
@@ -301,15 +298,13 @@ def sample_to_disk(
         if rank == 0:
             store.open()
         _meet(world)
-        done = store.drawn()
-        with Bar(str(output), request.num, done, shown=rank == 0) as bar:
+        with Bar(str(output), request.num, done := store.drawn(), shown=rank == 0) as bar:
             for part in store.missing():
                 if part % world == rank:
                     images, note = draw(flow, request, part, method, batch_size, compile)
                     store.write(images, note)
                     own.append(note)
-                    done = store.drawn()
-                    bar.update(done)
+                    bar.update(done := store.drawn())
             _meet(world)
             if done < request.num:
                 bar.update(request.num)

@@ -228,7 +228,7 @@ def _measure(objective: nn.Module, fake: FakeTensorMode, precision: str, images:
 def _encoder_flops(encoder: nn.Module, data: ImageSet) -> int:
     """Operations of the features of one image."""
     with torch.device("meta"), Meter() as meter:
-        encoder(torch.empty(1, data.channels, data.image_size, data.image_size))
+        encoder(torch.empty(1, data.channels, *data.size))
     return meter.flops
 
 

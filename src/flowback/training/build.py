@@ -62,7 +62,7 @@ def fingerprint(encoder: Encoder) -> str | None:
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16] if tensors else None
 
 
@@ -108,8 +108,8 @@ def build_flow(
     Raises:
         InputError: if the recipe's image size, channels or levels are not the data's, or the autoencoder's.
     """
-    flow, size, of = config.flow, as_size(data.image_size, "the size"), f"the data set {data.name}"
-    facts: dict[str, Any] = {"image_size": size, "channels": data.channels, "levels": data.levels}
+    flow, of = config.flow, f"the data set {data.name}"
+    facts: dict[str, Any] = {"image_size": as_size(data.size, "the size"), "channels": data.channels, "levels": data.levels}
     if autoencoder is not None:
         if autoencoder.image_channels != data.channels:
             raise InputError(
@@ -117,7 +117,7 @@ def build_flow(
             )
         if flow.noise != "gaussian":
             raise InputError(f"flow.noise is {flow.noise!r}; allowed in latents, which have no bins: gaussian")
-        size = autoencoder.latent_size(size if isinstance(size, tuple) else (size, size))
+        size = autoencoder.latent_size(data.size)
         facts, of = {"image_size": as_size(size, "the size"), "channels": autoencoder.channels}, "these latents"
     for name, value in facts.items():
         if getattr(flow, name) not in (None, value):

@@ -260,7 +260,7 @@ def describe(
     )
     return (
         f"data      {data.name}: {len(data.train)} images for training, {len(data.held_out)} held out, "
-        f"{data.image_size}x{data.image_size}x{data.channels}, {len(data.classes)} classes\n"
+        f"{'x'.join(map(str, (*data.size, data.channels)))}, {len(data.classes)} classes\n"
         f"flow      {f.blocks} blocks x {depth} layers x width {f.width}, {flow.token_shape[0]} tokens, "
         f"{millions:.2f}M parameters, noise {noise}{sees}\n"
         f"alignment {'none' if a.strategy == 'none' else aligned}"

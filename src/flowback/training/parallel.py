@@ -27,6 +27,7 @@ from flowback.core.errors import InputError
 from flowback.runs.config import TrainConfig
 
 LOST = "another process of this run is gone; the last checkpoint is whole, go on from it with --train.resume"
+SYNCHRONIZE = 0x00100000  # Windows' right to wait for the end of a process
 TIMEOUT = timedelta(hours=2)  # of a process that waits for another, which may be making caches
 
 
@@ -76,7 +77,7 @@ def launch(config: TrainConfig) -> Any:
     except Exception as error:  # Fabric raises many kinds for what is not there
         reason = " ".join(str(error).split()) or type(error).__name__
         wanted = f"train.accelerator {config.accelerator} with train.devices {devices}"
-        raise InputError(f"{wanted} cannot be had ({reason}); allowed is what this machine has") from None
+        raise InputError(f"{wanted} cannot be had ({reason}); allowed is what this machine has") from error
     fabric.launch()
     return fabric
 
@@ -155,8 +156,13 @@ def _strategy(name: str, processes: int, device: torch.device) -> Any:
 
 def _end_with(parent: int) -> None:
     """End this process, wherever it waits, when the one that started it has ended."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    if sys.platform == "win32":  # where a process keeps the number of a parent that is gone
+        import _winapi
+
+        _winapi.WaitForSingleObject(_winapi.OpenProcess(SYNCHRONIZE, False, parent), _winapi.INFINITE)
+    else:
+        while os.getppid() == parent:
+            time.sleep(1)
     print(f"flowback: {LOST}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -174,4 +180,4 @@ def peers(fabric: Any) -> Iterator[None]:
         words = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "Socket", "Gloo", "gloo")
         if fabric.world_size == 1 or not any(word in str(error) for word in words):
             raise
-        raise PeerLost(LOST) from None
+        raise PeerLost(LOST) from error
