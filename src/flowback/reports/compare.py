@@ -175,7 +175,7 @@ def figures(record: Record) -> Iterator[tuple[str, Any, str, Callable[..., Any] 
 
 def table(records: list[Record]) -> list[tuple[str, list[str], int | None]]:
     """Rows of the page's table: title, a text for each run, and which is best (None where that has no meaning)."""
-    found = [{title: rest for title, *rest in figures(record)} for record in records]
+    found = [{title: (value, form, best) for title, value, form, best in figures(record)} for record in records]
     rows = []
     for title in dict.fromkeys(title for own in found for title in own):
         cells = [own.get(title) for own in found]
