@@ -182,8 +182,8 @@ def table(records: list[Record]) -> list[tuple[str, list[str], int | None]]:
         texts = ["-" if cell is None else "not finite" if cell[0] is None else cell[1].format(cell[0]) for cell in cells]
         values = [cell[0] for cell in cells if cell is not None and cell[0] is not None]
         best = next(cell[2] for cell in cells if cell is not None)
-        differ = best is not None and len(values) == len(records) and len(set(values)) > 1
-        rows.append((title, texts, values.index(best(values)) if differ else None))
+        differ = len(values) == len(records) and len(set(values)) > 1
+        rows.append((title, texts, values.index(best(values)) if best is not None and differ else None))
     return rows
 
 
