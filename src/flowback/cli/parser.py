@@ -29,11 +29,11 @@ class Parser(ArgumentParser):
                 words.append(f"--{word[5:]}=false" if f"--{word[5:]}" in self._switches and word[:5] == "--no-" else word)
         return super().parse_args([f"{w}=true" if w in self._switches else w for w in words], *others, **kwargs)
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help, in which the value of a switch is optional."""
         for action in filter(_is_bool, self._actions):
             action.metavar = "[true|false]"
-        return super().format_help()
+        return super().format_help(*args, **kwargs)
 
     @property
     def _switches(self) -> set[str]:
