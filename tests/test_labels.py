@@ -135,7 +135,6 @@ def test_seed_is_that_of_a_generator(flow):
         ({"num": 2, "y": -1, "guidance": 1.0}, r"guidance 1\.0 needs labels"),
         ({"num": 2, "method": "newton"}, "decoding method 'newton'"),
     ],
-    ids=str,
 )
 def test_impossible_samples_are_refused(flow, arguments, message):
     with pytest.raises(InputError, match=message):

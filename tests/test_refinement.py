@@ -7,7 +7,7 @@ import torch
 
 from builders import images, random_flow
 from flowback import InputError
-from flowback.flow.guidance import Guidance, guided_classes
+from flowback.flow.guidance import Guidance
 from flowback.flow.patches import unpatchify
 from flowback.tasks.classify import RULES, ClassStatistics, classify
 from flowback.tasks.refinement import OBJECTIVES, agreement, best_of, contrast, posterior, refine
@@ -188,7 +188,8 @@ def test_the_first_step_follows_the_gradient_through_the_decoder(objective, bloc
 def refined_plainly(flow, z, y, steps, angle, objective, guidance):
     """One image `[1, N, D]`, with autograd through the token-by-token decode."""
     guide = Guidance(guidance) if guidance else None
-    classes = guided_classes(Guidance(guidance), flow.class_weights(y, 1), y)
+    classes = flow.class_weights(y, 1)
+    classes = torch.cat([classes, torch.full_like(classes, 1 / flow.num_classes)]) if guidance else classes
 
     def value_and_gradient(z):
         tokens = z = z.detach().requires_grad_()
