@@ -132,7 +132,7 @@ def evaluate(
     images = spread(len(data.held_out), config.images)
     x, y = seen(flow, data.held_out, images, data.levels)
     results: dict[str, Any] = {"run": folder.resolve().name, "data": data.name, "machine": machine(flow.device)}
-    results |= {"weights": weights, "steps": state.step, "seconds": round(state.seconds, 1)}
+    results |= {"weights": weights, "steps": state.step, "seconds": round(state.seconds, 3)}
     results |= {"strategy": alignment.strategy, "gradient": alignment.gradient if alignment.strategy == "reverse" else None}
     results["held_out_images"] = len(x)
 
