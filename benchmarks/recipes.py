@@ -108,7 +108,7 @@ def kill_after(words: list[str], environment: dict[str, str], run: Path, step: i
 
 
 def equal(one: Path, other: Path) -> bool:
-    """Whether two runs ended with the same weights, averages and optimiser, bit for bit."""
+    """Whether two runs ended with the same weights, averages and optimizer, bit for bit."""
     ends = [newest(run) for run in (one, other)]
     assert ends[0] is not None
     assert ends[1] is not None

@@ -7,7 +7,7 @@ The step is the recipe's own: encode, loss, backward, clipping, AdamW, EMA, on r
 bfloat16, plain and aligned, each as it is, with compiled blocks, and with checkpointed layers. Utilisation is the step's
 operations (what checkpointing repeats is not counted) over those that a large square product does in the same time,
 measured in the same run; medians of alternating repeats. Memory is the peak of what a step makes, beside weights,
-averages and the optimiser; what compiled code makes is not seen.
+averages and the optimizer; what compiled code makes is not seen.
 
 Then short runs through `flowback.training.train` say which share of the time is spent until a batch is there.
 """

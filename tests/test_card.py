@@ -261,7 +261,7 @@ def test_fidelity_carries_extractor_samples_reference_and_guidance(copy, tmp_pat
         "guidance": 1.5,
         "samples_from": "drawn with seed 3",
     }
-    disk = {"precision": 0.5, "samples": 10, "guidance": None, "samples_from": "/home/somebody/secret/pngs"}
+    disk = {"precision": 0.5, "samples": 10, "guidance": None, "samples_from": "elsewhere/secret/pngs"}
     found = json.loads(file.read_text()) | {"fidelity": drawn | reference, "guidance_sweep": [disk | reference]}
     file.write_text(json.dumps(found))
     card = card_of(copy, tmp_path / "flow")

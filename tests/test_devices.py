@@ -253,7 +253,10 @@ def test_other_work_does_not_wait(second, on_device, name):
     known = statistics(on_device)
     work = WORK[name] if name == "denoise" else lambda f: classify(f, images(f), name, statistics=known)
     if name == "best_of":
-        work = lambda f: best_of(f, torch.stack([noise(f), noise(f)], dim=1), Y, method="sequential")  # noqa: E731
+
+        def work(f):
+            return best_of(f, torch.stack([noise(f), noise(f)], dim=1), Y, method="sequential")
+
     assert waits(second, lambda: work(on_device))[0] == 0
 
 

@@ -60,7 +60,7 @@ class TimmEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` in [-1, 1], grey or colour, any size, to `[B, P, dim]`."""
+        """`[B, C, H, W]` in [-1, 1], grey or color, any size, to `[B, P, dim]`."""
         x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False)
         x = ((x + 1) / 2 - self.mean) / self.std  # grey images broadcast to three channels here
         return self._features(x).flatten(2).transpose(1, 2)

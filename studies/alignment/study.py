@@ -41,7 +41,7 @@ from flowback.training.caches import make_caches
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parents[1] / "benchmarks"))
 
-from convergence import errors_by_sweep, sweeps_until  # noqa: E402
+from convergence import errors_by_sweep, sweeps_until  # noqa: E402  (the line above makes it importable)
 
 RESULTS = HERE / "results"
 RUNS = Path("runs/studies/alignment")

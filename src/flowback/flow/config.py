@@ -21,7 +21,7 @@ class FlowConfig:
 
     Args:
         image_size: height and width of the images, pixels, or one number for both; a recipe leaves it to the data set.
-        channels: C, 1 for grey and 3 for colour; a recipe leaves it to the data set.
+        channels: C, 1 for grey and 3 for color; a recipe leaves it to the data set.
         num_classes: K; 0 makes an unconditional flow; a recipe leaves it to the data set.
         levels: number of values that a pixel of the data can take; a recipe leaves it to the data set.
         patch_size: side p of a token's patch, in pixels (or latents); divides the images' sides.

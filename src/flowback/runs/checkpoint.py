@@ -283,7 +283,7 @@ def _named(trained: dict[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
 
 
 def _like(parameter: nn.Parameter, reader: slices.Reader, name: str) -> Tensor:
-    """A tensor of the optimiser, which lives with its parameter: a moment is cut as that is, the count of steps whole."""
+    """A tensor of the optimizer, which lives with its parameter: a moment is cut as that is, the count of steps whole."""
     if not reader.shape(name):
         return reader.read(name).clone().to(parameter.device)  # not mapped: the file may be deleted
     value = torch.zeros_like(parameter, requires_grad=False)

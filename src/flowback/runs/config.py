@@ -104,7 +104,7 @@ class TrainConfig:
     """How the flow is trained. AdamW with linear warm-up and a cosine to zero.
 
     Args:
-        steps: optimiser steps in all; the schedule spans them.
+        steps: optimizer steps in all; the schedule spans them.
         batch_size: images per step.
         lr: learning rate at the end of the warm-up.
         warmup: steps over which the learning rate rises from zero.
@@ -121,7 +121,7 @@ class TrainConfig:
             cuda; `--device` on the command line comes before it.
         devices: processes on each node, one a device, that share every batch; torchrun's number where it starts them.
         nodes: machines, each of which runs this command with its NODE_RANK, MASTER_ADDR and MASTER_PORT, or torchrun.
-        strategy: of several processes: ddp has the whole flow in each; fsdp shares weights, gradients and the optimiser's
+        strategy: of several processes: ddp has the whole flow in each; fsdp shares weights, gradients and the optimizer's
             state out among them, for flows too large for one device, and writes checkpoints in as many files.
         grad_accum_steps: pieces in which each process takes its share of a batch, to save memory.
         checkpoint_activations: keep only the layers' inputs and compute the rest again, to save more.

@@ -69,7 +69,7 @@ class Step:
     images: int  # of the device's share
     pieces: int  # in which it takes them, `train.grad_accum_steps`
     flops: int
-    bytes: int  # weights, gradients, averages, optimiser, encoder and the peak of all that a step makes; of fsdp at most
+    bytes: int  # weights, gradients, averages, optimizer, encoder and the peak of all that a step makes; of fsdp at most
 
 
 @dataclass(frozen=True)
