@@ -85,13 +85,9 @@ def draw_cost_accuracy(evaluation: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     panel = figure.subplots()
     rows = sorted(evaluation["classification"], key=lambda row: row["passes"])
-    for i, row in enumerate(rows):
-        panel.plot(row["passes"], 100 * row["accuracy"], "o", color=COLORS[1])
-        name, at = row["rule"].replace("_", " "), (row["passes"], 100 * row["accuracy"])
-        place, side = ((6, -9), "left") if i % 2 else ((-4, 6), "right")  # close ones would cover each other's names
-        panel.annotate(name, at, place, textcoords="offset points", fontsize=7.5, ha=side)
+    for row in rows:
+        panel.plot(row["passes"], 100 * row["accuracy"], "o", label=row["rule"].replace("_", " "))
     _finish(panel, f"accuracy, % of {rows[0]['images']} held-out images", "forward passes per image")
-    panel.margins(x=0.25, y=0.15)
     return figure
 
 
