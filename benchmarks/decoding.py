@@ -1,7 +1,7 @@
 """Decoding against a textbook decoder, and against the arithmetic bound, on a trained flow, measured in one run.
 
     python benchmarks/decoding.py RUN [--batches 1,8,32] [--guidance 0,2] [--repeats 3] [--uncalibrated] [--compile]
-        [--device auto] [--json FILE]
+        [--candidates] [--device auto] [--json FILE]
 
 The textbook decoder is the published TARFlow code's way, written out here: token by token, keys and values in lists
 that are concatenated at every token, and with guidance two separate passes. Beside it our sequential loop, and `auto` as
@@ -11,6 +11,8 @@ and for the result:
 - error: largest difference from the textbook's images, which are in about [-1, 1];
 - bound: the time over that of one forward pass' matrix products at the machine's measured GEMM speed;
 - compiled (with --compile): `auto` with compiled passes;
+- candidates (with --candidates): all blocks by each of the solvers that the calibration compares, and the time of `auto`
+  over that of the fastest;
 - bfloat16: largest and root-mean-square error of decoding under autocast, and its time over that of float32; left out
   where products in bfloat16 are slower than in float32.
 """
@@ -26,13 +28,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowback.core.devices import fast_bfloat16, machine, pick_device, synchronize
-from flowback.flow.autotune import machine_name
+from flowback.flow.autotune import Autotune, Measurement, machine_name
 from flowback.flow.block import affine_decode
+from flowback.flow.decoding import Solver
 from flowback.flow.patches import unpatchify
 from flowback.flow.tarflow import TarFlow
 from flowback.flow.transformer import Cache
 from flowback.runs.checkpoint import load_flow
-from flowback.tasks.autotune import autotune
+from flowback.tasks.autotune import autotune, candidates
 
 
 class ListCache(Cache):
@@ -67,6 +70,11 @@ def textbook(flow: TarFlow, z: Tensor, y: Tensor, guidance: float) -> Tensor:
     return unpatchify(z, flow.config.patch_size, flow.image_size)
 
 
+def everywhere(solver: Solver, flow: TarFlow, device: torch.device) -> Autotune:
+    """A calibration that has all blocks decoded by one solver, for any number of rows."""
+    return Autotune(machine_name(device), {1: [Measurement(solver, math.nan, math.nan, 0, 0.0)] * flow.config.blocks})
+
+
 def gemm_speed(device: torch.device, size: int = 2048) -> float:
     """Floating-point operations a second of a large square product in float32."""
     a, b = torch.randn(2, size, size, device=device)
@@ -92,6 +100,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--uncalibrated", action="store_true", help="auto as it is without a calibration")
     options.add_argument("--compile", action="store_true", help="also with compiled passes, which are compiled before")
+    options.add_argument("--candidates", action="store_true", help="also all blocks by each candidate of the calibration")
     options.add_argument("--device", default="auto")
     options.add_argument("--json", default=None)
     o = options.parse_args()
@@ -128,6 +137,15 @@ def main() -> None:
                 with torch.autocast(device.type, torch.bfloat16):
                     return flow.decode(z, y, w)
 
+            def by(solver: Solver, z: Tensor = z, y: Tensor = y, w: float = w) -> Tensor:
+                measured, flow.autotune = flow.autotune, everywhere(solver, flow, device)
+                try:
+                    return flow.decode(z, y, w)
+                finally:
+                    flow.autotune = measured
+
+            rivals = candidates(flow.token_shape[0], fast_bfloat16(device))[1:] if o.candidates else []
+            ways |= {str(solver): lambda solver=solver, by=by: by(solver) for solver in rivals}
             if fast_bfloat16(device):
                 ways["bfloat16"] = low
             if o.compile:
@@ -153,12 +171,16 @@ def main() -> None:
                 "over_bound": round(times["auto"] / bound, 2),
             }
             low_text = ""
+            if rivals:
+                best = min(times["sequential"], *(times[str(solver)] for solver in rivals))
+                row["auto_over_best_candidate"] = round(times["auto"] / best, 3)
+                low_text += f"   {row['auto_over_best_candidate']:.2f}x the best candidate"
             if "bfloat16" in ways:
                 difference = images["bfloat16"] - images["sequential"]
                 row["bfloat16_largest_error"] = float(difference.abs().max())
                 row["bfloat16_rms_error"] = float(difference.square().mean().sqrt())
                 row["bfloat16_time"] = round(times["bfloat16"] / times["auto"], 2)
-                low_text = f"   bfloat16: {row['bfloat16_time']:.2f}x, rms error {row['bfloat16_rms_error']:.0e}"
+                low_text += f"   bfloat16: {row['bfloat16_time']:.2f}x, rms error {row['bfloat16_rms_error']:.0e}"
             rows.append(row)
             s = row["seconds"]
             compiled_text = f"   compiled {s['compiled']:7.3f} s" if o.compile else ""

@@ -174,7 +174,7 @@ def test_the_measured_images_depend_on_their_own_seed_only(flow, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rows": []}, r"\[\] rows, 3 times, cannot be measured; allowed are whole numbers of at least 1"),
+        ({"rows": []}, r"rows and repeats must be whole numbers of at least 1, got \[\] and 3"),
         ({"rows": [0, 4]}, r"\[0, 4\] rows"),
         ({"rows": [2, -1]}, r"\[2, -1\] rows"),
         ({"rows": [1], "repeats": 0}, r"\[1\] rows, 0 times"),

@@ -171,7 +171,7 @@ def test_a_smaller_memory_takes_more_pieces_and_a_larger_batch_more_of_all():
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(InputError, match="gigabytes must be a number above 0, got -1"):
         Device(gigabytes=-1)
-    with pytest.raises(InputError, match=r"sequential.*allowed in a dry run are all others"):
+    with pytest.raises(InputError, match=r"sequential.*a dry run measures all others"):
         plan(recipe_config("imagenet64", "--alignment.gradient=sequential"))
     with pytest.raises(InputError, match="no_such_folder"):
         plan(recipe_config("imagenet64", "--data.path=no_such_folder"))

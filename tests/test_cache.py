@@ -454,7 +454,7 @@ def test_other_facts_are_refused_with_the_first_that_differs(tmp_path, changed, 
     for attempt in (lambda: ArrayCache.open(folder, facts), lambda: plan(folder, facts=facts)):
         with pytest.raises(InputError) as refused:
             attempt()
-        assert f"features-1 {sentence}; allowed" in str(refused.value)
+        assert f"features-1 {sentence}; use" in str(refused.value)
     assert find(tmp_path, facts) is None
     assert nearest_mismatch(tmp_path, facts) == f"{folder} {sentence}"
     assert contents(folder) == before

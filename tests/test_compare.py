@@ -255,5 +255,5 @@ def test_an_evaluation_of_an_earlier_version_is_measured_again(runs, tmp_path, c
 
 def test_a_run_that_was_not_evaluated_is_sent_to_evaluate(tmp_path, capsys):
     assert main(["train", f"--run={tmp_path}", "--train.steps=1", *SMALL]) == 0
-    message = "has no evaluation.json; allowed are runs on which `flowback evaluate` was run"
+    message = "has no evaluation.json; expected runs on which `flowback evaluate` was run"
     assert message in refuse(["compare", str(tmp_path)], capsys)

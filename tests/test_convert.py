@@ -327,7 +327,7 @@ BIAS, QKV = f"{BLOCK}.attn_blocks.0.mlp.main.2.bias", f"{BLOCK}.attn_blocks.1.at
 FIRST, MLP = "blocks.0.proj_in.weight", "blocks.0.attn_blocks.0.mlp.main.0.weight"
 LACKS, HAS_MORE = (f"{what} the tensors of such a checkpoint: " for what in ("lacks", "has more than"))
 NOT_FINITE = "with values that are no finite numbers"
-NO_MASK = "attn_mask that is not the causal mask; allowed are ones on and below the diagonal"
+NO_MASK = "attn_mask that is not the causal mask; expected ones on and below the diagonal"
 
 BAD_TENSORS = {
     "missing": ({BIAS: None}, LACKS + BIAS),
@@ -343,22 +343,22 @@ BAD_TENSORS = {
     "not TARFlow": ({FIRST: None}, f"is not a checkpoint of the published TARFlow code: it lacks the tensor {FIRST}"),
     "another dimension": (
         {"blocks.0.pos_embed": torch.ones(1, 4, 16)},
-        "pos_embed of shape [1, 4, 16]; allowed are 2 dimensions",
+        "pos_embed of shape [1, 4, 16]; expected 2 dimensions",
     ),
-    "other shape": ({POSITIONS: torch.ones(9, 16)}, f"{POSITIONS} of shape [9, 16]; allowed is [4, 16]"),
-    "other layout": ({EMBED: torch.ones(4, 16)}, f"{EMBED} of shape [4, 16]; allowed is [4, 1, 16]"),
-    "other scale": ({PROJ_OUT: torch.ones(12)}, f"{PROJ_OUT} of shape [12]; allowed is [24]"),
+    "other shape": ({POSITIONS: torch.ones(9, 16)}, f"{POSITIONS} of shape [9, 16]; expected [4, 16]"),
+    "other layout": ({EMBED: torch.ones(4, 16)}, f"{EMBED} of shape [4, 16]; expected [4, 1, 16]"),
+    "other scale": ({PROJ_OUT: torch.ones(12)}, f"{PROJ_OUT} of shape [12]; expected [24]"),
     "open mask": ({MASK: torch.ones(4, 4)}, NO_MASK),
     "strict mask": ({MASK: torch.ones(4, 4).tril(-1)}, NO_MASK),
-    "no square": ({"blocks.0.pos_embed": torch.ones(5, 16)}, "has 5 tokens; allowed is a square number"),
-    "odd MLP": ({MLP: torch.ones(33, 16)}, "has MLPs of 33 units; allowed is a multiple of the width 16"),
+    "no square": ({"blocks.0.pos_embed": torch.ones(5, 16)}, "has 5 tokens; expected a square number"),
+    "odd MLP": ({MLP: torch.ones(33, 16)}, "has MLPs of 33 units; expected a multiple of the width 16"),
     "not a number": ({POSITIONS: torch.full((4, 16), torch.nan)}, f"{POSITIONS} of torch.float32 {NOT_FINITE}"),
     "too large": (
         {POSITIONS: torch.full((4, 16), 1e39, dtype=torch.float64)},
         f"{POSITIONS} of torch.float64 {NOT_FINITE}",
     ),
     "whole numbers": ({POSITIONS: torch.ones(4, 16).long()}, f"{POSITIONS} of torch.int64 {NOT_FINITE}"),
-    "no variance": ({"var": torch.zeros(4, 12)}, "has var with a variance of 0; allowed is above 0"),
+    "no variance": ({"var": torch.zeros(4, 12)}, "has var with a variance of 0; expected above 0"),
 }
 
 
@@ -370,14 +370,14 @@ def test_bad_tensors_are_refused_by_name(tmp_path, case):
     assert str(caught.value).endswith(message)
 
 
-PATCHES = "allowed patch sizes, and their channels: 1 (12), 2 (3)"
+PATCHES = "possible patch sizes, and their channels: 1 (12), 2 (3)"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_dim": 64}, "flow.head_dim 64 does not divide flow.width 16; allowed: 1, 2, 4, 8, 16"),
-        ({"noise_std": -1.0}, "flow.noise_std is -1.0; allowed is a number of at least 0"),
+        ({"head_dim": 64}, "flow.head_dim 64 does not divide flow.width 16; expected 1, 2, 4, 8, 16"),
+        ({"noise_std": -1.0}, "flow.noise_std is -1.0; expected a number of at least 0"),
         ({"patch_size": 3}, f"has tokens of 12 numbers, which do not fit patch size 3; {PATCHES}"),
         ({"patch_size": 0}, f"do not fit patch size 0; {PATCHES}"),
         ({"channels": 0}, f"do not fit channels 0; {PATCHES}"),
@@ -397,7 +397,7 @@ def test_without_a_telling_name_the_noise_must_be_given(tmp_path):
 
 def test_tokens_that_do_not_say_their_patches(tmp_path):
     file = stored(tmp_path, Published(channels=2), "model.pth")
-    with pytest.raises(InputError, match=r"8 numbers.* squares of 3 channels or 1; allowed .*: 1 \(8\), 2 \(2\)$"):
+    with pytest.raises(InputError, match=r"8 numbers.* squares of 3 channels or 1; possible .*: 1 \(8\), 2 \(2\)$"):
         import_tarflow(file, **OPTIONS)
 
 
@@ -425,7 +425,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path, new_format):
         tmp_path / NAME,
         _use_new_zipfile_serialization=new_format,
     )
-    with pytest.raises(InputError, match=r"cannot be read; allowed is an undamaged file of tensors only, since other") as e:
+    with pytest.raises(InputError, match=r"cannot be read; expected an undamaged file of tensors only, since other") as e:
         import_tarflow(tmp_path / NAME, head_dim=8)
     assert "weights_only" not in str(e.value)  # torch's advice to load it nevertheless
     assert not (tmp_path / "ran").exists()
@@ -437,7 +437,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path, new_format):
 def test_damaged_files_are_refused(tmp_path, content):
     file = stored(tmp_path)
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(InputError, match=r"cannot be read; allowed is an undamaged file of tensors only"):
+    with pytest.raises(InputError, match=r"cannot be read; expected an undamaged file of tensors only"):
         read_tensors(file)
 
 
@@ -445,7 +445,7 @@ def test_damaged_files_are_refused(tmp_path, content):
 def test_other_contents_are_refused(tmp_path, content):
     torch.save(content, tmp_path / NAME)
     with pytest.raises(
-        InputError, match=r"is not a state_dict; allowed is one, or a dict with one as ema, model, state_dict"
+        InputError, match=r"is not a state_dict; expected one, or a dict with one as ema, model, state_dict"
     ):
         read_tensors(tmp_path / NAME)
 
@@ -458,7 +458,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["missing.pth", ""])
 def test_a_file_that_is_none_is_refused(tmp_path, name):
-    with pytest.raises(InputError, match=r"does not exist; allowed is a local file"):
+    with pytest.raises(InputError, match=r"does not exist; expected a local file"):
         import_tarflow(tmp_path / name)
 
 

@@ -101,7 +101,7 @@ def test_fashion_mnist_is_padded_with_zeros_around_its_middle(tmp_path, size, ab
 @pytest.mark.parametrize("size", [1, 16, 27, (27, 32), (32, 27)])
 def test_fashion_mnist_smaller_than_it_is_is_refused(tmp_path, size):
     write_fashion(tmp_path)
-    message = f"data.image_size is {size}; allowed for fashion_mnist is at least 28, by padding"
+    message = f"data.image_size must be at least 28 for fashion_mnist, by padding, got {size}"
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_data(DataConfig(name="fashion_mnist", path=str(tmp_path), image_size=size))
 
@@ -150,7 +150,7 @@ def empty_class(root):
 
 
 BAD_FOLDERS = {
-    "one class": (one_class, "1 class folders; allowed is at least 2"),
+    "one class": (one_class, "1 class folders; expected at least 2"),
     "empty": (lambda root: None, "0 class folders"),
     "empty class": (empty_class, "class folder .*empty has 0 images"),
 }
@@ -184,7 +184,7 @@ def test_unreadable_image_is_one_sentence(tmp_path, content, workers):
 
 
 BAD_CONFIGS = [
-    ({"name": "cats"}, "data.name is 'cats'; allowed: digits, fashion_mnist, own, folder"),
+    ({"name": "cats"}, "data.name is 'cats'; expected digits, fashion_mnist, own, folder"),
     ({"holdout": 0.0}, "data.holdout is 0.0"),
     ({"holdout": 1.0}, "data.holdout is 1.0"),
     ({"channels": 2}, "data.channels is 2"),
@@ -247,7 +247,7 @@ def test_digits_have_one_size():
     for size in (8, (8, 8), [8, 8]):
         assert load_data(DataConfig(image_size=size)).image_size == 8
     assert load_data(DataConfig()).size == (8, 8)
-    with pytest.raises(InputError, match=r"data\.image_size is \(8, 16\); allowed for digits is 8"):
+    with pytest.raises(InputError, match=r"data\.image_size must be 8, or null, for digits, got \(8, 16\)"):
         load_data(DataConfig(image_size=(8, 16)))
-    with pytest.raises(InputError, match=r"data\.image_size is 16; allowed for digits is 8"):
+    with pytest.raises(InputError, match=r"data\.image_size must be 8, or null, for digits, got 16"):
         load_data(DataConfig(image_size=16))

@@ -135,7 +135,7 @@ def test_a_large_tree_is_remembered_and_a_change_is_seen(tmp_path, monkeypatch):
 def test_a_class_of_val_that_train_lacks_is_named(tmp_path):
     root = tree(tmp_path / "images", ("train", "val"))
     (root / "val" / "class1").rename(root / "val" / "other")
-    with pytest.raises(InputError, match=r"val/other is not in .*train; allowed are its classes"):
+    with pytest.raises(InputError, match=r"val/other is not in .*train; expected its classes"):
         load_data(config("folder", root))
 
 
@@ -253,8 +253,8 @@ def test_damaged_tars_are_named(tmp_path, damage):
     ("members", "words"),
     [
         ({**numbered(range(6)), "x.png": picture(1)}, "has no class number"),
-        ({f"{n}.png": picture(n) for n in range(4)}, "has no label; allowed: .cls, .json, or a folder in its name"),
-        ({"1.cls": b"0", "2.cls": b"1"}, "sample 1 of .*all.tar has no image; allowed is one"),
+        ({f"{n}.png": picture(n) for n in range(4)}, "has no label; expected .cls, .json, or a folder in its name"),
+        ({"1.cls": b"0", "2.cls": b"1"}, "sample 1 of .*all.tar has no image; expected one"),
         ({**numbered(range(4)), "x.png": picture(1), "x.cls": b"cat"}, "x"),
     ],
     ids=["one without", "none with", "no images", "no number"],
@@ -296,7 +296,7 @@ def test_more_than_the_allowed_share_is_refused():
     tolerance = Tolerance(0.02, 100)
     assert tolerance.note(["a", "b", "a"]) == ["a", "b"]
     assert tolerance.note(["b"]) == []
-    with pytest.raises(InputError, match=r"3 of 100 images cannot be read, the last: c; allowed is a share of 0\.02"):
+    with pytest.raises(InputError, match=r"3 of 100 images cannot be read, the last: c; expected at most a share of 0\.02"):
         tolerance.note(["c"])
     with pytest.raises(InputError, match=r"^a$"):
         Tolerance(0.0, 100).note(["a"])

@@ -210,6 +210,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     from flowback.training import train as run_training
 
     with pytest.raises(
-        InputError, match=r"batch_size is 10; allowed for 2 processes and train\.grad_accum_steps 2 are multiples of 4"
+        InputError, match=r"batch_size must be a multiple of 4 for 2 processes and train\.grad_accum_steps 2, got 10"
     ):
         run_training(RunConfig(run=str(tmp_path), train=TrainConfig(batch_size=10, devices=2, grad_accum_steps=2)))

@@ -185,15 +185,15 @@ def test_weights_that_cannot_be_downloaded_are_one_sentence(monkeypatch):
 
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
     images = TensorImages(pictures(3, 1))
-    with pytest.raises(InputError, match=r"weights of extractor inception cannot be had \(no route\); allowed: a network"):
+    with pytest.raises(InputError, match=r"weights of extractor inception cannot be had \(no route\); expected a network"):
         fidelity(images, images, ("fid",), "inception")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metrics": ("lpips",)}, "metric 'lpips' does not exist; allowed: fid, sfid, is, kid, prc"),
-        ({"extractor": "vgg"}, "extractor 'vgg' does not exist; allowed: efficientnet_lite0"),
+        ({"metrics": ("lpips",)}, "metric 'lpips' does not exist; expected fid, sfid, is, kid, prc"),
+        ({"extractor": "vgg"}, "extractor 'vgg' does not exist; expected efficientnet_lite0"),
         ({"metrics": ("sfid",)}, "sfid is a figure of inception"),
         ({"weights": "nowhere.pth"}, "extractor weights nowhere.pth are not a file"),
     ],

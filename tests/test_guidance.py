@@ -126,11 +126,11 @@ def test_unconditional_flow_cannot_be_guided():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((-0.5,), r"guidance scale -0\.5 is not usable; allowed is a number of at least 0"),
+        ((-0.5,), r"guidance scale -0\.5 is not usable; expected a number of at least 0"),
         ((float("nan"),), "guidance scale nan"),
         ((float("inf"),), "guidance scale inf"),
-        ((1.0, "cosine"), "guidance schedule 'cosine' does not exist; allowed: constant, annealed"),
-        ((1.0, "constant", "z"), "guidance cannot act on 'z'; allowed: both, a, mu"),
+        ((1.0, "cosine"), "guidance schedule 'cosine' does not exist; expected constant, annealed"),
+        ((1.0, "constant", "z"), "guidance cannot act on 'z'; expected both, a, mu"),
     ],
 )
 def test_impossible_guidance_is_named(arguments, message):

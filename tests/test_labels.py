@@ -57,7 +57,7 @@ def test_no_label_is_none_and_minus_one(flow):
 @pytest.mark.parametrize(
     ("y", "message"),
     [
-        (4, "label 4 is out of range; allowed: 0 to 3"),
+        (4, "label 4 is out of range; expected 0 to 3"),
         (-2, "label -2 is out of range"),
         ([0, 1, 4], "label 4"),
         ([0, 1], r"labels must have the shape \[3\], one for each image, got \[2\]"),

@@ -83,7 +83,7 @@ BROKEN = {
     "extra tensor": (lambda f: change_tensors(f, lambda t: t.update(foo=torch.zeros(2))), "has a tensor foo that the"),
     "other shape": (
         lambda f: change_tensors(f, lambda t: t.update({NAME: torch.zeros(16, 9)})),
-        rf"has {NAME} of shape \[16, 9\]; allowed is \[16, 8\]",
+        rf"has {NAME} of shape \[16, 9\]; expected \[16, 8\]",
     ),
     "truncated": (truncate, r"model\.safetensors cannot be read as safetensors"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), r"cannot be read as safetensors"),

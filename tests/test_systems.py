@@ -166,7 +166,7 @@ def test_a_mark_that_cannot_be_taken_over_is_named_and_may_be_deleted(options, t
 
 def test_a_lock_that_cannot_be_had_is_not_taken_for_another_process_and_nothing_stands_for_it(tmp_path, monkeypatch):
     without_locks(monkeypatch, errno.EIO)
-    with pytest.raises(InputError, match=r"cannot be locked \(no locks here\); allowed is a folder to write in"):
+    with pytest.raises(InputError, match=r"cannot be locked \(no locks here\); expected a folder to write in"):
         _lock(tmp_path)
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").mkdir()

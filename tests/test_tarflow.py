@@ -373,31 +373,31 @@ def test_noise_follows_the_generator_and_leaves_the_images_alone(noise):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("image_size", 0, r"flow\.image_size is 0; allowed is a whole number of at least 1"),
+        ("image_size", 0, r"flow\.image_size is 0; expected a whole number of at least 1"),
         ("image_size", None, r"needs image_size"),
         ("image_size", 7.0, r"flow\.image_size is 7\.0"),
         ("channels", 0, r"flow\.channels is 0"),
-        ("num_classes", -1, r"flow\.num_classes is -1; allowed is a whole number of at least 0"),
-        ("levels", 1, r"flow\.levels is 1; allowed is a whole number of at least 2"),
-        ("patch_size", 4, r"flow\.patch_size 4 does not divide the image size 6; allowed: 1, 2, 3, 6$"),
+        ("num_classes", -1, r"flow\.num_classes is -1; expected a whole number of at least 0"),
+        ("levels", 1, r"flow\.levels is 1; expected a whole number of at least 2"),
+        ("patch_size", 4, r"flow\.patch_size 4 does not divide the image size 6; expected 1, 2, 3, 6$"),
         ("patch_size", 0, r"flow\.patch_size is 0"),
         ("patch_size", "2", r"flow\.patch_size is '2'"),
         ("width", 0, r"flow\.width is 0"),
-        ("head_dim", 5, r"flow\.head_dim 5 does not divide flow\.width 16; allowed: 1, 2, 4, 8, 16$"),
+        ("head_dim", 5, r"flow\.head_dim 5 does not divide flow\.width 16; expected 1, 2, 4, 8, 16$"),
         ("blocks", 0, r"flow\.blocks is 0"),
         ("layers", -2, r"flow\.layers is -2"),
-        ("layers", [2, 0, 1], r"flow\.layers is \[2, 0, 1\]; allowed .* or a list of 3 of them"),
-        ("layers", [2, 2], r"flow\.layers is \[2, 2\]; allowed .* or a list of 3 of them"),
-        ("mlp", "relu", r"flow\.mlp is 'relu'; allowed: gelu"),
+        ("layers", [2, 0, 1], r"flow\.layers must be .* or a list of 3 of them, got \[2, 0, 1\]"),
+        ("layers", [2, 2], r"flow\.layers must be .* or a list of 3 of them, got \[2, 2\]"),
+        ("mlp", "relu", r"flow\.mlp is 'relu'; expected gelu"),
         ("mlp_ratio", 0, r"flow\.mlp_ratio is 0"),
-        ("positions", "none", r"flow\.positions is 'none'; allowed: learned"),
-        ("log_scale_bound", 0, r"flow\.log_scale_bound is 0; allowed is a number above 0, or null"),
+        ("positions", "none", r"flow\.positions is 'none'; expected learned"),
+        ("log_scale_bound", 0, r"flow\.log_scale_bound is 0; expected a number above 0, or null"),
         ("log_scale_bound", -1.0, r"flow\.log_scale_bound is -1\.0"),
-        ("noise", "laplace", r"flow\.noise is 'laplace'; allowed: gaussian, uniform"),
-        ("noise_std", -0.1, r"flow\.noise_std is -0\.1; allowed is a number of at least 0"),
+        ("noise", "laplace", r"flow\.noise is 'laplace'; expected gaussian, uniform"),
+        ("noise_std", -0.1, r"flow\.noise_std is -0\.1; expected a number of at least 0"),
         ("noise_std", float("inf"), r"flow\.noise_std is inf"),
         ("noise_std", float("nan"), r"flow\.noise_std is nan"),
-        ("depth", 3, r"no option 'depth'; allowed: image_size, .*prior$"),
+        ("depth", 3, r"no option 'depth'; expected image_size, .*prior$"),
     ],
 )
 def test_impossible_options_are_named(option, value, message):
@@ -408,7 +408,7 @@ def test_impossible_options_are_named(option, value, message):
 @pytest.mark.parametrize(
     ("y", "message"),
     [
-        (torch.tensor([0, 1, 4]), r"label 4 is out of range; allowed: 0 to 3, or -1 for no label"),
+        (torch.tensor([0, 1, 4]), r"label 4 is out of range; expected 0 to 3, or -1 for no label"),
         (torch.tensor([0, -2, 3]), r"label -2 is out of range"),
         (torch.tensor([0, 1]), r"labels must have the shape \[3\], .*got \[2\]"),
         (torch.tensor([[0], [1], [2]]), r"labels must .* got \[3, 1\]"),
@@ -444,7 +444,7 @@ def test_z_of_another_shape_is_refused(shape):
 
 
 def test_unknown_decoder_is_refused():
-    with pytest.raises(InputError, match="decoding method 'newton' does not exist; allowed: auto, sequential"):
+    with pytest.raises(InputError, match="decoding method 'newton' does not exist; expected auto, sequential"):
         random_flow().decode(torch.zeros(1, 9, 8, dtype=torch.float64), method="newton")
 
 
@@ -453,7 +453,7 @@ def test_unknown_decoder_is_refused():
     [
         ((4, 1), "block 4 .* 1 to 3"),
         ((0, 1), "block 0"),
-        ((2, 3), "layer 3 .* block 2; allowed: 1 to 2"),
+        ((2, 3), "layer 3 .* block 2; expected 1 to 2"),
         ((2, 0), "layer 0"),
     ],
 )

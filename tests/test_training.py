@@ -191,7 +191,7 @@ def test_weights_are_chosen_by_name_and_stamped(whole):
     assert stamp == "ema weights of step_00000012"
     assert raw_stamp == "raw weights of step_00000012"
     assert not torch.equal(ema.blocks[0].proj_out.weight, raw.blocks[0].proj_out.weight)
-    with pytest.raises(InputError, match="weights 'best' do not exist; allowed: ema, raw"):
+    with pytest.raises(InputError, match="weights 'best' do not exist; expected ema, raw"):
         load_flow(whole, "best")
 
 
@@ -217,7 +217,7 @@ def test_gradient_that_is_not_finite_is_skipped_counted_and_ends(tmp_path, monke
 def test_a_run_is_not_overwritten_and_not_resumed_as_another(whole, tmp_path):
     with pytest.raises(InputError, match="holds a run already"):
         train(config(whole, aligned=True))
-    with pytest.raises(InputError, match=r"train.lr was 0.001 .* and is 0.01; allowed: the same"):
+    with pytest.raises(InputError, match=r"train.lr was 0.001 .* and is 0.01; expected the same"):
         train(config(whole, aligned=True, resume=True, lr=0.01))
     with pytest.raises(InputError, match="has no checkpoint to resume from"):
         train(config(tmp_path / "new", resume=True))
@@ -328,7 +328,7 @@ def test_ema_of_a_constant_is_the_constant_and_forgets_the_start():
 
 
 BAD_CONFIGS = [
-    (TrainConfig, {"steps": 0}, "train.steps is 0; allowed is a whole number of at least 1"),
+    (TrainConfig, {"steps": 0}, "train.steps is 0; expected a whole number of at least 1"),
     (TrainConfig, {"lr": 0.0}, "train.lr is 0.0"),
     (TrainConfig, {"lr": float("nan")}, "train.lr is nan"),
     (TrainConfig, {"grad_clip": -1.0}, "train.grad_clip is -1.0"),
@@ -337,14 +337,14 @@ BAD_CONFIGS = [
     (TrainConfig, {"betas": (0.9, 1.0)}, "train.beta 2 is 1.0"),
     (TrainConfig, {"betas": (0.9,)}, "train.betas is"),
     (TrainConfig, {"class_dropout": 1.5}, "train.class_dropout is 1.5"),
-    (TrainConfig, {"precision": "fp8"}, "train.precision is 'fp8'; allowed: 32-true, bf16-mixed"),
+    (TrainConfig, {"precision": "fp8"}, "train.precision is 'fp8'; expected 32-true, bf16-mixed"),
     (TrainConfig, {"seed": -1}, "train.seed is -1"),
-    (AlignmentConfig, {"strategy": "sideways"}, "alignment.strategy is 'sideways'; allowed: none, forward"),
+    (AlignmentConfig, {"strategy": "sideways"}, "alignment.strategy is 'sideways'; expected none, forward"),
     (AlignmentConfig, {"gradient": "two_step"}, "alignment.gradient is 'two_step'"),
-    (AlignmentConfig, {"at": [[1, 2, 3]]}, "allowed are pairs of block and layer"),
+    (AlignmentConfig, {"at": [[1, 2, 3]]}, "expected pairs of block and layer"),
     (AlignmentConfig, {"projector_width": 0}, "alignment.projector_width is 0"),
-    (AlignmentConfig, {"projector": "tree"}, "alignment.projector is 'tree'; allowed: mlp, conv"),
-    (AlignmentConfig, {"until": 0}, "alignment.until is 0; allowed is a whole number of at least 1, or null"),
+    (AlignmentConfig, {"projector": "tree"}, "alignment.projector is 'tree'; expected mlp, conv"),
+    (AlignmentConfig, {"until": 0}, "alignment.until is 0; expected a whole number of at least 1, or null"),
     (AlignmentConfig, {"shuffled": True, "cache": False}, "alignment.shuffled needs features that are kept"),
     (AlignmentConfig, {"encoder_precision": "fp8"}, "alignment.encoder_precision is 'fp8'"),
 ]
@@ -468,7 +468,7 @@ def test_a_data_set_of_ones_own_is_trained_on_and_resumed_with(tmp_path):
     assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["cat", "dog"]
     kept = RunConfig.read(tmp_path / "run" / "config.yaml")
     kept = replace(kept, train=replace(kept.train, resume=True))
-    with pytest.raises(InputError, match=r"given in Python; allowed is train\(config, data="):
+    with pytest.raises(InputError, match=r"given in Python; expected train\(config, data="):
         train(kept)
     train(kept, data=data)
     train(replace(one, run=str(tmp_path / "whole"), train=replace(one.train, until=None)), data=data)
@@ -525,7 +525,7 @@ def test_features_of_ones_own_encoder_are_cached_by_its_weights(tmp_path, monkey
     assert len(list((tmp_path / "cache").iterdir())) == 1
     with pytest.raises(InputError, match=r"alignment\.encoder_weights was"):
         train(resumed, encoder=Layer(seed=1))
-    with pytest.raises(InputError, match=r"given in Python; allowed is train\(config, encoder="):
+    with pytest.raises(InputError, match=r"given in Python; expected train\(config, encoder="):
         train(replace(RunConfig.read(tmp_path / "run" / "config.yaml"), run=str(tmp_path / "other")))
     train(replace(one, run=str(tmp_path / "direct"), alignment=replace(one.alignment, cache=False)), encoder=Layer())
     rows = [read_metrics(tmp_path / name / "metrics.csv")[0]["align"] for name in ("run", "direct")]
@@ -570,9 +570,9 @@ def test_training_begins_with_a_flow_of_ones_own(whole, tmp_path):
     assert RunConfig.read(tmp_path / "run" / "config.yaml").flow.width == 32
     assert load_flow(tmp_path / "run")[0].config == start.config
     for options in ({"width": 64}, {"mlp": "swiglu"}, {"blocks": 5}):
-        with pytest.raises(InputError, match=f"flow.{next(iter(options))} is .*; allowed for this flow"):
+        with pytest.raises(InputError, match=f"flow.{next(iter(options))} must be .* for this flow"):
             train(replace(still, run=str(tmp_path / "new"), flow=FlowConfig(**options)), flow=start)
-    with pytest.raises(InputError, match="image_size is 12; allowed for the data set Data: 8"):
+    with pytest.raises(InputError, match="image_size must be 8 for the data set Data, got 12"):
         train(replace(still, run=str(tmp_path / "new")), data=Data(size=(8, 8)), flow=TarFlow(image_size=12, channels=3))
     assert not (tmp_path / "new").exists()
 
@@ -590,7 +590,7 @@ def test_training_begins_with_a_latent_flow_and_its_autoencoder(tmp_path):
     found = result.flow.core.state_dict()
     assert all(torch.allclose(t, found[name], atol=1e-8) for name, t in start.core.state_dict().items())
     other = LatentConfig(autoencoder="another/vae")
-    with pytest.raises(InputError, match=r"latents\.autoencoder is 'another/vae'; allowed for this flow"):
+    with pytest.raises(InputError, match=r"latents\.autoencoder must be .* for this flow, got 'another/vae'"):
         train(replace(again, run=str(tmp_path / "new"), latents=other), flow=start)
 
 

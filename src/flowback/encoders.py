@@ -127,12 +127,12 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     architecture, tag = timm.models.split_model_name_tag(known.timm)
     if not timm.is_model(architecture) or (tag and known.timm not in timm.list_pretrained(f"{architecture}.*")):
         near = difflib.get_close_matches(name, [*KNOWN, *timm.list_models(), *timm.list_pretrained()], n=3)
-        raise InputError(f"encoder {name!r} is unknown; allowed: a timm model name" + (f", like {near}" if near else ""))
+        raise InputError(f"encoder {name!r} is unknown; expected a timm model name" + (f", like {near}" if near else ""))
     if grid is not None and min(grid) < 1:
         raise InputError(f"grid must have rows and columns of at least 1, got {grid}")
     source = None if weights is None or weights == "random" else Path(weights)
     if source is not None and not source.is_file():
-        raise InputError(f"encoder weights {source} are not a file; allowed: a .safetensors or .pth file, or 'random'")
+        raise InputError(f"encoder weights {source} are not a file; expected a .safetensors or .pth file, or 'random'")
 
     with torch.device("meta"):  # what the model is, at no cost
         own: Any = timm.create_model(known.timm)
@@ -164,7 +164,7 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
         reason = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
         given = str(source or weights or "the hub")
         what = f"encoder {name!r} cannot be made for {height}x{width} pixels with weights from {given}"
-        raise InputError(f"{what} ({reason}); allowed: {allowed}") from error
+        raise InputError(f"{what} ({reason}); expected {allowed}") from error
 
 
 def load_by_order(model: nn.Module, file: Path) -> None:
@@ -176,10 +176,10 @@ def load_by_order(model: nn.Module, file: Path) -> None:
     found = [v for k, v in torch.load(file, weights_only=True).items() if not k.endswith("num_batches_tracked")]
     wanted = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     if len(found) != len(wanted):
-        raise InputError(f"{file} has {len(found)} tensors; allowed are the model's {len(wanted)}")
+        raise InputError(f"{file} has {len(found)} tensors; expected the model's {len(wanted)}")
     for (name, own), tensor in zip(wanted.items(), found, strict=True):
         if own.shape != tensor.shape:
-            raise InputError(f"{file} has shape {list(tensor.shape)} for {name}; allowed is {list(own.shape)}")
+            raise InputError(f"{file} has shape {list(tensor.shape)} for {name}; expected {list(own.shape)}")
     model.load_state_dict(dict(zip(wanted, found, strict=True)), strict=False)
 
 

@@ -1,5 +1,5 @@
 """Bad input, as users give it: a table of commands, each with the parts that its one sentence must have, between bars:
-which value it is, and what is allowed.
+which value it is, and what it must be.
 
 Every command runs in a folder that `world` makes; names in it are relative. Status 2, one line, and the folder stays as it
 was, to the byte. `docs/robustness.md` counts the rows.
@@ -332,7 +332,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("train --config=configs/tag.yaml", "os.system"),
         ("train --config=configs/null.yaml", "configs/null.yaml | train without options | some, or to leave"),
         ("train --config=configs/deep.yaml", "nesting depth"),
-        ("train --config=configs/bytes.yaml", "control characters | allowed"),
+        ("train --config=configs/bytes.yaml", "control characters | expected"),
         ("train --config=configs/binary.yaml", "configs/binary.yaml | text in UTF-8 | recipe, or the"),
         ("train --config=configs/tab.yaml", "line 2, column 1"),
         ("train --config=configs/aliases.yaml", "train.steps"),

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         if not isinstance(error, MemoryError | OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        fail("there is not enough memory for this; allowed are sizes and counts that fit it")
+        fail("there is not enough memory for this; expected sizes and counts that fit it")
     except KeyboardInterrupt:
         print("flowback: interrupted", file=sys.stderr)
         return 130

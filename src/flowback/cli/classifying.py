@@ -20,7 +20,7 @@ def add(verb: Verb) -> None:
 
 def _classify(options: Namespace) -> int:
     if options.top < 1:
-        raise InputError(f"--top {options.top} is not usable; allowed is a whole number of at least 1")
+        raise InputError(f"--top must be a whole number of at least 1, got {options.top}")
     flow, images = flow_and_clean_images(options)
     names = class_names(options.run, flow)
     statistics = ClassStatistics.load(flow.core.folder, flow.num_classes)

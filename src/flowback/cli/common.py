@@ -105,7 +105,7 @@ def flow_and_images(options: Namespace) -> tuple[Flow, Tensor, Tensor]:
 def one_each(labels: list[int], images: int) -> Tensor:
     """Labels `[images]` from one for all or one for each."""
     if len(labels) not in (1, images):
-        raise InputError(f"{len(labels)} labels do not fit {images} images; allowed is one for all, or one for each")
+        raise InputError(f"{len(labels)} labels do not fit {images} images; expected one for all, or one for each")
     return torch.tensor(labels * (images if len(labels) == 1 else 1))
 
 
@@ -114,7 +114,7 @@ def checked_output(options: Namespace, *suffixes: str) -> Path:
     output = Path(options.output)
     if output.suffix.lower() not in suffixes:
         allowed = " or ".join(f"a {suffix} file" if suffix else "a folder" for suffix in suffixes)
-        raise InputError(f"output {output} is not known; allowed is {allowed}")
+        raise InputError(f"output {output} is not known; expected {allowed}")
     return output
 
 
@@ -124,7 +124,7 @@ def class_names(run: str, flow: Flow) -> list[str]:
     try:
         names = read_json(file) if file.is_file() else []
     except ValueError as error:
-        raise InputError(f"{file} cannot be read ({error}); allowed is a list of names, or no such file") from error
+        raise InputError(f"{file} cannot be read ({error}); expected a list of names, or no such file") from error
     known = isinstance(names, list) and len(names) == flow.num_classes
     return [str(name) for name in names] if known else [str(k) for k in range(flow.num_classes)]
 
@@ -132,7 +132,7 @@ def class_names(run: str, flow: Flow) -> list[str]:
 def chosen_labels(text: str | None, names: list[str], flow: Flow) -> list[int]:
     """`--labels` as class numbers; all classes by default, -1 for an unconditional flow."""
     if not flow.num_classes and text is not None:
-        raise InputError(f"labels {text} do not fit an unconditional flow; allowed is none")
+        raise InputError(f"labels {text} do not fit an unconditional flow; expected none")
     if text is None:
         return list(range(flow.num_classes)) or [-1]
     labels = []
@@ -142,5 +142,5 @@ def chosen_labels(text: str | None, names: list[str], flow: Flow) -> list[int]:
         elif word.isdecimal() and int(word) < flow.num_classes:
             labels.append(int(word))
         else:
-            raise InputError(f"label {word!r} does not exist; allowed: 0 to {flow.num_classes - 1}, or {', '.join(names)}")
+            raise InputError(f"label must be one of 0 to {flow.num_classes - 1}, or {', '.join(names)}, got {word!r}")
     return labels

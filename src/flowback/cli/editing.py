@@ -72,7 +72,7 @@ def _encode(options: Namespace) -> int:
         z, log_det = flow.encode(images, y)
         log_prob = flow.log_prob(images, y)
     if output.is_dir():
-        raise InputError(f"output {output} is a folder; allowed is a file's name")
+        raise InputError(f"output {output} is a folder; expected a file's name")
     output.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"z": z, "log_det": log_det, "log_prob": log_prob, "labels": y}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, output)
@@ -92,7 +92,7 @@ def _decode(options: Namespace) -> int:
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{options.file} is not a file that encode wrote ({error})") from error
     if not len(z):
-        raise InputError(f"{options.file} holds no images; allowed is at least one")
+        raise InputError(f"{options.file} holds no images; expected at least one")
     if options.labels:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(z))
     with torch.no_grad():
@@ -105,7 +105,7 @@ def _interpolate(options: Namespace) -> int:
     output = checked_output(options, ".png")
     flow, images, y = flow_and_images(options)
     if len(images) < 2:
-        raise InputError(f"{len(images)} image has no other to go to; allowed are at least 2")
+        raise InputError(f"{len(images)} image has no other to go to; expected at least 2")
     x = interpolate(flow, images[:-1], images[1:], options.steps, y[:-1], y[1:])
     save_grid(x.flatten(0, 1), output, columns=options.steps)
     say(f"{len(x)} walks of {options.steps} images in {output}")
@@ -125,7 +125,7 @@ def _swap(options: Namespace) -> int:
 def _inpaint(options: Namespace) -> int:
     output = checked_output(options, ".png")
     if options.num < 1 or not 0 <= options.seed < 2**63:
-        raise InputError(f"--num {options.num}, --seed {options.seed}: allowed are at least 1, and 0 to 2^63 - 1")
+        raise InputError(f"--num must be at least 1 and --seed 0 to 2^63 - 1, got {options.num} and {options.seed}")
     flow, images, y = flow_and_images(options)
     mask = _mask(options, *flow.image_size)
     many = images.repeat_interleave(options.num, dim=0)
@@ -142,16 +142,16 @@ def _inpaint(options: Namespace) -> int:
 
 def _mask(options: Namespace, height: int, width: int) -> Tensor:
     if (options.mask is None) == (options.box is None):
-        raise InputError("where to draw is not clear; allowed is either --mask or --box")
+        raise InputError("where to draw is not clear; use either --mask or --box")
     if options.mask is not None:
         return (load_image(Path(options.mask), (height, width), 1) > 127)[None]
     try:
         left, top, across, down = (int(word) for word in options.box.split(","))
     except ValueError as error:
-        raise InputError(f"--box {options.box} is not a box; allowed are four numbers, LEFT,TOP,WIDTH,HEIGHT") from error
+        raise InputError(f"--box {options.box} is not a box; expected four numbers, LEFT,TOP,WIDTH,HEIGHT") from error
     if not (0 <= left < left + across <= width and 0 <= top < top + down <= height):
         raise InputError(
-            f"--box {options.box} does not lie in the image; allowed is what lies within {width}x{height} pixels"
+            f"--box {options.box} does not lie in the image; expected what lies within {width}x{height} pixels"
         )
     mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
     mask[..., top : top + down, left : left + across] = True

@@ -24,7 +24,7 @@ def add(verb: Verb) -> None:
 def _import_tarflow(options: Namespace) -> int:
     folder = Path(options.folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; allowed is a new or an empty folder")
+        raise InputError(f"{folder} is there already; use a new or an empty folder")
     flow = import_tarflow(options.checkpoint, options.noise_std, options.patch_size, options.channels, options.head_dim)
     flow.save_pretrained(folder)
     c, (N, D) = flow.config, flow.token_shape

@@ -48,11 +48,11 @@ class Parser(ArgumentParser):
         try:
             text = Path(path).read_text("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not text in UTF-8; allowed is a recipe, or the config.yaml of a run") from error
+            raise InputError(f"{path} is not text in UTF-8; expected a recipe, or the config.yaml of a run") from error
         found = self.parse_string(text, str(path), *args, **kwargs)
         for name, value in vars(found).items():
             if value is None and any(action.dest.startswith(f"{name}.") for action in self._actions):
-                raise InputError(f"{path} has {name} without options; allowed are some, or to leave {name} out")
+                raise InputError(f"{path} has {name} without options; give some, or leave {name} out")
         return found
 
 

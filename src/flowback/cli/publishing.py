@@ -32,7 +32,7 @@ def _export(options: Namespace) -> int:
     if options.push is not None:
         check_repo_id(options.push)
     elif options.private:
-        raise InputError("--private is of a repository on the hub; allowed is --private with --push owner/name")
+        raise InputError("--private is of a repository on the hub; use --private with --push owner/name")
     export(options.run, folder, options.weights, options.license, options.with_autoencoder, options.push)
     say(f"the flow and its model card are in {folder}")
     if options.push is not None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """A value from outside is not usable. The message is one sentence: which value, and what is allowed.
+    """A value from outside is not usable. The message is one sentence: which value, and what it must be.
 
     The command line prints it as a single line and exits with status 2; library users catch a `ValueError`.
     """

@@ -62,7 +62,7 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int, noise: str = "uniform
     """
     if noise != "uniform":
         raise InputError(
-            f"the density of images with {noise} noise is not bits per dimension, since it is not one of pixels; allowed: "
+            f"the density of images with {noise} noise is not bits per dimension, since it is not one of pixels; expected "
             "images that are dequantized uniformly (TarFlow.dequantize)"
         )
     return (nats_per_dim(log_prob, dims) - math.log(bin_width(levels))) / math.log(2)
@@ -85,6 +85,6 @@ def as_size(size: Any, name: str) -> Any:
         whole = isinstance(side, int) and not isinstance(side, bool) and side >= 1
         if not whole and size is not None:
             raise InputError(
-                f"{name} is {size!r}; allowed is a whole number of at least 1, or a pair [height, width] of them"
+                f"{name} must be a whole number of at least 1, or a pair [height, width] of them, got {size!r}"
             )
     return size

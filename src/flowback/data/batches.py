@@ -137,7 +137,7 @@ class Tolerance:
                 raise InputError(new[0])
             raise InputError(
                 f"{len(self.sentences)} of {self.count} images cannot be read, the last: {new[-1]}; "
-                f"allowed is a share of {self.share:g}, data.unreadable"
+                f"expected at most a share of {self.share:g}, data.unreadable"
             )
         return new
 

@@ -297,7 +297,7 @@ class ArrayCache:
     def _shards_of(self, part: tuple[int, int]) -> range:
         number, parts = part
         if not 1 <= number <= parts:
-            raise InputError(f"part {number} of {parts} does not exist; allowed: 1 to {parts}, of at least 1")
+            raise InputError(f"part must be 1 to {parts}, of at least 1, got {number} of {parts}")
         return range(number - 1, self.shards, parts)
 
     def _announce(self, shard: int, row: int, variant: int) -> None:
@@ -343,7 +343,7 @@ class ArrayCache:
 
     def _refuse_other(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         if difference := _difference(found, wanted):
-            raise InputError(f"{self.folder} {difference}; allowed: a cache made with the same, or none")
+            raise InputError(f"{self.folder} {difference}; use a cache made with the same, or none")
 
     def _refuse_incomplete(self) -> None:
         if missing := self.missing():

@@ -71,20 +71,20 @@ class DataConfig:
         object.__setattr__(self, "image_size", as_size(self.image_size, "data.image_size"))
         names = [*LOADERS, *SOURCES]
         if self.name not in names:
-            raise InputError(f"data.name is {self.name!r}; allowed: {', '.join(names)}")
+            raise InputError(f"data.name must be one of {', '.join(names)}, got {self.name!r}")
         if not 0 < self.holdout < 1:
-            raise InputError(f"data.holdout is {self.holdout}; allowed is a share between 0 and 1, both excluded")
+            raise InputError(f"data.holdout must be a share between 0 and 1, both excluded, got {self.holdout}")
         if not 0 <= self.unreadable < 1:
-            raise InputError(f"data.unreadable is {self.unreadable}; allowed is a share from 0 to 1, 1 excluded")
+            raise InputError(f"data.unreadable must be a share from 0 to 1, 1 excluded, got {self.unreadable}")
         if self.channels not in (1, 3):
-            raise InputError(f"data.channels is {self.channels}; allowed: 1 (grey) or 3 (color)")
+            raise InputError(f"data.channels must be 1 (grey) or 3 (color), got {self.channels}")
         for name, least in (("limit", 1), ("workers", 0), ("split_seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise InputError(f"data.{name} is {value}; allowed is a whole number of at least {least}")
+                raise InputError(f"data.{name} must be a whole number of at least {least}, got {value}")
         for name, most in (("workers", 1000), ("split_seed", 2**63 - 1)):
             if getattr(self, name) > most:
-                raise InputError(f"data.{name} is {getattr(self, name)}; allowed is at most {most}")
+                raise InputError(f"data.{name} must be at most {most}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _digits(config: DataConfig) -> ImageSet:
     from sklearn.datasets import load_digits
 
     if config.image_size not in (None, 8):
-        raise InputError(f"data.image_size is {config.image_size}; allowed for digits is 8, or null")
+        raise InputError(f"data.image_size must be 8, or null, for digits, got {config.image_size}")
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.uint8)[:, None]  # pyright: ignore[reportAttributeAccessIssue]
     labels = torch.from_numpy(bunch.target).long()  # pyright: ignore[reportAttributeAccessIssue]
@@ -156,7 +156,7 @@ def _fashion_mnist(config: DataConfig) -> ImageSet:
     size = config.image_size or own
     height, width = size if isinstance(size, tuple) else (size, size)
     if min(height, width) < own:
-        raise InputError(f"data.image_size is {size}; allowed for fashion_mnist is at least {own}, by padding")
+        raise InputError(f"data.image_size must be at least {own} for fashion_mnist, by padding, got {size}")
     left, above = (width - own) // 2, (height - own) // 2
     margins = (left, width - own - left, above, height - own - above)  # of zeros, the background
     return ImageSet(
@@ -184,7 +184,7 @@ def _fashion_mnist_folder(path: str | None) -> Path:
     except Exception as error:  # the download raises many kinds
         raise InputError(
             f"fashion_mnist is not on this machine and cannot be downloaded ({str(error).splitlines()[0]}); "
-            "allowed: a network, the Debian package dataset-fashion-mnist, or data.path, a folder of its IDX files"
+            "use a network, the Debian package dataset-fashion-mnist, or data.path, a folder of its IDX files"
         ) from error
     return root / "FashionMNIST" / "raw"
 
@@ -229,7 +229,7 @@ def _on_disk(config: DataConfig, report: Report | None) -> ImageSet:
 
 
 def _own(config: DataConfig) -> ImageSet:
-    raise InputError(f"data.name is {OWN}: the images were given in Python; allowed is train(config, data=...)")
+    raise InputError(f"data.name is {OWN}: the images were given in Python; pass them to train(config, data=...)")
 
 
 LOADERS = {"digits": _digits, "fashion_mnist": _fashion_mnist, OWN: _own}

@@ -57,21 +57,21 @@ class FolderSource(Source):
     def __init__(self, path: str, report: Report | None = None) -> None:
         root = Path(path)
         if not root.is_dir():
-            raise InputError(f"data.path {root} is not a folder; allowed is a tree of class/image files")
+            raise InputError(f"data.path {root} is not a folder; expected a tree of class/image files")
         self.root = root
         listing = _remembered(root) or _scanned(root, report)
         self.files, self.sizes = listing.files, listing.sizes
         places = [os.path.split(os.fsdecode(unit)) for unit in listing.units]
         self.classes = sorted({name for part, name in places if part != "val"})
         if len(self.classes) < 2:
-            raise InputError(f"data.path {root} has {len(self.classes)} class folders; allowed is at least 2")
+            raise InputError(f"data.path {root} has {len(self.classes)} class folders; expected at least 2")
         number = {name: k for k, name in enumerate(self.classes)}
         for (part, name), count in zip(places, listing.counts.tolist(), strict=True):
             least = 1 if part else 2
             if count < least:
-                raise InputError(f"class folder {root / part / name} has {count} images; allowed is at least {least}")
+                raise InputError(f"class folder {root / part / name} has {count} images; expected at least {least}")
             if name not in number:
-                raise InputError(f"class folder {root / part / name} is not in {root / 'train'}; allowed are its classes")
+                raise InputError(f"class folder {root / part / name} is not in {root / 'train'}; expected its classes")
         counts = torch.from_numpy(listing.counts)
         self.classes = [shown(name) for name in self.classes]
         self.labels = torch.tensor([number[name] for _, name in places]).repeat_interleave(counts)
@@ -141,7 +141,7 @@ def _units(base: bytes) -> tuple[list[tuple[bytes, int]], list[bytes]]:
         return [(b"", modified), *zip(PAIR, times, strict=True)], pairs
     if any(inner) or set(units) <= {*PAIR, b"test"}:
         bare = os.path.join(base, PAIR[bool(inner[0])])
-        raise InputError(f"data.path {os.fsdecode(bare)} has no class folders; allowed are the same in train and val")
+        raise InputError(f"data.path {os.fsdecode(bare)} has no class folders; expected the same in train and val")
     return [(b"", modified)], units
 
 

@@ -170,10 +170,10 @@ def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):  # grey of 16 bits, or of 32 that should hold no more
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() >= 2**16:
-            raise ValueError("its numbers are no 16 bits; allowed are 8 or 16 a channel")
+            raise ValueError("its numbers are no 16 bits; expected 8 or 16 a channel")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert(mode)
     if image.mode == "F":
-        raise ValueError("its numbers are floating-point; allowed are 8 or 16 bits a channel")
+        raise ValueError("its numbers are floating-point; expected 8 or 16 bits a channel")
     return image.convert("RGBA" if image.has_transparency_data else mode)
 
 

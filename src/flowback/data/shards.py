@@ -60,7 +60,7 @@ class ShardSource(Source):
         indices = in_threads(_index, self.shards, report)
         counts = np.array([len(index["sizes"]) for index in indices])
         if not counts[: len(train)].any():
-            raise InputError(f"data.path {path} has no sample for training; allowed are shards of labelled images")
+            raise InputError(f"data.path {path} has no sample for training; expected shards of labelled images")
         self.stamps = [tuple(index["stamp"].tolist()) for index in indices]
         self.members = Texts.joined([index["names"] for index in indices])
         self.offsets, self.sizes = (np.concatenate([index[name] for index in indices]) for name in ("offsets", "sizes"))
@@ -70,10 +70,10 @@ class ShardSource(Source):
         by_number = any((index["numbers"] >= 0).any() for index in indices)
         self.labels, self.classes = (self._numbered if by_number else self._in_folders)(indices, given)
         if len(self.classes) < 2:
-            raise InputError(f"data.path {path} has {len(self.classes)} class; allowed is at least 2")
+            raise InputError(f"data.path {path} has {len(self.classes)} class; expected at least 2")
         alone = (self.labels.bincount() == 1).nonzero()
         if len(alone) and not self.held_out.any():
-            raise InputError(f"class {self.classes[int(alone[0])]} of {path} has 1 image; allowed is at least 2")
+            raise InputError(f"class {self.classes[int(alone[0])]} of {path} has 1 image; expected at least 2")
 
     def _numbered(self, indices: list[dict[str, Any]], given: list[str] | None) -> tuple[Tensor, list[str]]:
         """Labels and classes where samples carry numbers."""
@@ -81,8 +81,8 @@ class ShardSource(Source):
         classes = given or [str(k) for k in range(int(labels[~self.held_out].max()) + 1)]
         for i in ((labels < 0) | (labels >= len(classes))).nonzero()[:1, 0].tolist():
             if labels[i] < 0:
-                raise InputError(f"image {self.where(i)} has no class number; allowed is .cls or .json, as others have it")
-            raise InputError(f"image {self.where(i)} has class number {labels[i]}; allowed is at most {len(classes) - 1}")
+                raise InputError(f"image {self.where(i)} has no class number; expected .cls or .json, as others have it")
+            raise InputError(f"image {self.where(i)} has class number {labels[i]}; expected at most {len(classes) - 1}")
         return labels, classes
 
     def _in_folders(self, indices: list[dict[str, Any]], given: list[str] | None) -> tuple[Tensor, list[str]]:
@@ -97,8 +97,8 @@ class ShardSource(Source):
         for i in np.flatnonzero(labels < 0)[:1].tolist():
             folder = folders[folder_of[i]]
             if not folder:
-                raise InputError(f"image {self.where(i)} has no label; allowed: .cls, .json, or a folder in its name")
-            raise InputError(f"image {self.where(i)} is of class {folder}; allowed are the classes of the training images")
+                raise InputError(f"image {self.where(i)} has no label; expected .cls, .json, or a folder in its name")
+            raise InputError(f"image {self.where(i)} is of class {folder}; expected the classes of the training images")
         return torch.from_numpy(labels), classes
 
     def read(self, index: int) -> bytes:
@@ -134,14 +134,14 @@ def find_shards(path: str) -> tuple[list[Path], list[Path]]:
         files = glob(os.path.join(escape(path), "*.tar"))
         if not files:
             raise InputError(
-                f"data.path {path} has no .tar files; allowed is a folder of shards, or a pattern of their paths"
+                f"data.path {path} has no .tar files; expected a folder of shards, or a pattern of their paths"
             )
     else:
         files = []
         for pattern in expand_braces(path):
             found = glob(pattern)
             if not found:
-                raise InputError(f"data.path {path} names {pattern}, which does not exist; allowed are .tar files on disk")
+                raise InputError(f"data.path {path} names {pattern}, which does not exist; expected .tar files on disk")
             files += found
     shards = sorted({Path(file) for file in files}, key=lambda shard: shard.parts)  # Windows would ignore case
     train = [shard for shard in shards if TRAIN.search(shard.name.lower())]
@@ -162,7 +162,7 @@ def expand_braces(pattern: str) -> list[str]:
     literal_or_inner = BRACES.split(pattern)
     choices = [[text] if k % 2 == 0 else _choices(text) for k, text in enumerate(literal_or_inner)]
     if math.prod(map(len, choices)) > MAX_SHARDS:
-        raise InputError(f"{pattern} stands for too many names; allowed are {MAX_SHARDS}")
+        raise InputError(f"{pattern} stands for too many names; expected {MAX_SHARDS}")
     return ["".join(parts) for parts in product(*choices)]
 
 
@@ -207,7 +207,7 @@ def _index(shard: Path) -> dict[str, Any]:
             index = _samples(shard, stream, members)
     except (OSError, tarfile.TarError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"shard {shard} cannot be read ({reason}); allowed is a whole tar without compression") from error
+        raise InputError(f"shard {shard} cannot be read ({reason}); expected a whole tar without compression") from error
     index["stamp"] = np.array(stamp, np.int64)
     save_index("shards", str(shard), index)
     return index
@@ -219,13 +219,13 @@ def _samples(shard: Path, stream: BinaryIO, members: list[tarfile.TarInfo]) -> d
     for member in members:
         key, extension = split_name(member.name)
         if key and samples.setdefault(key, {}).setdefault(extension, member) is not member:
-            raise InputError(f"shard {shard} has {member.name} twice; allowed is one file of a name")
+            raise InputError(f"shard {shard} has {member.name} twice; expected one file of a name")
     images, numbers, folders = [], [], []
     for key, files in samples.items():
         found = [extension for extension in files if f".{extension}" in IMAGE_SUFFIXES]
         if len(found) != 1:
             has = f"images {' and '.join(found)}" if found else "no image"
-            raise InputError(f"sample {key} of {shard} has {has}; allowed is one, of {' '.join(sorted(IMAGE_SUFFIXES))}")
+            raise InputError(f"sample {key} of {shard} has {has}; expected one, of {' '.join(sorted(IMAGE_SUFFIXES))}")
         images.append(files[found[0]])
         numbers.append(_class_number(stream, files, f"sample {key} of {shard}"))
         folders.append(os.fsencode(key.rpartition("/")[0]))
@@ -251,13 +251,13 @@ def _class_number(stream: BinaryIO, files: dict[str, tarfile.TarInfo], sample: s
         value = int(content) if extension == "cls" else parse_json(content)
     except ValueError as error:
         kind = "a whole number" if extension == "cls" else "JSON"
-        raise InputError(f"{sample} has {content[:20]!r} in .{extension}; allowed is {kind}") from error
+        raise InputError(f"{sample} has {content[:20]!r} in .{extension}; expected {kind}") from error
     if extension == "json":
         value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
         if value is None:
             return -1
     if type(value) is not int or not 0 <= value < MAX_CLASSES:
-        raise InputError(f"{sample} has class {value!r} in .{extension}; allowed is 0 to {MAX_CLASSES - 1}")
+        raise InputError(f"{sample} has class {value!r} in .{extension}; expected 0 to {MAX_CLASSES - 1}")
     return value
 
 
@@ -274,7 +274,7 @@ def _class_names(folder: Path) -> list[str] | None:
                 names = [name.strip() for name in names if name.strip()]
             strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
             if not strings or len(set(names)) < len(names):
-                raise InputError(f"{file} is no list of classes; allowed are their names in order, each once")
+                raise InputError(f"{file} is no list of classes; expected their names in order, each once")
             return names
     return None
 
@@ -294,7 +294,7 @@ class _Handle:
 def _opened(shard: Path, stamp: tuple[int, int]) -> _Handle:
     handle = _Handle(shard)
     if _stamp(os.fstat(handle.descriptor)) != stamp:
-        raise InputError(f"shard {shard} has changed since this run began; allowed is to leave it, and to start again")
+        raise InputError(f"shard {shard} has changed since this run began; start again with another --run")
     return handle
 
 

@@ -94,7 +94,7 @@ def solvers(
     names = [method] * blocks if isinstance(method, str) else list(method)
     for name in names:
         if name != "auto" and name not in DECODERS:
-            raise InputError(f"decoding method {name!r} does not exist; allowed: auto, {', '.join(DECODERS)}")
+            raise InputError(f"decoding method must be one of auto, {', '.join(DECODERS)}, got {name!r}")
     if len(names) != blocks:
         raise InputError(f"decoding methods must be one, or one for each of {blocks} blocks, got {len(names)}")
     automatic = choose(measured, blocks, rows, device) if "auto" in names else []

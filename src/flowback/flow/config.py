@@ -66,35 +66,35 @@ class FlowConfig:
         for name, minimum in least.items():
             value = getattr(self, name)
             if not _is_whole(value, minimum) and not (value is None and name in open_until_known):
-                raise InputError(f"flow.{name} is {value!r}; allowed is a whole number of at least {minimum}")
+                raise InputError(f"flow.{name} must be a whole number of at least {minimum}, got {value!r}")
         if self.blocks > MOST_BLOCKS:
-            raise InputError(f"flow.blocks is {self.blocks}; allowed is at most {MOST_BLOCKS}")
+            raise InputError(f"flow.blocks must be at most {MOST_BLOCKS}, got {self.blocks}")
         depths = self.layers if isinstance(self.layers, list) else [self.layers]
         if not all(_is_whole(depth, 1) and depth <= MOST_BLOCKS for depth in depths) or (
             isinstance(self.layers, list) and len(depths) != self.blocks
         ):
             raise InputError(
-                f"flow.layers is {self.layers!r}; allowed is a whole number from 1 to {MOST_BLOCKS}, "
-                f"or a list of {self.blocks} of them"
+                f"flow.layers must be a whole number from 1 to {MOST_BLOCKS}, or a list of {self.blocks} of them, "
+                f"got {self.layers!r}"
             )
         self._check_sides()
         if self.width % self.head_dim:
             raise InputError(
                 f"flow.head_dim {self.head_dim} does not divide flow.width {self.width}; "
-                f"allowed: {', '.join(str(d) for d in divisors(self.width))}"
+                f"expected {', '.join(str(d) for d in divisors(self.width))}"
             )
         if self.positions == "rotary" and self.head_dim % 2:
-            raise InputError(f"flow.head_dim is {self.head_dim}; allowed with rotary positions is an even number")
+            raise InputError(f"flow.head_dim must be even with rotary positions, got {self.head_dim}")
         named = {"mlp": MLPS, "positions": POSITIONS, "noise": NOISES, "prior": PRIORS}
         for name, table in named.items():
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in table:
-                raise InputError(f"flow.{name} is {getattr(self, name)!r}; allowed: {', '.join(table)}")
+                raise InputError(f"flow.{name} must be one of {', '.join(table)}, got {getattr(self, name)!r}")
         if not (_is_finite(self.mlp_ratio) and self.mlp_ratio * self.width >= 1):
-            raise InputError(f"flow.mlp_ratio is {self.mlp_ratio!r}; allowed is a number of at least 1/width")
+            raise InputError(f"flow.mlp_ratio must be at least 1/width, got {self.mlp_ratio!r}")
         if self.log_scale_bound is not None and not (_is_finite(self.log_scale_bound) and self.log_scale_bound > 0):
-            raise InputError(f"flow.log_scale_bound is {self.log_scale_bound!r}; allowed is a number above 0, or null")
+            raise InputError(f"flow.log_scale_bound must be above 0, or null, got {self.log_scale_bound!r}")
         if not (_is_finite(self.noise_std) and self.noise_std >= 0):
-            raise InputError(f"flow.noise_std is {self.noise_std!r}; allowed is a number of at least 0")
+            raise InputError(f"flow.noise_std must be at least 0, got {self.noise_std!r}")
 
     def _check_sides(self) -> None:
         """Whether patches fit the images, as far as their size is known."""
@@ -102,7 +102,7 @@ class FlowConfig:
             if side % self.patch_size:
                 raise InputError(
                     f"flow.patch_size {self.patch_size} does not divide the image size {side}; "
-                    f"allowed: {', '.join(str(p) for p in divisors(side))}"
+                    f"expected {', '.join(str(p) for p in divisors(side))}"
                 )
 
     @classmethod
@@ -114,11 +114,11 @@ class FlowConfig:
         """
         options = options or {}
         if config is not None and (options or not isinstance(config, FlowConfig)):
-            raise InputError("a flow is made of one FlowConfig or of keywords; allowed is either")
+            raise InputError("a flow is made of one FlowConfig or of keywords; give one of the two")
         if config is None:
             for name in options:
                 if name not in (known := [f.name for f in fields(cls)]):
-                    raise InputError(f"TarFlow has no option {name!r}; allowed: {', '.join(known)}")
+                    raise InputError(f"TarFlow has no option {name!r}; expected {', '.join(known)}")
             config = cls(**options)
         if config.image_size is None:
             raise InputError("TarFlow needs image_size, the size of its images in pixels")
@@ -134,12 +134,12 @@ class FlowConfig:
         depths, checked = self.depths, set()
         for pair in pairs:
             if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(n, int) for n in pair):
-                raise InputError(f"{pair!r} is not a pair of block and layer; allowed are whole numbers, like [4, 2]")
+                raise InputError(f"{pair!r} is not a pair of block and layer; expected whole numbers, like [4, 2]")
             t, layer = pair
             if not 1 <= t <= len(depths):
-                raise InputError(f"block {t} does not exist; allowed: 1 to {len(depths)}")
+                raise InputError(f"block must be 1 to {len(depths)}, got {t}")
             if not 1 <= layer <= depths[t - 1]:
-                raise InputError(f"layer {layer} does not exist in block {t}; allowed: 1 to {depths[t - 1]}")
+                raise InputError(f"layer {layer} does not exist in block {t}; expected 1 to {depths[t - 1]}")
             checked.add((t, layer))
         return sorted(checked)
 

@@ -66,12 +66,12 @@ def import_tarflow(
     p, channels = _patches(file, D, patch_size if patch_size is not None else named.get("patch_size"), channels)
     noise_std = noise_std if noise_std is not None else named.get("noise_std")
     if noise_std is None:
-        raise InputError(f"{file} does not say the noise_std of its training; allowed is to give it, like 0.05")
+        raise InputError(f"{file} does not say the noise_std of its training; give it, like 0.05")
     sizes = _sizes(file, tensors)
     for name in ("width", "blocks", "layers"):
         if named and sizes[name] != named[name]:
             raise InputError(
-                f"{file} has {name} {named[name]} in its name but {sizes[name]} in its tensors; allowed is a name that fits"
+                f"{file} has {name} {named[name]} in its name but {sizes[name]} in its tensors; expected a name that fits"
             )
     flow = TarFlow(
         image_size=p * _side(file, tensors),
@@ -96,7 +96,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         InputError: if the file is not there, is damaged, or holds anything but tensors.
     """
     if not file.is_file():
-        raise InputError(f"{file} does not exist; allowed is a local file that was saved with torch.save")
+        raise InputError(f"{file} does not exist; expected a local file that was saved with torch.save")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are refused below
@@ -105,15 +105,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # torch.load raises many kinds, with advice to load without safety
         raise InputError(
-            f"{file} cannot be read; allowed is an undamaged file of tensors only, since other objects can run code"
+            f"{file} cannot be read; expected an undamaged file of tensors only, since other objects can run code"
         ) from error
     if isinstance(found, dict):
         found = next((found[key] for key in WRAPPERS if _is_state(found.get(key))), found)
     if not _is_state(found):
-        raise InputError(f"{file} is not a state_dict; allowed is one, or a dict with one as {', '.join(WRAPPERS)}")
+        raise InputError(f"{file} is not a state_dict; expected one, or a dict with one as {', '.join(WRAPPERS)}")
     tensors = {PREFIX.sub("", name): tensor for name, tensor in found.items()}
     if len(tensors) < len(found):
-        raise InputError(f"{file} has tensors that differ in the prefixes of their names only; allowed is one of each")
+        raise InputError(f"{file} has tensors that differ in the prefixes of their names only; expected one of each")
     return tensors
 
 
@@ -138,7 +138,7 @@ def _shape(file: Path, tensors: dict[str, Tensor], name: str, dims: int) -> torc
     if name not in tensors:
         raise InputError(f"{file} is not a checkpoint of the published TARFlow code: it lacks the tensor {name}")
     if tensors[name].dim() != dims:
-        raise InputError(f"{file} has {name} of shape {list(tensors[name].shape)}; allowed are {dims} dimensions")
+        raise InputError(f"{file} has {name} of shape {list(tensors[name].shape)}; expected {dims} dimensions")
     return tensors[name].shape
 
 
@@ -152,7 +152,7 @@ def _sizes(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     width, _ = _shape(file, tensors, "blocks.0.proj_in.weight", dims=2)
     hidden, _ = _shape(file, tensors, "blocks.0.attn_blocks.0.mlp.main.0.weight", dims=2)
     if hidden % width:
-        raise InputError(f"{file} has MLPs of {hidden} units; allowed is a multiple of the width {width}")
+        raise InputError(f"{file} has MLPs of {hidden} units; expected a multiple of the width {width}")
     blocks = _count(tensors, "blocks.")
     layers = [_count(tensors, f"blocks.{t}.attn_blocks.") for t in range(blocks)]
     conditional = "blocks.0.class_embed" in tensors
@@ -169,7 +169,7 @@ def _side(file: Path, tensors: dict[str, Tensor]) -> int:
     """Tokens along a side of the image."""
     N, _ = _shape(file, tensors, "blocks.0.pos_embed", dims=2)
     if math.isqrt(N) ** 2 != N:
-        raise InputError(f"{file} has {N} tokens; allowed is a square number")
+        raise InputError(f"{file} has {N} tokens; expected a square number")
     return math.isqrt(N)
 
 
@@ -185,7 +185,7 @@ def _patches(file: Path, D: int, patch_size: int | None, channels: int | None) -
         allowed = ", ".join(f"{p} ({C})" for p, C in possible.items())
         raise InputError(
             f"{file} has tokens of {D} numbers, which do not fit {' and '.join(given) or 'squares of 3 channels or 1'}; "
-            f"allowed patch sizes, and their channels: {allowed}"
+            f"possible patch sizes, and their channels: {allowed}"
         )
     return p, possible[p]
 
@@ -210,15 +210,15 @@ def _converted(file: Path, tensors: dict[str, Tensor], flow: TarFlow) -> dict[st
     for name, shape in shapes.items():
         tensor = tensors[name]
         if list(tensor.shape) != shape:
-            raise InputError(f"{file} has {name} of shape {list(tensor.shape)}; allowed is {shape}")
+            raise InputError(f"{file} has {name} of shape {list(tensor.shape)}; expected {shape}")
         if name not in masks and not (tensor.is_floating_point() and tensor.float().isfinite().all()):
             raise InputError(f"{file} has {name} of {tensor.dtype} with values that are no finite numbers")
     for name in masks:
         if not torch.equal(tensors[name].float(), torch.ones(N, N).tril()):
-            raise InputError(f"{file} has {name} that is not the causal mask; allowed are ones on and below the diagonal")
+            raise InputError(f"{file} has {name} that is not the causal mask; expected ones on and below the diagonal")
     least = tensors["var"].float().min().item()
     if least <= 0:
-        raise InputError(f"{file} has var with a variance of {least:g}; allowed is above 0")
+        raise InputError(f"{file} has var with a variance of {least:g}; expected above 0")
     return {ours[name]: _convert(name, tensors[name].float(), D) for name in ours}
 
 

@@ -58,7 +58,7 @@ class Solver:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise InputError(f"decoding method {self.method!r} does not exist; allowed: {', '.join(METHODS)}")
+            raise InputError(f"decoding method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.window is not None and not (isinstance(self.window, int) and self.window >= 1):
             raise InputError(f"window must be a whole number of at least 1 or None, got {self.window!r}")
 

@@ -31,11 +31,11 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < float("inf"):
-            raise InputError(f"guidance scale {self.scale} is not usable; allowed is a number of at least 0")
+            raise InputError(f"guidance scale must be at least 0, got {self.scale}")
         if self.schedule not in SCHEDULES:
-            raise InputError(f"guidance schedule {self.schedule!r} does not exist; allowed: {', '.join(SCHEDULES)}")
+            raise InputError(f"guidance schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.guided not in TARGETS:
-            raise InputError(f"guidance cannot act on {self.guided!r}; allowed: {', '.join(TARGETS)}")
+            raise InputError(f"guidance cannot act on {self.guided!r}; expected {', '.join(TARGETS)}")
 
     def weights(self, like: Tensor) -> Tensor:
         """The scale w of every token of `like [B, N, D]`, in the block's order: `[N, 1]`."""

@@ -177,9 +177,7 @@ def load_tensors(module: nn.Module, file: Path) -> None:
         if name not in expected:
             raise InputError(f"{file} has a tensor {name} that the model does not know")
         if expected[name].shape != found[name].shape:
-            raise InputError(
-                f"{file} has {name} of shape {list(found[name].shape)}; allowed is {list(expected[name].shape)}"
-            )
+            raise InputError(f"{file} has {name} of shape {list(found[name].shape)}; expected {list(expected[name].shape)}")
     dtype = torch.promote_types(next(iter(found.values())).dtype, torch.float32)
     module.to(dtype).load_state_dict(found)
 
@@ -227,10 +225,10 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise InputError(
-            f"{repo_id!r} is no name on the hub; allowed is owner/name of letters, digits, -, _ and ."
+            f"{repo_id!r} is no name on the hub; expected owner/name of letters, digits, -, _ and ."
         ) from error
     if repo_id.count("/") != 1:
-        raise InputError(f"{repo_id!r} has no owner; allowed is owner/name")
+        raise InputError(f"{repo_id!r} has no owner; expected owner/name")
 
 
 def upload(folder: Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
@@ -259,6 +257,6 @@ def upload(folder: Path, repo_id: str, private: bool = False, token: str | None 
     except Exception as error:  # the hub client raises many kinds: offline, no token, no permission
         reason = shorten(getattr(error, "server_message", None) or str(error) or type(error).__name__, 300).rstrip(".")
         raise InputError(
-            f"the hub did not take {repo_id} ({reason}); allowed: a network, and a token that may write there"
+            f"the hub did not take {repo_id} ({reason}); it needs a network, and a token that may write there"
         ) from error
     return str(address)

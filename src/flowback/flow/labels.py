@@ -75,7 +75,7 @@ def check_range(y: Tensor, classes: int) -> None:
     low, high = (int(y.min()), int(y.max())) if len(y) else (-1, -1)
     if low < -1 or high >= classes:
         allowed = f"0 to {classes - 1}, or -1 for no label" if classes else "-1 or None, since the flow is unconditional"
-        raise InputError(f"label {low if low < -1 else high} is out of range; allowed: {allowed}")
+        raise InputError(f"label {low if low < -1 else high} is out of range; expected {allowed}")
 
 
 def to_draw(

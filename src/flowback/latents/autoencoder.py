@@ -205,7 +205,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not known or any(config.get(name) is None for name in needed):
         raise InputError(f"{folder / 'config.json'} does not describe a diffusers AutoencoderKL")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-        raise InputError(f"{folder} scales every channel by itself; allowed is an autoencoder with one scaling_factor")
+        raise InputError(f"{folder} scales every channel by itself; expected an autoencoder with one scaling_factor")
     return config
 
 
@@ -213,4 +213,4 @@ def _weights_hash(folder: Path) -> str:
     try:
         return file_hash(folder / WEIGHTS)[:16]
     except OSError as error:
-        raise InputError(f"{folder} has no {WEIGHTS}; allowed is an autoencoder saved as safetensors") from error
+        raise InputError(f"{folder} has no {WEIGHTS}; expected an autoencoder saved as safetensors") from error

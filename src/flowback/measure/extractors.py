@@ -112,7 +112,7 @@ def registered(extractor: str, device: torch.device) -> str:
         InputError: if there is no such extractor.
     """
     if extractor not in EXTRACTORS:
-        raise InputError(f"extractor {extractor!r} does not exist; allowed: {', '.join(EXTRACTORS)}")
+        raise InputError(f"extractor must be one of {', '.join(EXTRACTORS)}, got {extractor!r}")
     name, own = EXTRACTORS[extractor]
     if own is not None and name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(name, own)
@@ -143,7 +143,7 @@ def checked_weights(weights: str | None, extractor: str) -> str | None:
     if weights is None or weights == "random":
         return weights
     if not Path(weights).is_file():
-        raise InputError(f"extractor weights {weights} are not a file; allowed is a local file of tensors")
+        raise InputError(f"extractor weights {weights} are not a file; expected a local file of tensors")
     own = EXTRACTORS[extractor][1]
     reads_safetensors = own is not None and issubclass(own, TimmExtractor)
     if not (reads_safetensors and weights.endswith(".safetensors")):
@@ -154,7 +154,7 @@ def checked_weights(weights: str | None, extractor: str) -> str | None:
                 f"extractor weights {weights} hold more than tensors ({str(error).splitlines()[0]})"
             ) from error
         if not isinstance(state, dict):
-            raise InputError(f"extractor weights {weights} are not a state_dict; allowed is one")
+            raise InputError(f"extractor weights {weights} are not a state_dict; expected one")
     return weights
 
 

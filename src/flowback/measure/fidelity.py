@@ -75,7 +75,7 @@ class FolderImages(Dataset[Tensor]):
         self.files = sorted(folder.glob("*.png"))
         self.size: tuple[int, int] | None = None  # of the first one that is read
         if not self.files:
-            raise InputError(f"{folder} has no .png; allowed is a folder that `flowback sample` wrote, or an .npz")
+            raise InputError(f"{folder} has no .png; expected a folder that `flowback sample` wrote, or an .npz")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -84,7 +84,7 @@ class FolderImages(Dataset[Tensor]):
         image = decode(self.files[index], "RGB").image.convert("RGB")
         self.size = self.size or image.size
         if image.size != self.size:
-            raise InputError(f"image {self.files[index]} is of {image.size} pixels; allowed are {self.size}, as others are")
+            raise InputError(f"image {self.files[index]} is of {image.size} pixels; expected {self.size}, as others are")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -115,7 +115,7 @@ def open_images(path: Path) -> Images:
             start = entry.header_offset + 30 + name + extra + header
         return TensorImages(np.memmap(path, dtype, "r", start, shape).transpose(0, 3, 1, 2))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} holds no samples ({error}); allowed: a folder of PNGs, or an .npz with arr_0") from error
+        raise InputError(f"{path} holds no samples ({error}); expected a folder of PNGs, or an .npz with arr_0") from error
 
 
 def _rgb(image: Tensor) -> Tensor:
@@ -152,10 +152,10 @@ def fidelity(
     """
     for name in metrics:
         if name not in METRICS:
-            raise InputError(f"metric {name!r} does not exist; allowed: {', '.join(METRICS)}")
+            raise InputError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
     check_sfid(metrics, extractor)
     if min(len(samples), len(reference)) < 2:
-        raise InputError("one image has no spread; allowed are at least 2 samples and 2 real images")
+        raise InputError("one image has no spread; expected at least 2 samples and 2 real images")
     options: dict[str, Any] = {
         "input1": samples,
         "input2": reference,
@@ -185,7 +185,7 @@ def check_sfid(metrics: Collection[str], extractor: str) -> None:
         InputError: if it is asked for.
     """
     if "sfid" in metrics and extractor != "inception":
-        raise InputError(f"sfid is a figure of inception, not of {extractor}; allowed: extractor inception, or no sfid")
+        raise InputError(f"sfid is a figure of inception, not of {extractor}; use extractor inception, or leave sfid out")
 
 
 def reference_of(data: ImageSet, count: int, training: bool = True) -> tuple[Images, str]:
@@ -212,7 +212,7 @@ def _calculate(extractor: str, weights: str | None, device: torch.device | str, 
         raise
     except OSError as error:  # URLError and its kind
         raise InputError(
-            f"the weights of extractor {extractor} cannot be had ({error}); allowed: a network, or a local file"
+            f"the weights of extractor {extractor} cannot be had ({error}); it needs a network, or give a local file"
         ) from error
     except RuntimeError as error:
         if "state_dict" not in str(error):

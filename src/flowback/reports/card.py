@@ -80,9 +80,9 @@ def export(
         InputError: if the folder is not empty, the license is no identifier, or the run or its autoencoder is not usable.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; allowed is a new or an empty folder")
+        raise InputError(f"{folder} is there already; use a new or an empty folder")
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise InputError(f"license {license!r} is no identifier; allowed is one of the hub's, like apache-2.0 or mit")
+        raise InputError(f"license {license!r} is no identifier; expected one of the hub's, like apache-2.0 or mit")
     flow, measured = load_flow(run, weights)
     provenance = read_provenance(Path(run), flow, measured)
     if isinstance(flow, LatentFlow):
@@ -214,7 +214,7 @@ def _read(file: Path) -> Any:
     try:
         return read_json(file)
     except ValueError as error:
-        raise InputError(f"{file} cannot be read ({error}); allowed is what flowback wrote") from error
+        raise InputError(f"{file} cannot be read ({error}); expected what flowback wrote") from error
 
 
 def _source(row: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ def load_record(run: str | Path, name: str, device: torch.device | str = "cpu") 
     folder = Path(run)
     for file, what in (("config.yaml", "train"), ("metrics.csv", "train"), (FILE, "evaluate")):
         if not (folder / file).is_file():
-            raise InputError(f"{run} has no {file}; allowed are runs on which `flowback {what}` was run")
+            raise InputError(f"{run} has no {file}; expected runs on which `flowback {what}` was run")
     config = RunConfig.read(folder / "config.yaml")
     flow, _ = load_flow(run, device=device)
     try:
@@ -96,7 +96,7 @@ def names_of(runs: Sequence[str | Path]) -> list[str]:
     """
     paths = [Path(run).resolve() for run in runs]
     if len(set(paths)) < len(paths):
-        raise InputError("a run is given twice; allowed are different ones")
+        raise InputError("a run is given twice; expected different ones")
     names = [path.name for path in paths]
     taken = OWN | {name for name in names if names.count(name) > 1}
     return [str(path) if path.name in taken else path.name for path in paths]

@@ -87,18 +87,18 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in self.metrics:
             if name not in METRICS:
-                raise InputError(f"metric {name!r} does not exist; allowed: {', '.join(METRICS)}")
+                raise InputError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
         for name, value in (("images", self.images), ("draws", self.draws), ("samples", self.samples)):
             if value is not None and value < 1:
-                raise InputError(f"--{name} {value} is not usable; allowed is a whole number of at least 1")
+                raise InputError(f"--{name} must be a whole number of at least 1, got {value}")
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed {self.seed} is not usable; allowed is a whole number from 0 to 2^63 - 1")
+            raise InputError(f"--seed must be a whole number from 0 to 2^63 - 1, got {self.seed}")
         if self.reference not in ("train", "held_out"):
-            raise InputError(f"--reference {self.reference!r} does not exist; allowed: train, held_out")
+            raise InputError(f"--reference must be one of train, held_out, got {self.reference!r}")
         if self.extractor not in EXTRACTORS:
-            raise InputError(f"extractor {self.extractor!r} does not exist; allowed: {', '.join(EXTRACTORS)}")
+            raise InputError(f"extractor must be one of {', '.join(EXTRACTORS)}, got {self.extractor!r}")
         if self.sweep and self.samples_from is not None:
-            raise InputError("samples from disk have one guidance; allowed is --sweep or --samples-from")
+            raise InputError("samples from disk have one guidance; use --sweep or --samples-from, not both")
         fid.check_sfid(self.metrics, self.extractor)
         for scale in (self.guidance, *self.sweep):
             Guidance(scale)
@@ -125,7 +125,7 @@ def evaluate(
     """
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
-        raise InputError(f"{run} has no config.yaml that names its data; allowed is the folder of a run")
+        raise InputError(f"{run} has no config.yaml that names its data; expected the folder of a run")
     flow, weights = load_flow(folder, config.weights, device)
     recipe, state = RunConfig.read(folder / "config.yaml"), State.read(flow_folder(folder))
     data, alignment = load_data(recipe.data), recipe.alignment

@@ -150,7 +150,7 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         whole = newest(run)
         raise InputError(
-            f"checkpoint {final} cannot be written ({error}); allowed is a disk with room; "
+            f"checkpoint {final} cannot be written ({error}); make room on the disk; "
             + (f"{whole.name} is untouched, go on from it with --train.resume" if whole else "there is none before it")
         ) from error
     if fabric.is_global_zero:
@@ -245,10 +245,10 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
         InputError: if there is no flow or no such device, or `weights` is something else.
     """
     if weights not in ("ema", "raw"):
-        raise InputError(f"weights {weights!r} do not exist; allowed: ema, raw")
+        raise InputError(f"weights {weights!r} do not exist; expected ema, raw")
     source = newest(Path(run)) or run
     if Path(run).is_dir() and source == run and not (Path(run) / "config.json").exists():
-        raise InputError(f"{run} holds no checkpoint and no flow; allowed is a run's folder, a checkpoint or a flow")
+        raise InputError(f"{run} holds no checkpoint and no flow; expected a run's folder, a checkpoint or a flow")
     where = pick_device(device)
     flow = from_pretrained(source)
     if weights == "raw":
@@ -257,11 +257,11 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
             for name, parameter in flow.core.named_parameters():
                 reader.fill(f"weights.flow.{name}", parameter)
         except OSError as error:
-            raise InputError(f"{source} has no raw weights; allowed here: ema") from error
+            raise InputError(f"{source} has no raw weights; use ema") from error
         except SafetensorError as error:
-            raise InputError(f"{source} has raw weights that cannot be read ({error}); allowed here: ema") from error
+            raise InputError(f"{source} has raw weights that cannot be read ({error}); use ema") from error
         except (KeyError, ValueError) as error:
-            raise InputError(f"{source} has raw weights of another flow ({error}); allowed here: ema") from error
+            raise InputError(f"{source} has raw weights of another flow ({error}); use ema") from error
     name = source.name if isinstance(source, Path) else str(source)
     return flow.to(where), f"{weights} weights of {name}"
 
@@ -274,7 +274,7 @@ def flow_folder(run: str | Path) -> Path:
     """
     folder = newest(Path(run)) or Path(run)
     if not folder.is_dir():
-        raise InputError(f"{run} is no folder; allowed is one, since something is to be stored in it")
+        raise InputError(f"{run} is no folder; expected one, since something is to be stored in it")
     return folder
 
 

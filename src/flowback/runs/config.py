@@ -61,20 +61,22 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         if self.strategy not in ("none", *STRATEGIES):
-            raise InputError(f"alignment.strategy is {self.strategy!r}; allowed: none, {', '.join(STRATEGIES)}")
+            raise InputError(f"alignment.strategy must be one of none, {', '.join(STRATEGIES)}, got {self.strategy!r}")
         if isinstance(self.gradient, str) and self.gradient not in GRADIENTS:
-            raise InputError(f"alignment.gradient is {self.gradient!r}; allowed: {', '.join(GRADIENTS)}, or a number")
+            raise InputError(
+                f"alignment.gradient must be one of {', '.join(GRADIENTS)}, or a number, got {self.gradient!r}"
+            )
         if any(len(pair) != 2 for pair in self.at):
-            raise InputError(f"alignment.at is {self.at}; allowed are pairs of block and layer, like [[3, 2], [4, 2]]")
+            raise InputError(f"alignment.at must be pairs of block and layer, like [[3, 2], [4, 2]], got {self.at}")
         for name, allowed in (("encoder_precision", PRECISIONS), ("projector", PROJECTORS)):
             if getattr(self, name) not in allowed:
-                raise InputError(f"alignment.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+                raise InputError(f"alignment.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.until is not None and self.until < 1:
-            raise InputError(f"alignment.until is {self.until}; allowed is a whole number of at least 1, or null")
+            raise InputError(f"alignment.until must be a whole number of at least 1, or null, got {self.until}")
         if self.shuffled and not self.cache:
-            raise InputError("alignment.shuffled needs features that are kept; allowed is alignment.cache true with it")
+            raise InputError("alignment.shuffled needs features that are kept; use alignment.cache true with it")
         if self.projector_width < 1:
-            raise InputError(f"alignment.projector_width is {self.projector_width}; allowed is at least 1")
+            raise InputError(f"alignment.projector_width must be at least 1, got {self.projector_width}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         if self.posterior not in POSTERIORS:
-            raise InputError(f"latents.posterior is {self.posterior!r}; allowed: {', '.join(POSTERIORS)}")
+            raise InputError(f"latents.posterior must be one of {', '.join(POSTERIORS)}, got {self.posterior!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,26 +179,26 @@ class TrainConfig:
         for name, minimum in (least | {"warmup": 0, "seed": 0, "until": 1}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:
-                raise InputError(f"train.{name} is {value}; allowed is a whole number of at least {minimum}")
+                raise InputError(f"train.{name} must be a whole number of at least {minimum}, got {value}")
         for name, most in (("seed", 2**63 - 1), ("batch_size", 2**20), ("steps", 10**8 - 1)):
             if getattr(self, name) > most:
-                raise InputError(f"train.{name} is {getattr(self, name)}; allowed is at most {most}")
+                raise InputError(f"train.{name} must be at most {most}, got {getattr(self, name)}")
         if not 0 < self.lr < float("inf"):
-            raise InputError(f"train.lr is {self.lr}; allowed is a number above 0")
+            raise InputError(f"train.lr must be above 0, got {self.lr}")
         if self.grad_clip is not None and not self.grad_clip > 0:
-            raise InputError(f"train.grad_clip is {self.grad_clip}; allowed is a number above 0, or null")
+            raise InputError(f"train.grad_clip must be above 0, or null, got {self.grad_clip}")
         if not 0 <= self.weight_decay < float("inf"):
-            raise InputError(f"train.weight_decay is {self.weight_decay}; allowed is a number of at least 0")
+            raise InputError(f"train.weight_decay must be at least 0, got {self.weight_decay}")
         if len(self.betas) != 2:
-            raise InputError(f"train.betas is {self.betas}; allowed are two numbers")
+            raise InputError(f"train.betas must be two numbers, got {self.betas}")
         for name, value in (("ema", self.ema), ("beta 1", self.betas[0]), ("beta 2", self.betas[1])):
             if not 0 <= value < 1:
-                raise InputError(f"train.{name} is {value}; allowed is a number from 0 to 1, 1 excluded")
+                raise InputError(f"train.{name} must be a number from 0 to 1, 1 excluded, got {value}")
         if not 0 <= self.class_dropout <= 1:
-            raise InputError(f"train.class_dropout is {self.class_dropout}; allowed is a share from 0 to 1")
+            raise InputError(f"train.class_dropout must be a share from 0 to 1, got {self.class_dropout}")
         for name, allowed in (("precision", PRECISIONS), ("strategy", SHARING)):
             if getattr(self, name) not in allowed:
-                raise InputError(f"train.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+                raise InputError(f"train.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Itera
     run = config.folder
     found = checkpoint.newest(run)
     if found is not None and not config.train.resume:
-        raise InputError(f"{run} holds a run already; allowed: --train.resume to go on, or another --run")
+        raise InputError(f"{run} holds a run already; use --train.resume to go on, or another --run")
     if found is None and config.train.resume:
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
     run.mkdir(parents=True, exist_ok=True)
@@ -74,9 +74,9 @@ def _lock(run: Path) -> AcquireReturnProxy:
                 raise
         return _mark(run / ".lock.process")
     except Timeout as error:
-        raise InputError(f"another process trains in {run}; allowed is one at a time, or another --run") from error
+        raise InputError(f"another process trains in {run}; use another --run, or wait") from error
     except OSError as error:
-        raise InputError(f"{run} cannot be locked ({error.strerror}); allowed is a folder to write in") from error
+        raise InputError(f"{run} cannot be locked ({error.strerror}); expected a folder to write in") from error
 
 
 def _mark(file: Path) -> AcquireReturnProxy:
@@ -92,8 +92,7 @@ def _mark(file: Path) -> AcquireReturnProxy:
         owner = marker.owner
         who = f"process {owner.pid} on {owner.hostname}" if owner else "a process"
         raise InputError(
-            f"{file} says that {who} trains here; allowed is one at a time, another --run, or to delete that file if the "
-            "process is gone"
+            f"{file} says that {who} trains here; wait, use another --run, or delete that file if the process is gone"
         ) from error
 
 
@@ -103,7 +102,7 @@ def _refuse_other(config: RunConfig) -> None:
     for name in now:
         if name not in FREE and before.get(name) != now[name]:
             raise InputError(
-                f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; allowed: the same"
+                f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; expected the same"
             )
 
 
@@ -114,4 +113,4 @@ def _newest_whole(run: Path) -> Path:
         if problem is None:
             return folder
         console.print(f"passed over: {problem}", highlight=False, soft_wrap=True, markup=False)
-    raise InputError(f"{run} has no whole checkpoint to resume from; allowed is another --run")
+    raise InputError(f"{run} has no whole checkpoint to resume from; use another --run")

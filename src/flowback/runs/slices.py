@@ -91,6 +91,6 @@ class Reader:
             ValueError: if it has another shape.
         """
         if self.shape(name) != list(tensor.shape):
-            raise ValueError(f"{name} has the shape {self.shape(name)}; allowed is {list(tensor.shape)}")
+            raise ValueError(f"{name} has the shape {self.shape(name)}; expected {list(tensor.shape)}")
         own, start = own_slice(tensor)
         own.copy_(self.read(name, start, start + len(own)) if own.dim() else self.read(name))

@@ -55,7 +55,7 @@ def autotune(
         InputError: if a number of rows is impossible.
     """
     if not rows or min(rows) < 1 or repeats < 1:
-        raise InputError(f"{list(rows)} rows, {repeats} times, cannot be measured; allowed are whole numbers of at least 1")
+        raise InputError(f"rows and repeats must be whole numbers of at least 1, got {list(rows)} and {repeats}")
     like = next(flow.parameters())
     measured = Autotune(machine_name(like.device))
     running = {t: candidates(flow.token_shape[0], fast_bfloat16(flow.device)) for t in range(1, flow.config.blocks + 1)}

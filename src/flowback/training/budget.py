@@ -137,7 +137,7 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
     """
     device, c, a = device or Device(), config.train, config.alignment
     if (a.strategy, a.gradient) == ("reverse", "sequential"):
-        raise InputError("alignment.gradient is 'sequential'; allowed in a dry run are all others")
+        raise InputError("alignment.gradient is 'sequential'; a dry run measures all others")
     data = _data(config.data)
     autoencoder = _autoencoder(config.latents)
     with FakeTensorMode() as fake:

@@ -32,7 +32,7 @@ def settle(config: RunConfig, data: Any = None, encoder: Encoder | None = None, 
     if encoder is not None:
         a, known = config.alignment, fingerprint(encoder)
         if a.strategy == "none":
-            raise InputError("alignment.strategy is 'none'; allowed with an encoder: forward, detach, reverse")
+            raise InputError("alignment.strategy is 'none'; with an encoder it must be forward, detach or reverse")
         cache = a.cache and known is not None
         config = replace(config, alignment=replace(a, encoder=OWN, encoder_weights=known, cache=cache))
     if flow is not None:
@@ -52,7 +52,7 @@ def _refuse_contradiction(section: str, wanted: Any, has: Any) -> None:
     for field in fields(wanted):
         value, own = getattr(wanted, field.name), getattr(has, field.name)
         if value not in (field.default, own):
-            raise InputError(f"{section}.{field.name} is {value!r}; allowed for this flow: {own!r}")
+            raise InputError(f"{section}.{field.name} must be {own!r} for this flow, got {value!r}")
 
 
 def fingerprint(encoder: Encoder) -> str | None:
@@ -87,7 +87,7 @@ def as_image_set(data: Any) -> ImageSet:
             raise TypeError(f"{images.dtype} {list(images.shape)}, {count} labels, {len(classes)} classes")
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise InputError(
-            f"the data set cannot be used ({error}); allowed is an ImageSet, or an object with train and held_out, each a "
+            f"the data set cannot be used ({error}); expected an ImageSet, or an object with train and held_out, each a "
             "Split or a pair of images, uint8 [n, C, H, W], and labels [n]"
         ) from error
     name, levels = getattr(data, "name", type(data).__name__), getattr(data, "levels", 256)
@@ -113,18 +113,18 @@ def build_flow(
     if autoencoder is not None:
         if autoencoder.image_channels != data.channels:
             raise InputError(
-                f"images of {data.channels} channels do not fit {autoencoder.name}; allowed is {autoencoder.image_channels}"
+                f"images of {data.channels} channels do not fit {autoencoder.name}; expected {autoencoder.image_channels}"
             )
         if flow.noise != "gaussian":
-            raise InputError(f"flow.noise is {flow.noise!r}; allowed in latents, which have no bins: gaussian")
+            raise InputError(f"flow.noise must be gaussian in latents, which have no bins, got {flow.noise!r}")
         size = autoencoder.latent_size(data.size)
         facts, of = {"image_size": as_size(size, "the size"), "channels": autoencoder.channels}, "these latents"
     for name, value in facts.items():
         if getattr(flow, name) not in (None, value):
-            raise InputError(f"flow.{name} is {getattr(flow, name)}; allowed for {of}: {value}")
+            raise InputError(f"flow.{name} must be {value} for {of}, got {getattr(flow, name)}")
     classes = len(data.classes) if flow.num_classes is None else flow.num_classes
     if classes not in (0, len(data.classes)):
-        raise InputError(f"flow.num_classes is {classes}; allowed here: {len(data.classes)}, or 0 for no classes")
+        raise InputError(f"flow.num_classes must be {len(data.classes)} here, or 0 for no classes, got {classes}")
     built = TarFlow(replace(flow, num_classes=classes, **facts))
     if start is not None:
         built.load_state_dict(start.core.state_dict())
@@ -145,7 +145,7 @@ def make_alignment(config: AlignmentConfig, flow: TarFlow, encoder: Encoder | No
         InputError: if the encoder was given to `train` and is not now.
     """
     if encoder is None and config.encoder == OWN:
-        raise InputError(f"alignment.encoder is {OWN}: it was given in Python; allowed is train(config, encoder=...)")
+        raise InputError(f"alignment.encoder is {OWN}: it was given in Python; pass it to train(config, encoder=...)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = encoder or load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)

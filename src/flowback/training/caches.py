@@ -115,7 +115,7 @@ def open_cache(plan: CachePlan, config: RunConfig, data: ImageSet) -> ArrayCache
         cache = find(root, plan.facts)
         if cache is None:
             why = nearest_mismatch(root, plan.facts) or f"{root} holds no cache of {plan.kind}"
-            raise InputError(f"{why}; allowed: what `flowback cache` makes of this configuration")
+            raise InputError(f"{why}; use what `flowback cache` makes of this configuration")
         return cache
     cache = plan.planned(cache_folder(), len(data.train), config.train.hflip)
     tolerance = Tolerance(config.data.unreadable, cache.count)
@@ -147,7 +147,7 @@ def make_caches(
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow).to(device)
     plans = cache_plans(config, data, flow, autoencoder, alignment, device)
     if not plans:
-        raise InputError("this configuration has nothing to cache; allowed is one with an autoencoder or an alignment")
+        raise InputError("this configuration has nothing to cache; expected one with an autoencoder or an alignment")
     caches = [plan.planned(root or cache_folder(), len(data.train), config.train.hflip) for plan in plans]
     for cache in caches:
         console.print(

@@ -49,8 +49,8 @@ def check_batch(config: TrainConfig) -> None:
     pieces = devices * nodes * config.grad_accum_steps
     if config.batch_size % pieces:
         raise InputError(
-            f"train.batch_size is {config.batch_size}; allowed for {devices * nodes} processes and train.grad_accum_steps "
-            f"{config.grad_accum_steps} are multiples of {pieces}"
+            f"train.batch_size must be a multiple of {pieces} for {devices * nodes} processes and train.grad_accum_steps "
+            f"{config.grad_accum_steps}, got {config.batch_size}"
         )
 
 
@@ -77,7 +77,7 @@ def launch(config: TrainConfig) -> Any:
     except Exception as error:  # Fabric raises many kinds for what is not there
         reason = " ".join(str(error).split()) or type(error).__name__
         wanted = f"train.accelerator {config.accelerator} with train.devices {devices}"
-        raise InputError(f"{wanted} cannot be had ({reason}); allowed is what this machine has") from error
+        raise InputError(f"{wanted} cannot be had ({reason}); use what this machine has") from error
     fabric.launch()
     return fabric
 
