@@ -96,10 +96,16 @@ def test_the_fastest_wins_block_one_first(flow, race):
 
 
 def test_of_several_runs_the_fastest_counts(flow, race):
-    race(lambda block, solver, before: 1.0 if solver == SWEEPS and before == 2 else 2.0)
-    assert [block.solver for block in autotune(flow, rows=(1,), repeats=3).rows[1]] == [SWEEPS] * 3
-    race(lambda block, solver, before: 1.0 if solver == SWEEPS and before == 2 else 2.0)
-    assert [block.solver for block in autotune(flow, rows=(1,), repeats=2).rows[1]] == [SEQUENTIAL] * 3
+    race(lambda block, solver, before: 2.0 if solver != SWEEPS else 1.0 if before == 2 else 1.5)
+    for repeats, seconds in ((2, 1.5), (3, 1.0)):
+        measured = autotune(flow, rows=(1,), repeats=repeats).rows[1]
+        assert [(block.solver, block.seconds) for block in measured] == [(SWEEPS, seconds)] * 3
+        race(lambda block, solver, before: 2.0 if solver != SWEEPS else 1.0 if before == 2 else 1.5)
+
+
+def test_what_is_slower_in_one_round_does_not_win(flow, race):
+    race(lambda block, solver, before: 2.0 if solver != SWEEPS else 2.1 if before == 1 else 1.5)
+    assert [block.solver for block in autotune(flow, rows=(1,)).rows[1]] == [SEQUENTIAL] * 3
 
 
 def test_what_is_far_too_slow_runs_once(flow, race):
@@ -175,9 +181,9 @@ def test_the_measured_images_depend_on_their_own_seed_only(flow, monkeypatch):
     ("arguments", "message"),
     [
         ({"rows": []}, r"rows and repeats must be whole numbers of at least 1, got \[\] and 3"),
-        ({"rows": [0, 4]}, r"\[0, 4\] rows"),
-        ({"rows": [2, -1]}, r"\[2, -1\] rows"),
-        ({"rows": [1], "repeats": 0}, r"\[1\] rows, 0 times"),
+        ({"rows": [0, 4]}, r"got \[0, 4\] and 3"),
+        ({"rows": [2, -1]}, r"got \[2, -1\] and 3"),
+        ({"rows": [1], "repeats": 0}, r"got \[1\] and 0"),
     ],
 )
 def test_impossible_measurements_are_refused(flow, arguments, message):

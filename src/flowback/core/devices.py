@@ -145,12 +145,15 @@ def keep_freed_memory(device: torch.device) -> None:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Meanwhile, if wanted, only algorithms that repeat bit for bit; an operation that has none raises RuntimeError."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """Meanwhile, if wanted, only algorithms that repeat bit for bit; an operation that has none raises RuntimeError.
+
+    `torch.use_deterministic_algorithms` would also import the compiler, which takes seconds.
+    """
+    before = torch.get_deterministic_debug_mode()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
-    torch.use_deterministic_algorithms(wanted or before)
+    torch.set_deterministic_debug_mode("error" if wanted else before)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
