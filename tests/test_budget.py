@@ -124,7 +124,7 @@ def test_memory_is_what_a_step_takes(precision, checkpointed):
     config = recipe_config(
         "imagenet64",
         "--alignment.strategy=none",
-        "--flow.width=128",
+        "--flow.width=64",
         "--flow.blocks=2",
         "--flow.layers=3",
         "--flow.head_dim=32",
@@ -139,7 +139,7 @@ def test_memory_is_what_a_step_takes(precision, checkpointed):
     words = json.dumps([options, config.train.batch_size, precision, checkpointed])
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     measured = int(subprocess.check_output([sys.executable, "-c", MEASURE, words], text=True, env=environment))
-    assert predicted > 1.5e8
+    assert predicted > 7e7
     assert measured == pytest.approx(predicted, rel=0.15)
 
 
