@@ -145,15 +145,12 @@ def keep_freed_memory(device: torch.device) -> None:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Meanwhile, if wanted, only algorithms that repeat bit for bit; an operation that has none raises RuntimeError.
-
-    `torch.use_deterministic_algorithms` would also import the compiler, which takes seconds.
-    """
-    before = torch.get_deterministic_debug_mode()
+    """Meanwhile, if wanted, only algorithms that repeat bit for bit; an operation that has none raises RuntimeError."""
+    before = torch.are_deterministic_algorithms_enabled()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
-    torch.set_deterministic_debug_mode("error" if wanted else before)
+    torch.use_deterministic_algorithms(wanted or before)
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before)
+        torch.use_deterministic_algorithms(before)

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import checkpoint
 
 from flowback.flow.tarflow import TarFlow
@@ -17,13 +16,11 @@ def compile_blocks(flow: TarFlow, **options: Any) -> None:
         **options: of `torch.compile`.
 
     The alignment takes several vector-Jacobian products through one graph, so the compiler must not hand buffers of the
-    forward pass on to the first of them: `donated_buffer` is switched off, for the process. It chooses no kernel by timing where algorithms have to be deterministic.
+    forward pass on to the first of them: `donated_buffer` is switched off, for the process.
     """
     import torch._functorch.config
-    import torch._inductor.config
 
     torch._functorch.config.donated_buffer = False
-    torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     for block in flow.blocks:
         block.transformer.compile(**options)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
