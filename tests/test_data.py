@@ -140,18 +140,13 @@ def test_image_is_turned_upright_by_its_exif_tag(tmp_path):
     assert pixels[0, 0, 5] == 0
 
 
-def one_class(root):
-    write_tree(root, classes=1)
-
-
 def empty_class(root):
     write_tree(root)
     (root / "empty").mkdir()
 
 
 BAD_FOLDERS = {
-    "one class": (one_class, "1 class folders; expected at least 2"),
-    "empty": (lambda root: None, "0 class folders"),
+    "empty": (lambda root: None, "0 class folders and no images; expected at least 2 classes, or images"),
     "empty class": (empty_class, "class folder .*empty has 0 images"),
 }
 
@@ -184,18 +179,18 @@ def test_unreadable_image_is_one_sentence(tmp_path, content, workers):
 
 
 BAD_CONFIGS = [
-    ({"name": "cats"}, "data.name is 'cats'; expected digits, fashion_mnist, own, folder"),
-    ({"holdout": 0.0}, "data.holdout is 0.0"),
-    ({"holdout": 1.0}, "data.holdout is 1.0"),
-    ({"channels": 2}, "data.channels is 2"),
-    ({"limit": 0}, "data.limit is 0"),
-    ({"workers": -1}, "data.workers is -1"),
-    ({"image_size": 0}, "data.image_size is 0"),
-    ({"image_size": [8, 0]}, "data.image_size is .*pair"),
-    ({"image_size": (8, 8, 8)}, "data.image_size is .*pair"),
-    ({"image_size": (8, 2.5)}, "data.image_size is .*pair"),
-    ({"image_size": "8"}, "data.image_size is '8'.*pair"),
-    ({"image_size": True}, "data.image_size is True"),
+    ({"name": "cats"}, "data.name must be one of digits, fashion_mnist, own, folder, imagenet, shards, got 'cats'"),
+    ({"holdout": 0.0}, "data.holdout must be a share .*, got 0.0"),
+    ({"holdout": 1.0}, "data.holdout must be a share .*, got 1.0"),
+    ({"channels": 2}, r"data.channels must be 1 \(grey\) or 3 \(color\), or null, got 2"),
+    ({"limit": 0}, "data.limit must be .* at least 1, got 0"),
+    ({"workers": -1}, "data.workers must be .* at least 0, got -1"),
+    ({"image_size": 0}, "data.image_size must be .*, got 0"),
+    ({"image_size": [8, 0]}, "data.image_size must be .*pair.*got"),
+    ({"image_size": (8, 8, 8)}, "data.image_size must be .*pair.*got"),
+    ({"image_size": (8, 2.5)}, "data.image_size must be .*pair.*got"),
+    ({"image_size": "8"}, "data.image_size must be .*pair.*got '8'"),
+    ({"image_size": True}, "data.image_size must be .*got True"),
 ]
 
 

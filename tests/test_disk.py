@@ -10,13 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from flowback.core.errors import InputError
 from flowback.data import DataConfig, batches, load_data, load_image
 from flowback.data import folders as folders_module
+from flowback.data.images import AVIF
+from flowback.data.inventory import Inventory
+from flowback.data.splits import split_by_name
+from flowback.flow.config import FlowConfig
+from flowback.runs.config import RunConfig
+from flowback.training.build import build_flow
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +96,7 @@ def test_fingerprints_of_earlier_versions_still_hold(tmp_path):
         (3, [16, 16], "0bfadc424aac6eb6"),
     ):
         changed = config("folder", tmp_path / "a", channels=channels, image_size=size)
-        assert load_data(changed).train.fingerprint() == expected
+        assert load_data(changed, earlier=True).train.fingerprint() == expected
 
 
 @pytest.mark.parametrize("name", ["folder", "imagenet", "shards"])
@@ -253,7 +259,7 @@ def test_damaged_tars_are_named(tmp_path, damage):
     ("members", "words"),
     [
         ({**numbered(range(6)), "x.png": picture(1)}, "has no class number"),
-        ({f"{n}.png": picture(n) for n in range(4)}, "has no label; expected .cls, .json, or a folder in its name"),
+        ({"x.png": picture(1), "a/x.png": picture(1)}, "has no label; expected .cls, .json, or a folder in its name"),
         ({"1.cls": b"0", "2.cls": b"1"}, "sample 1 of .*all.tar has no image; expected one"),
         ({**numbered(range(4)), "x.png": picture(1), "x.cls": b"cat"}, "x"),
     ],
@@ -267,7 +273,7 @@ def test_samples_without_image_or_label_are_named(tmp_path, members, words):
 
 def test_a_tar_that_changes_under_a_run_is_noticed(tmp_path):
     file = write_tar(tmp_path / "shards" / "all.tar", numbered(range(6)))
-    data = load_data(config("shards", tmp_path / "shards"))
+    data = load_data(config("shards", tmp_path / "shards", channels=1))
     file.unlink()
     write_tar(file, numbered(range(60, 68)))
     with pytest.raises(InputError, match="has changed since this run began"):
@@ -300,3 +306,315 @@ def test_more_than_the_allowed_share_is_refused():
         tolerance.note(["c"])
     with pytest.raises(InputError, match=r"^a$"):
         Tolerance(0.0, 100).note(["a"])
+
+
+# ---- folders as people have them ------------------------------------------------------------------------------------
+
+
+def files(root: Path, *patterns: str, count: int = 3) -> Path:
+    """Pictures, each of its own number, `count` for each pattern with a `*`."""
+    number = 0
+    for pattern in patterns:
+        for i in range(count if "*" in pattern else 1):
+            file = root / pattern.replace("*", str(i))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(picture(number))
+            number += 1
+    return root
+
+
+def found(split) -> set[str]:
+    return {name.decode() for name in split.source.names(split.indices.tolist())}
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAIN", "training"])
+@pytest.mark.parametrize("held_out", ["val", "Val", "valid", "VALID", "validation", "test", "Test", "eval", "testing"])
+def test_parts_of_a_tree_are_told_by_their_names(tmp_path, train, held_out):
+    root = files(
+        tmp_path / "images", f"{train}/ant/*.png", f"{train}/bee/*.png", f"{held_out}/ant/*.png", f"{held_out}/bee/0.png"
+    )
+    data = load_data(config("folder", root))
+    assert data.classes == ["ant", "bee"]
+    assert found(data.train) == {f"{train}/{name}/{i}.png" for name in ("ant", "bee") for i in range(3)}
+    assert found(data.held_out) == {f"{held_out}/ant/{i}.png" for i in range(3)} | {f"{held_out}/bee/0.png"}
+
+
+def test_a_test_beside_both_parts_is_left_aside_and_said(tmp_path):
+    root = files(tmp_path / "images", *(f"{part}/{name}/*.png" for part in ("train", "test", "valid") for name in "ab"))
+    files(root, "annotations/0.png", "0.png", "train/0.png")
+    data = load_data(config("folder", root))
+    assert {name.split("/")[0] for name in found(data.held_out)} == {"valid"}
+    assert len(data.train) == 6
+    (note,) = data.notes[:1]
+    assert note == (
+        f"left aside in {root}: 1 images in it, beside its folders; 1 images in train, beside its folders; "
+        "folder annotations; folder test"
+    )
+
+
+@pytest.mark.parametrize("others", [[], ["test/*.png"], ["test/note.txt"]], ids=["alone", "flat test", "empty test"])
+def test_a_share_of_train_is_held_out_where_no_other_part_has_classes(tmp_path, others):
+    root = files(tmp_path / "images", "train/ant/*.png", "train/bee/*.png", *others, count=4)
+    data = load_data(config("folder", root))
+    assert data.classes == ["ant", "bee"]
+    assert (len(data.train), len(data.held_out)) == (4, 4)
+    assert not others or "folder test" in data.notes[0]
+
+
+@pytest.mark.parametrize("names", [("test", "eval"), ("bus", "train"), ("train", "val", "cat")])
+def test_such_names_are_classes_where_no_train_has_class_folders(tmp_path, names):
+    data = load_data(config("folder", files(tmp_path / "images", *(f"{name}/*.png" for name in names))))
+    assert data.classes == sorted(names)
+
+
+def test_two_folders_for_training_are_refused(tmp_path):
+    root = files(tmp_path / "images", *(f"{part}/{name}/*.png" for part in ("train", "Train", "val") for name in "ab"))
+    with pytest.raises(InputError, match=r"images has folders Train and train; expected one of them$"):
+        load_data(config("folder", root))
+
+
+def test_what_systems_leave_is_no_class(tmp_path):
+    root = files(tmp_path / "images", "ant/*.png", "bee/*.png", "__MACOSX/ant/._0.png", ".ipynb_checkpoints/0.png")
+    (root / "ant" / ".DS_Store").write_bytes(b"x")
+    data = load_data(config("folder", root, channels=1))
+    assert data.classes == ["ant", "bee"]
+    assert data.notes == ()
+
+
+def encoded(kind: str, number: int = 0) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(stream, kind)
+    return stream.getvalue()
+
+
+KINDS = {".jfif": "JPEG", ".JPG": "JPEG", ".jpe": "JPEG", ".gif": "GIF", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF"}
+KINDS |= {".apng": "PNG", ".pnm": "PPM", "": "PNG", ".0001": "JPEG", ".": "GIF", ". 1": "BMP", "no": "WEBP", "of": "TIFF"}
+KINDS |= {".avif": "AVIF", "avif": "AVIF"} if AVIF else {}
+
+
+def test_images_of_every_kind_are_found_by_their_suffix_or_their_first_bytes(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for suffix, kind in KINDS.items():
+            (tmp_path / "images" / name / f"image{suffix}").write_bytes(encoded(kind, 77))
+        for i, other in enumerate(["a.heic", "b.heic", "notes.TXT", "README", "v1.2", "LICENSE", "empty"]):
+            (tmp_path / "images" / name / other).write_bytes(b"text"[: 4 * (i < 6)])
+    data = load_data(config("folder", tmp_path / "images"))
+    assert len(data.train) + len(data.held_out) == 2 * len(KINDS)
+    assert abs(data.train[range(len(data.train))][0].int() - 77).max() < 4
+    said = "14 files that are no images (8 without a suffix, 4 .heic, 2 .txt)"
+    assert data.notes[0] == f"left aside in {tmp_path / 'images'}: {said}"
+
+
+def test_what_is_left_aside_is_remembered_with_a_large_tree(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders_module, "INDEXED", 5)
+    root = files(tmp_path / "images", "ant/*.png", "bee/*.png", "bee/note.txt")
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (1e9, 1e9))
+    first = load_data(config("folder", root))
+    monkeypatch.setattr(folders_module, "_scanned", None)
+    assert load_data(config("folder", root)).notes == first.notes
+    assert "1 .txt" in first.notes[0]
+
+
+FLAT = {
+    "a folder": ["*.png"],
+    "a folder with others": ["*.png", "annotations/note.txt"],
+    "parts": ["train/*.png", "val/*.png"],
+    "a part": ["train/*.png"],
+    "one class": ["faces/*.png"],
+    "one class deeper": ["faces/2024/*.png", "faces/2025/*.png"],
+}
+
+
+@pytest.mark.parametrize("layout", FLAT)
+def test_images_without_classes_are_for_an_unconditional_flow(tmp_path, layout):
+    root = files(tmp_path / "images", *FLAT[layout])
+    data = load_data(config("folder", root))
+    expected = {str(file.relative_to(root)) for file in root.rglob("*.png")}
+    if layout.endswith("others"):
+        (root / "annotations" / "note.txt").write_text("text")
+        expected -= {"annotations/note.txt"}
+    assert found(data.train) | found(data.held_out) == expected
+    assert not found(data.train) & found(data.held_out)
+    assert data.train.labels.tolist() == [0] * len(data.train)
+    assert data.classes == (["faces"] if layout.startswith("one class") else [])
+    if layout == "parts":
+        assert found(data.held_out) == {f"val/{i}.png" for i in range(3)}
+    with pytest.raises(InputError, match=r"expected at least 2; --flow\.num_classes 0 makes an unconditional flow of it"):
+        build_flow(RunConfig(data=config("folder", root), flow=FlowConfig(patch_size=4, width=16, head_dim=8)), data)
+    unconditional = FlowConfig(patch_size=4, width=16, head_dim=8, num_classes=0)
+    assert build_flow(RunConfig(data=config("folder", root), flow=unconditional), data).num_classes == 0
+
+
+def test_tars_without_classes_are_for_an_unconditional_flow(tmp_path):
+    write_tar(tmp_path / "shards" / "all.tar", {f"{n}.png": picture(n) for n in range(6)})
+    data = load_data(config("shards", tmp_path / "shards"))
+    assert data.classes == []
+    assert contents(data.train) | contents(data.held_out) == dict.fromkeys(range(6), 0)
+
+
+# ---- grey images ----------------------------------------------------------------------------------------------------
+
+
+def grey_tree(root: Path, mode: str, colored: int = 0) -> Path:
+    for k, name in enumerate(("ant", "bee")):
+        for i in range(4):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            ramp = np.linspace(0, 255, 64).reshape(8, 8) * (i + 1) / 4
+            if mode == "I;16":
+                image = Image.fromarray((ramp * 257).astype(np.uint16))
+            elif mode == "CMYK":
+                image = Image.merge("CMYK", [*[Image.new("L", (8, 8))] * 3, Image.fromarray(ramp.astype(np.uint8))])
+            else:
+                image = Image.fromarray(ramp.astype(np.uint8)).convert(mode)
+            if 4 * k + i >= 8 - colored:
+                image = image.convert("RGB")
+                image.putpixel((1, 1), (200, 40, 40))
+            image.save(root / name / f"{i}.{'tif' if mode == 'CMYK' else 'png'}")
+    return root
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "1", "I;16", "CMYK"])
+def test_grey_images_are_noticed(tmp_path, mode):
+    data = load_data(config("folder", grey_tree(tmp_path / "images", mode)))
+    assert data.channels == 1
+    assert data.train[[0]][0].shape == (1, 1, 8, 8)
+    assert "grey" in data.notes[0]
+    obeyed = load_data(config("folder", tmp_path / "images", channels=3))
+    assert obeyed.channels == 3
+    assert "data.channels 1 would fit better" in obeyed.notes[0]
+
+
+@pytest.mark.parametrize("colored", [1, 8])
+def test_one_image_in_color_makes_a_set_one_of_color(tmp_path, colored):
+    data = load_data(config("folder", grey_tree(tmp_path / "images", "L", colored)))
+    assert (data.channels, data.notes) == (3, ())
+    asked = load_data(config("folder", tmp_path / "images", channels=1))
+    assert (asked.channels, asked.notes) == (1, ())
+
+
+def test_images_that_cannot_be_read_are_not_taken_for_grey(tmp_path):
+    root = files(tmp_path / "images", "ant/*.png", "bee/*.png")
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"not an image")
+    assert load_data(config("folder", root)).channels == 3
+
+
+def test_grey_tars_are_noticed(tmp_path):
+    write_tar(tmp_path / "shards" / "all.tar", numbered(range(6)))
+    assert load_data(config("shards", tmp_path / "shards")).channels == 1
+
+
+# ---- names in tars --------------------------------------------------------------------------------------------------
+
+
+def test_dotted_names_in_a_tar_are_whole_names_where_the_first_dot_ends_none(tmp_path):
+    members = {}
+    for n in range(6):
+        members |= {f"2024.05.{n}_a.b.PNG": picture(n), f"2024.05.{n}_a.b.cls": str(n % 2).encode()}
+    write_tar(tmp_path / "shards" / "all.tar", members)
+    data = load_data(config("shards", tmp_path / "shards"))
+    assert contents(data.train) | contents(data.held_out) == {n: n % 2 for n in range(6)}
+
+
+def test_the_first_dot_ends_a_name_where_it_can(tmp_path):
+    members = numbered(range(6))
+    members |= {f"{n:05d}.seg.png": picture(100 + n) for n in range(6)} | {"README": b"text", "00001.txt": b"a caption"}
+    write_tar(tmp_path / "shards" / "all.tar", members)
+    data = load_data(config("shards", tmp_path / "shards", channels=1))
+    assert contents(data.train) | contents(data.held_out) == {n: n % 3 for n in range(6)}
+    assert data.notes == (
+        f"left aside in {tmp_path / 'shards'}: 8 files that are no images (6 .seg.png, 1 .txt, 1 without a suffix)",
+    )
+
+
+@pytest.mark.parametrize(("held_out", "aside"), [("val", "test"), ("validation", "eval"), ("test", None), ("eval", None)])
+def test_parts_of_shards_are_told_by_their_names(tmp_path, held_out, aside):
+    for part, numbers in (("train", range(6)), (held_out, range(100, 103)), (aside, range(50, 53))):
+        if part:
+            write_tar(tmp_path / "shards" / f"{part}-0.tar", numbered(numbers))
+    data = load_data(config("shards", tmp_path / "shards", channels=1))
+    assert contents(data.held_out) == {n: n % 3 for n in range(100, 103)}
+    assert data.notes == ((f"left aside in {tmp_path / 'shards'}: shard {aside}-0.tar",) if aside else ())
+
+
+# ---- names that file systems take -----------------------------------------------------------------------------------
+
+# everything but the separator and the byte that ends a name; text that is no Unicode comes as bytes
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="/\0") | st.sampled_from(
+    "\udce9\udcff\n\r\t '\"[]{}*?,;:\\|<>$~#%."
+)
+NAMES = st.text(CHARACTERS, min_size=1, max_size=20).filter(
+    lambda name: not name.startswith(".") and os.fsencode(name) not in folders_module.LEFTOVERS
+)
+PARTS = {*folders_module.TRAIN, *folders_module.HELD_OUT}
+
+
+@settings(max_examples=8)
+@given(
+    classes=st.lists(
+        NAMES.filter(lambda name: os.fsencode(name).lower() not in PARTS), min_size=2, max_size=3, unique=True
+    ),
+    stems=st.lists(NAMES, min_size=2, max_size=4, unique=True),
+    suffix=st.sampled_from([".png", ".JPG", ".jfif"]),
+    seed=st.integers(0, 3),
+)
+def test_names_of_every_kind_are_read_kept_and_known_again(tmp_path_factory, classes, stems, suffix, seed):
+    root = tmp_path_factory.mktemp("names")
+    for k, name in enumerate(classes):
+        (root / name).mkdir()
+        for i, stem in enumerate(stems):
+            (root / name / (stem + suffix)).write_bytes(picture(10 * k + i))
+    data = load_data(config("folder", root, split_seed=seed))
+    assert len(data.train) + len(data.held_out) == len(classes) * len(stems)
+    order = sorted(classes, key=lambda name: sorted(classes).index(name))
+    expected = {10 * classes.index(name) + i: order.index(name) for name in classes for i in range(len(stems))}
+    assert contents(data.train) | contents(data.held_out) == expected
+    json.loads(json.dumps(data.classes))
+    kept = Inventory.of(data)
+    kept.write(root / "kept.npz")
+    again = Inventory.read(root / "kept.npz").split(load_data(config("folder", root, split_seed=seed + 1)), exact=True)
+    assert found_bytes(again.held_out) == found_bytes(data.held_out)
+    assert again.classes == data.classes
+
+
+def found_bytes(split) -> list[bytes]:
+    return split.source.names(split.indices.tolist())
+
+
+@given(
+    labels=st.lists(st.integers(0, 3), min_size=2, max_size=60).map(lambda some: some + some),
+    holdout=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**63 - 1),
+    more=st.integers(0, 5),
+)
+def test_a_split_by_name_is_exact_and_survives_more_images(labels, holdout, seed, more):
+    names = [b"%d" % i for i in range(len(labels))]
+    train, held_out = split_by_name(names, torch.tensor(labels), holdout, seed)
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(len(labels)))
+    for k in set(labels):
+        count, held = labels.count(k), [i for i in held_out.tolist() if labels[i] == k]
+        assert len(held) == min(max(1, round(holdout * count)), count - 1)
+    added = [*labels, *[labels[0]] * more]
+    names += [b"new%d" % i for i in range(more)]
+    _, after = split_by_name(names, torch.tensor(added), holdout, seed)
+    moved = {*held_out.tolist()} ^ {i for i in after.tolist() if i < len(labels)}
+    assert len(moved) <= more
+    reverse = range(len(names))[::-1]
+    _, again = split_by_name([names[i] for i in reverse], torch.tensor([added[i] for i in reverse]), holdout, seed)
+    assert {reverse[i] for i in again.tolist()} == {*after.tolist()}
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    target=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    channels=st.sampled_from([1, 3]),
+    kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", *["AVIF"] * AVIF]),
+)
+def test_images_of_every_size_are_read_in_every_size(sizes, target, channels, kind):
+    stream = io.BytesIO()
+    Image.new("RGB", sizes, (90, 90, 90)).save(stream, kind)
+    pixels = load_image(stream.getvalue(), target, channels)
+    assert pixels.shape == (channels, *target)
+    assert (pixels.int() - 90).abs().max() < 4

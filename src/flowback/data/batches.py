@@ -1,7 +1,7 @@
 """Batches for training. What a step sees is a function of (seed, step), so a resumed run sees what it would have seen."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -118,10 +118,11 @@ class Tolerance:
     Args:
         share: of the images that may be unreadable.
         count: of images.
+        say: called with a sentence on each.
     """
 
-    def __init__(self, share: float, count: int) -> None:
-        self.allowed, self.share, self.count = int(share * count), share, count
+    def __init__(self, share: float, count: int, say: Callable[[str], None] | None = None) -> None:
+        self.allowed, self.share, self.count, self.say = int(share * count), share, count, say
         self.sentences: set[str] = set()
 
     def note(self, sentences: Sequence[str]) -> list[str]:
@@ -134,11 +135,14 @@ class Tolerance:
         self.sentences.update(new)
         if len(self.sentences) > self.allowed:
             if not self.allowed:
-                raise InputError(new[0])
+                raise InputError(sentences[0])
             raise InputError(
-                f"{len(self.sentences)} of {self.count} images cannot be read, the last: {new[-1]}; "
+                f"{len(self.sentences)} of {self.count} images cannot be read, the last: {sentences[-1]}; "
                 f"expected at most a share of {self.share:g}, data.unreadable"
             )
+        if self.say is not None:
+            for sentence in new:
+                self.say(f"the next one is taken instead: {sentence}")
         return new
 
 

@@ -14,8 +14,8 @@ from flowback.core.errors import InputError
 from flowback.core.units import as_size
 from flowback.data.folders import FolderSource
 from flowback.data.shards import ShardSource
-from flowback.data.sources import DiskSplit, Report, Source
-from flowback.data.splits import MemorySplit, Split, split_indices
+from flowback.data.sources import LOOKED_AT, DiskSplit, Report, Source
+from flowback.data.splits import MemorySplit, Split, split_by_name, split_indices
 
 FASHION_CLASSES = [
     "T-shirt",
@@ -39,19 +39,21 @@ class DataConfig:
 
     Args:
         name: digits (8x8, ships with scikit-learn), fashion_mnist (28x28), folder (a tree class/image.png, or train/class/
-            and val/class/, with val held out), imagenet (the same), or shards (WebDataset's tar files).
+            and val/class/, with val held out; or images alone, for a flow without classes), imagenet (the same), or shards
+            (WebDataset's tar files).
         path: where the data lies: a tree; a folder of .tar files or a pattern such as train-{000..146}.tar; optional for
             fashion_mnist (a folder of its IDX files).
         image_size: height and width of the images, pixels, or one number for both. Those on disk are resized and
             center-cropped to it; those of fashion_mnist are padded with background (32 makes 16x16 tokens in patches of 2);
             null for the data's own.
-        channels: of images on disk: 3 for color, 1 for grey.
+        channels: of images on disk: 3 for color, 1 for grey; null to look at some, and take 1 if all of them are grey.
         holdout: share of each class that is held out, where the data has no held-out part of its own (fashion_mnist's
             test images, val of a tree or of shards).
         split_seed: seed of the held-out split.
         limit: number of training images to use, drawn by split_seed; null for all.
         workers: processes that read images ahead; 0 reads in the main process, best for sets in memory.
-        unreadable: share of the training images that may be unreadable; each is named, and the next one taken instead.
+        unreadable: share of the training images, and of the held-out ones, that may be unreadable; each is named, and the
+            next one taken instead.
 
     Raises:
         InputError: if a value is impossible.
@@ -60,7 +62,7 @@ class DataConfig:
     name: str = "digits"
     path: str | None = None
     image_size: int | tuple[int, int] | None = None
-    channels: int = 3
+    channels: int | None = None
     holdout: float = 0.2
     split_seed: int = 0
     limit: int | None = None
@@ -76,8 +78,8 @@ class DataConfig:
             raise InputError(f"data.holdout must be a share between 0 and 1, both excluded, got {self.holdout}")
         if not 0 <= self.unreadable < 1:
             raise InputError(f"data.unreadable must be a share from 0 to 1, 1 excluded, got {self.unreadable}")
-        if self.channels not in (1, 3):
-            raise InputError(f"data.channels must be 1 (grey) or 3 (color), got {self.channels}")
+        if self.channels not in (None, 1, 3):
+            raise InputError(f"data.channels must be 1 (grey) or 3 (color), or null, got {self.channels}")
         for name, least in (("limit", 1), ("workers", 0), ("split_seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -94,10 +96,11 @@ class ImageSet:
     name: str
     train: Split
     held_out: Split
-    classes: list[str]
+    classes: list[str]  # empty where images have none; all labels are 0 then
     image_size: int | tuple[int, int]  # a number for squares, or height and width, pixels
     channels: int
     levels: int  # values that a pixel can take
+    notes: tuple[str, ...] = ()  # sentences for people on what was found
 
     @property
     def size(self) -> tuple[int, int]:
@@ -105,17 +108,18 @@ class ImageSet:
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
 
-def load_data(config: DataConfig, report: Report | None = None) -> ImageSet:
+def load_data(config: DataConfig, report: Report | None = None, earlier: bool = False) -> ImageSet:
     """Load the data set that `config` names; of images on disk, find out where each lies.
 
     Args:
         config: the data set.
         report: called with the number of folders scanned or shards indexed, and of all, while that goes on.
+        earlier: find and divide images on disk as version 0.1.0 did, for its runs.
 
     Raises:
         InputError: if the data is not there or not usable.
     """
-    return LOADERS[config.name](config) if config.name in LOADERS else _on_disk(config, report)
+    return LOADERS[config.name](config) if config.name in LOADERS else _on_disk(config, report, earlier)
 
 
 def limit_indices(count: int, config: DataConfig) -> Tensor:
@@ -204,18 +208,27 @@ def _read_idx(folder: Path, name: str) -> Tensor:
     raise InputError(f"{folder} has no {name} or {name}.gz; data.path must be a folder of Fashion-MNIST's IDX files")
 
 
-def _on_disk(config: DataConfig, report: Report | None) -> ImageSet:
+def _on_disk(config: DataConfig, report: Report | None, earlier: bool) -> ImageSet:
     """A data set whose images are read as they are needed."""
     kind, layout = SOURCES[config.name]
     if config.path is None:
         raise InputError(f"data.path is missing; {config.name} needs {layout}")
     if config.image_size is None:
         raise InputError(f"data.image_size is missing; {config.name} needs the size of its images, pixels")
-    source, size, channels = kind(config.path, report), config.image_size, config.channels
+    source, size = kind(config.path, report, earlier), config.image_size
+    grey = config.channels != 1 and not earlier and source.grey()
+    channels = config.channels or (1 if grey else 3)
+    notes = [source.left_aside] if source.left_aside else []
+    if grey:
+        does = "data.channels is 1" if channels == 1 else "data.channels 1 would fit better than 3 channels that are equal"
+        notes.append(f"the images are grey (so are all of {LOOKED_AT} that were looked at, or of fewer): {does}")
     if source.held_out.any():
         train, held_out = (~source.held_out).nonzero()[:, 0], source.held_out.nonzero()[:, 0]
-    else:
+    elif earlier:
         train, held_out = split_indices(source.labels, config.holdout, config.split_seed)
+    else:
+        names = [name.split(b"/", 1)[-1] for name in source.names(range(len(source.labels)))]
+        train, held_out = split_by_name(names, source.labels, config.holdout, config.split_seed)
     train = train[limit_indices(len(train), config)]
     return ImageSet(
         name=config.name,
@@ -225,6 +238,7 @@ def _on_disk(config: DataConfig, report: Report | None) -> ImageSet:
         image_size=size,
         channels=channels,
         levels=256,
+        notes=tuple(notes),
     )
 
 
@@ -233,7 +247,7 @@ def _own(config: DataConfig) -> ImageSet:
 
 
 LOADERS = {"digits": _digits, "fashion_mnist": _fashion_mnist, OWN: _own}
-SOURCES: dict[str, tuple[Callable[[str, Report | None], Source], str]] = {
+SOURCES: dict[str, tuple[Callable[[str, Report | None, bool], Source], str]] = {
     "folder": (FolderSource, "the tree of class/image files, or of train/class/image and val/class/image files"),
     "imagenet": (FolderSource, "the folder that holds train/class/image and val/class/image files"),
     "shards": (ShardSource, "a folder of .tar files, or a pattern of their paths"),

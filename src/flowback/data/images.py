@@ -1,6 +1,7 @@
 """Reading one image: upright, of the size and depth that are asked for. Unusual formats are refused."""
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from flowback.core.errors import InputError
 from flowback.core.units import from_levels
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # theirs; of the others that Pillow reads one starts a program
+AVIF = "avif" in features.modules and bool(features.check("avif"))  # from Pillow 11.3 on
+EARLIER_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}  # of version 0.1.0
+IMAGE_SUFFIXES = EARLIER_SUFFIXES | {".apng", ".jfif", ".jpe", ".gif", ".pbm", ".pnm"} | ({".avif"} if AVIF else set())
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", *["AVIF"] * AVIF)  # theirs; one of Pillow's starts a program
+HEADS = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0{4}|II\*\0|MM\0\*|P[1-6]\s|....ftypavi[fs]", re.DOTALL
+)
 MAX_BYTES = 2**30  # of a file; its pixels Pillow limits to 89 million
 READING = 3  # part of every fingerprint: goes up when `load_image` makes other pixels of the same file
 TURNED = (5, 6, 7, 8)  # EXIF orientations of images whose rows are columns when upright
@@ -83,6 +89,24 @@ def _one_image(image: Any, size: int | tuple[int, int], channels: int) -> Tensor
     except Exception as error:  # as in `decode`
         raise InputError(f"a PIL image of mode {image.mode} cannot be read ({_reason(error)})") from error
     return _fitted(decoded, size, channels)
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file that begins with these 12 bytes or more is of a format that can be read."""
+    return HEADS.match(head) is not None
+
+
+def is_grey(file: bytes) -> bool:
+    """Whether an image has no color: its channels differ by at most 2 of 255 levels, which lossy formats make of grey.
+
+    Raises:
+        InputError: as `load_image`.
+    """
+    image = decode(file, "RGB", (64, 64)).image
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    channels = np.asarray(image.convert("RGB"), np.int16)
+    return bool(np.ptp(channels, axis=-1).max() <= 2)
 
 
 def load_image(

@@ -8,7 +8,8 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from glob import escape, glob
 from itertools import product
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from flowback.core.errors import InputError
 from flowback.core.files import parse_json, read_at
-from flowback.data.images import IMAGE_SUFFIXES
-from flowback.data.sources import Report, Source, Texts, in_threads, load_index, save_index, shown
+from flowback.data.images import EARLIER_SUFFIXES, IMAGE_SUFFIXES
+from flowback.data.sources import Report, Source, Texts, counted, in_threads, load_index, save_index, shown
 
 TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
-HELD_OUT = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])")
+VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])")
+TEST = re.compile(r"(?<![a-z])(test|testing|eval|evaluation)(?![a-z])")
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MAX_CLASSES = MAX_SHARDS = 1_000_000
@@ -39,28 +41,30 @@ class ShardSource(Source):
     What a step sees is a function of (seed, step), so every image is read by its place. The index of places is built once
     for each shard and kept in the cache folder.
 
-    Files with the same key (the path up to the first dot of its last part) are one sample: an image by its extension, and
-    a class number in `.cls` (text) or `.json` ("label", or else "cls"). Where no sample has a number, the folder part of
-    the key is the class. `classes.json` (a list) or `classes.txt` (one a line) beside the tars names the classes in order.
+    Files with the same key (the path up to the first dot of its last part, or, where samples would lack their image so, up
+    to the last dot) are one sample: an image by its extension, and a class number in `.cls` (text) or `.json` ("label", or
+    else "cls"). Where no sample has a number, the folder part of the key is the class; where none has a folder, images have
+    no class. `classes.json` (a list) or `classes.txt` (one a line) beside the tars names the classes in order.
 
-    Tars with the word `train` in their names are for training, those with `val` or `validation` held out, and others left
-    aside; if none has `train`, all count and none is held out.
+    Tars with the word `train` in their names are for training, those with `val`, `valid` or `validation`, or, if there is
+    none, `test` or `eval`, held out, and others left aside; if none has `train`, all count and none is held out.
 
     Args:
         path: a folder of .tar files, or a pattern of them with `*`, `?`, `[…]`, `{a,b}` or `{000..146}`.
         report: called with the number of shards whose index is known, and of all.
+        earlier: take the tars that version 0.1.0 took.
 
     Raises:
-        InputError: if there are no such files, or one is not a whole tar of labelled images.
+        InputError: if there are no such files, or one is not a whole tar of images.
     """
 
-    def __init__(self, path: str, report: Report | None = None) -> None:
-        train, held_out = find_shards(path)
+    def __init__(self, path: str, report: Report | None = None, earlier: bool = False) -> None:
+        train, held_out, aside = find_shards(path, earlier)
         self.shards = [*train, *held_out]
         indices = in_threads(_index, self.shards, report)
         counts = np.array([len(index["sizes"]) for index in indices])
         if not counts[: len(train)].any():
-            raise InputError(f"data.path {path} has no sample for training; expected shards of labelled images")
+            raise InputError(f"data.path {path} has no sample for training; expected shards of images")
         self.stamps = [tuple(index["stamp"].tolist()) for index in indices]
         self.members = Texts.joined([index["names"] for index in indices])
         self.offsets, self.sizes = (np.concatenate([index[name] for index in indices]) for name in ("offsets", "sizes"))
@@ -69,11 +73,17 @@ class ShardSource(Source):
         given = _class_names(self.shards[0].parent)
         by_number = any((index["numbers"] >= 0).any() for index in indices)
         self.labels, self.classes = (self._numbered if by_number else self._in_folders)(indices, given)
-        if len(self.classes) < 2:
-            raise InputError(f"data.path {path} has {len(self.classes)} class; expected at least 2")
         alone = (self.labels.bincount() == 1).nonzero()
         if len(alone) and not self.held_out.any():
-            raise InputError(f"class {self.classes[int(alone[0])]} of {path} has 1 image; expected at least 2")
+            which = f"class {self.classes[int(alone[0])]} of {path}" if self.classes else f"data.path {path}"
+            raise InputError(f"{which} has 1 image; expected at least 2")
+        other = Counter[str]()
+        for index in indices:
+            for kind, count in zip(index["kinds"], index["kind_counts"].tolist(), strict=True):
+                other[kind.decode()] += count
+        left = [counted(other)] * bool(other) + [f"shard {shard.name}" for shard in aside]
+        if left:
+            self.left_aside = f"left aside in {path}: {'; '.join(left)}"
 
     def _numbered(self, indices: list[dict[str, Any]], given: list[str] | None) -> tuple[Tensor, list[str]]:
         """Labels and classes where samples carry numbers."""
@@ -92,6 +102,8 @@ class ShardSource(Source):
         folder_of = np.concatenate([index["folder_of"] + start for index, start in zip(indices, starts[:-1], strict=True)])
         seen = np.unique(folder_of[~self.held_out.numpy()]).tolist()
         classes = given or sorted({folders[k] for k in seen} - {""})
+        if not {*folders} - {""}:
+            return torch.zeros(len(folder_of), dtype=torch.int64), []
         number = {name: k for k, name in enumerate(classes)}
         labels = np.array([number.get(name, -1) for name in folders], np.int64)[folder_of]
         for i in np.flatnonzero(labels < 0)[:1].tolist():
@@ -124,8 +136,8 @@ class ShardSource(Source):
         return [tars[k] + b"/" + member for k, member in zip(self.shard_of[indices], members, strict=True)]
 
 
-def find_shards(path: str) -> tuple[list[Path], list[Path]]:
-    """The tars for training, and those held out, by path.
+def find_shards(path: str, earlier: bool = False) -> tuple[list[Path], list[Path], list[Path]]:
+    """The tars for training, those held out, and those left aside, by path; `earlier` holds out no test.
 
     Raises:
         InputError: if there are none.
@@ -146,8 +158,12 @@ def find_shards(path: str) -> tuple[list[Path], list[Path]]:
     shards = sorted({Path(file) for file in files}, key=lambda shard: shard.parts)  # Windows would ignore case
     train = [shard for shard in shards if TRAIN.search(shard.name.lower())]
     if not train:
-        return shards, []
-    return train, [shard for shard in shards if shard not in train and HELD_OUT.search(shard.name.lower())]
+        return shards, [], []
+    others = [shard for shard in shards if shard not in train]
+    held_out = [shard for shard in others if VALIDATION.search(shard.name.lower())]
+    if not held_out and not earlier:
+        held_out = [shard for shard in others if TEST.search(shard.name.lower())]
+    return train, held_out, [shard for shard in others if shard not in held_out]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -187,12 +203,23 @@ def split_name(name: str) -> tuple[str, str]:
     return (folder + slash + stem, extension.lower()) if stem and dot else ("", "")
 
 
+def split_dotted(name: str) -> tuple[str, str]:
+    """As `split_name`, but the extension begins at the last dot.
+
+    >>> split_dotted("2024.05.01_cat.PNG")
+    ('2024.05.01_cat', 'png')
+    """
+    stem, extension = os.path.splitext(name.removeprefix("./"))
+    return (stem, extension[1:].lower()) if extension[1:] else ("", "")
+
+
 def _index(shard: Path) -> dict[str, Any]:
     """The index of a tar, as an earlier start kept it or as it is found now.
 
     Returns:
         stamp: size of the tar, bytes, and its time, ns. names, offsets, sizes: of the images in it, bytes. numbers:
         of their classes, -1 for none. folders: the different folder parts of their keys; folder_of: which of them each has.
+        kinds, kind_counts: of files that have no use.
     """
     try:
         stamp = _stamp(os.stat(shard))
@@ -215,20 +242,23 @@ def _index(shard: Path) -> dict[str, Any]:
 
 def _samples(shard: Path, stream: BinaryIO, members: list[tarfile.TarInfo]) -> dict[str, Any]:
     """The samples that a tar's files make up."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    for member in members:
-        key, extension = split_name(member.name)
-        if key and samples.setdefault(key, {}).setdefault(extension, member) is not member:
-            raise InputError(f"shard {shard} has {member.name} twice; expected one file of a name")
-    images, numbers, folders = [], [], []
-    for key, files in samples.items():
-        found = [extension for extension in files if f".{extension}" in IMAGE_SUFFIXES]
-        if len(found) != 1:
-            has = f"images {' and '.join(found)}" if found else "no image"
-            raise InputError(f"sample {key} of {shard} has {has}; expected one, of {' '.join(sorted(IMAGE_SUFFIXES))}")
-        images.append(files[found[0]])
+    try:
+        samples = _grouped(shard, members, split_name)
+    except InputError:
+        try:
+            samples = _grouped(shard, members, split_dotted)
+        except InputError:
+            samples = None
+        if samples is None:
+            raise
+    images, numbers, folders, kinds = [], [], [], Counter[str]()
+    for key, (image, files) in samples.items():
+        images.append(image)
         numbers.append(_class_number(stream, files, f"sample {key} of {shard}"))
         folders.append(os.fsencode(key.rpartition("/")[0]))
+        kinds.update(f".{kind}" for kind, file in files.items() if file is not image and kind not in ("cls", "json"))
+    kinds.update({"without a suffix": len(members) - sum(len(files) for _, files in samples.values())})
+    kinds = +kinds
     different = sorted(set(folders))
     place = {folder: k for k, folder in enumerate(different)}
     return {
@@ -238,7 +268,33 @@ def _samples(shard: Path, stream: BinaryIO, members: list[tarfile.TarInfo]) -> d
         "numbers": np.array(numbers, np.int64),
         "folders": Texts.of(different),
         "folder_of": np.array([place[folder] for folder in folders], np.int64),
+        "kinds": Texts.of([os.fsencode(kind) for kind in kinds]),
+        "kind_counts": np.array(list(kinds.values()), np.int64),
     }
+
+
+def _grouped(
+    shard: Path, members: list[tarfile.TarInfo], split: Callable[[str], tuple[str, str]]
+) -> dict[str, tuple[tarfile.TarInfo, dict[str, tarfile.TarInfo]]]:
+    """The image of each sample, and its files by extension, by key.
+
+    Raises:
+        InputError: if a sample has no image, several, or two files of a name.
+    """
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in members:
+        key, extension = split(member.name)
+        if key and samples.setdefault(key, {}).setdefault(extension, member) is not member:
+            raise InputError(f"shard {shard} has {member.name} twice; expected one file of a name")
+    images = {}
+    for key, files in samples.items():
+        found = [kind for kind in files if f".{kind}" in EARLIER_SUFFIXES]
+        found = found or [kind for kind in files if f".{kind}" in IMAGE_SUFFIXES]
+        if len(found) != 1:
+            has = f"images {' and '.join(found)}" if found else "no image"
+            raise InputError(f"sample {key} of {shard} has {has}; expected one, of {' '.join(sorted(IMAGE_SUFFIXES))}")
+        images[key] = files[found[0]], files
+    return images
 
 
 def _class_number(stream: BinaryIO, files: dict[str, tarfile.TarInfo], sample: str) -> int:

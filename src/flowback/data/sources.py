@@ -3,7 +3,9 @@
 import hashlib
 import os
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,13 +18,17 @@ from torch import Tensor
 
 from flowback.core.errors import InputError
 from flowback.core.files import cache_folder, write_whole
-from flowback.data.images import MAX_BYTES, READING, load_image
+from flowback.data.batches import TRIES, Tolerance
+from flowback.data.images import MAX_BYTES, READING, is_grey, load_image
 from flowback.data.splits import Split
 
-FORMAT = 1  # of the index files
+FORMAT = 2  # of the index files
 THREADS = 16  # they wait for a disk or the network most of the time
-OFFSETS = "_offsets"  # of a text, in an index file
-CONTENT_BYTES = 32 * 2**20  # a split of at most this size is known by its contents, a larger one by names and sizes
+OFFSETS = "_offsets"  # of a text, in a file of arrays
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading such a file raises
+CONTENT_BYTES = 32 * 2**20  # images of at most this size are known by their contents, others by names and sizes
+LOOKED_AT = 64  # images that show whether a set is grey
+SHOWN_KINDS = 5
 
 Report = Callable[[int, int], None]  # how many folders or shards of how many are known by now
 In = TypeVar("In")
@@ -67,9 +73,10 @@ class Source(ABC):
     """Images on disk by number: the file of each, as it lies there, and its class."""
 
     labels: Tensor  # int64 [n]
-    classes: list[str]
+    classes: list[str]  # empty where images have no label; all labels are 0 then
     held_out: Tensor  # bool [n], true for the images of a held-out part that the data has of its own
     sizes: np.ndarray  # int64 [n], bytes
+    left_aside: str | None = None  # what else lies there, a sentence
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -87,6 +94,21 @@ class Source(ABC):
     def names(self, indices: Sequence[int]) -> list[bytes]:
         """The names of images, which stay the same when the data is moved as a whole."""
 
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of an image's file."""
+        return hashlib.sha256(self.read(index)).digest()
+
+    def grey(self) -> bool:
+        """Whether a look at some of the images finds no color; false where none can be read."""
+        count, looked_at = len(self.sizes), 0
+        for index in np.linspace(0, count - 1, min(LOOKED_AT, count)).round().astype(int).tolist():
+            with suppress(InputError):
+                if self.sizes[index] <= MAX_BYTES:
+                    if not is_grey(self.read(index)):
+                        return False
+                    looked_at += 1
+        return looked_at > 0
+
 
 class DiskSplit(Split):
     """Images of a source, read when they are asked for.
@@ -96,7 +118,11 @@ class DiskSplit(Split):
         indices: which of its images, `[n]`.
         image_size: height and width that each is cropped and resized to, or one number for both, pixels.
         channels: 3 for color, 1 for grey.
+
+    With a `tolerance`, the next image of its class stands for one that cannot be read.
     """
+
+    tolerance: Tolerance | None = None
 
     def __init__(self, source: Source, indices: Tensor, image_size: int | tuple[int, int], channels: int) -> None:
         self.source, self.indices, self.labels = source, indices, source.labels[indices]
@@ -104,9 +130,24 @@ class DiskSplit(Split):
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(indices)
-        return torch.stack([self._image(i) for i in self.indices[index].tolist()]), self.labels[index]
+        return torch.stack([self._image(i) for i in index.tolist()]), self.labels[index]
 
-    def _image(self, number: int) -> Tensor:
+    def _image(self, index: int) -> Tensor:
+        try:
+            return self._read(int(self.indices[index]))
+        except InputError as error:
+            if self.tolerance is None:
+                raise
+            self.tolerance.note([str(error)])
+        alike = (self.labels == self.labels[index]).nonzero()[:, 0]
+        for other in alike.roll(-int((alike <= index).sum()))[:TRIES].tolist():
+            try:
+                return self._read(int(self.indices[other]))
+            except InputError as error:
+                self.tolerance.note([str(error)])
+        raise InputError(f"no image of class {int(self.labels[index])} can be read; expected some")
+
+    def _read(self, number: int) -> Tensor:
         if self.source.sizes[number] > MAX_BYTES:
             raise InputError(f"image {self.source.where(number)} cannot be read (it is larger than {MAX_BYTES} bytes)")
         return load_image(self.source.read(number), self.image_size, self.channels, self.source.where(number))
@@ -118,7 +159,7 @@ class DiskSplit(Split):
         digest.update(b"\0".join(self.source.names(indices)))
         if sizes.sum() <= CONTENT_BYTES:
             for i in indices:
-                digest.update(hashlib.sha256(self.source.read(i)).digest())
+                digest.update(self.source.digest(i))
         else:
             digest.update(sizes.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
@@ -133,22 +174,51 @@ def shown(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def counted(kinds: Counter[str]) -> str:
+    """How many files of which other kinds there are, in words.
+
+    >>> counted(Counter({".txt": 3, "without a suffix": 1}))
+    '4 files that are no images (3 .txt, 1 without a suffix)'
+    """
+    most = [f"{count} {kind}" for kind, count in kinds.most_common(SHOWN_KINDS)]
+    return f"{kinds.total()} files that are no images ({', '.join([*most, *['…'] * (len(kinds) > SHOWN_KINDS)])})"
+
+
 def load_index(kind: str, place: str) -> dict[str, Any] | None:
     """The arrays and texts that an earlier start kept about a place, by name, or None."""
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(_index_file(kind, place)) as file:
-        arrays = {name: file[name] for name in file.files}
-        texts = {name: Texts(arrays[name], arrays.pop(name + OFFSETS)) for name in file.files if name + OFFSETS in arrays}
-        return arrays | texts
+    with suppress(*UNREADABLE):
+        return read_arrays(_index_file(kind, place))
     return None
 
 
 def save_index(kind: str, place: str, values: Mapping[str, Any]) -> None:
     """Keep arrays and texts about a place for the next start, where the cache folder can be written."""
+    with suppress(OSError):  # without an index the next start only takes longer
+        write_arrays(_index_file(kind, place), values)
+
+
+def read_arrays(file: Path) -> dict[str, Any]:
+    """The arrays and texts that `write_arrays` kept, by name.
+
+    Raises:
+        UNREADABLE: if they cannot be read.
+    """
+    with np.load(file) as kept:
+        arrays = {name: kept[name] for name in kept.files}
+    texts = {name: Texts(arrays[name], arrays.pop(name + OFFSETS)) for name in list(arrays) if name + OFFSETS in arrays}
+    return arrays | texts
+
+
+def write_arrays(file: Path, values: Mapping[str, Any]) -> None:
+    """Keep arrays and texts in a file, without pickles.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     arrays = {}
     for name, value in values.items():
         arrays |= {name: value.blob, name + OFFSETS: value.offsets} if isinstance(value, Texts) else {name: value}
-    with suppress(OSError):  # without an index the next start only takes longer
-        write_whole(_index_file(kind, place), lambda path: np.savez(path, **arrays))
+    write_whole(file, lambda path: np.savez_compressed(path, **arrays))
 
 
 def _index_file(kind: str, place: str) -> Path:

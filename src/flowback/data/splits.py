@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,8 +40,36 @@ class MemorySplit(Split):
         return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()[:16]
 
 
+def evaluated(count: int, images: int) -> list[int]:
+    """Indices of the held-out images, of `count`, that a run looks at while it trains, ascending."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:images].sort().values.tolist()
+
+
+def split_by_name(names: Sequence[bytes], labels: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Training and held-out indices, ascending; of every class the share `holdout`, and at least one image each.
+
+    Held out are those whose names have the smallest hashes, so that images that come or go hardly move others.
+
+    Args:
+        names: of the images in their class, `[n]`.
+        labels: `[n]`, each of at least two images.
+        holdout: the share.
+        seed: of the hash.
+    """
+    key = hashlib.sha256(str(seed).encode()).digest()
+    hashes = [hashlib.blake2b(name, digest_size=8, key=key).digest() for name in names]
+    order = np.lexsort((np.frombuffer(b"".join(hashes), ">u8"), labels.numpy()))
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for members in torch.from_numpy(order).split(labels.unique(return_counts=True)[1].tolist()):
+        held_out[members[: min(max(1, round(holdout * len(members))), len(members) - 1)]] = True
+    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+
 def split_indices(labels: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out indices, ascending; of every class the share `holdout`, at least one, is held out."""
+    """Training and held-out indices, ascending; of every class the share `holdout`, at least one, is held out.
+
+    They are drawn by number: of images in memory, and of all in version 0.1.0.
+    """
     generator = torch.Generator().manual_seed(seed)
     held = []
     for members in labels.argsort(stable=True).split(labels.unique(return_counts=True)[1].tolist()):

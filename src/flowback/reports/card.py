@@ -13,11 +13,11 @@ import yaml
 
 from flowback.core.errors import InputError
 from flowback.core.files import read_json
-from flowback.data import load_data
 from flowback.flow.io import CARD, check_repo_id, read_description, upload
 from flowback.latents import Flow, LatentFlow
 from flowback.runs.checkpoint import State, load_flow, newest
 from flowback.runs.config import RunConfig
+from flowback.runs.folder import run_data
 from flowback.tasks.classify import ClassStatistics
 
 CLASSES = "classes.json"
@@ -112,7 +112,7 @@ def read_provenance(run: Path, flow: Flow, weights: str) -> Provenance:
         return Provenance(classes=classes)
     config, evaluation = RunConfig.read(file), _read(run / "evaluation.json")
     try:
-        data = load_data(config.data)
+        data = run_data(run, config.data)
         images = len(data.train), len(data.held_out)
     except InputError:  # they are not here any more
         images = None

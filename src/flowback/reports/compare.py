@@ -19,7 +19,7 @@ from torch import Tensor
 from flowback.core.errors import InputError
 from flowback.core.files import read_json, write_whole
 from flowback.core.units import from_levels
-from flowback.data import ImageSet, load_data
+from flowback.data import ImageSet
 from flowback.data.pictures import grid_array
 from flowback.latents import Flow
 from flowback.measure.density import spread
@@ -28,6 +28,7 @@ from flowback.reports.evaluate import FILE, write_json
 from flowback.reports.figures import draw_cost_accuracy, draw_curves, draw_overview, draw_probe, draw_sweep
 from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import RunConfig, flat
+from flowback.runs.folder import run_data
 from flowback.runs.log import read_metrics
 
 # what a run is judged by while it trains: column of metrics.csv -> (title, whether larger is better)
@@ -84,7 +85,7 @@ def load_record(run: str | Path, name: str, device: torch.device | str = "cpu") 
             raise ValueError(f"it lacks {', '.join(sorted(missing))}, perhaps of an earlier version")
     except (ValueError, TypeError) as error:
         raise InputError(f"{folder / FILE} cannot be read ({error}); evaluate the run again") from error
-    data, options = load_data(config.data), flat(yaml.safe_load(config.to_yaml()))
+    data, options = run_data(folder, config.data), flat(yaml.safe_load(config.to_yaml()))
     return Record(name, flow, data, options, read_metrics(folder / "metrics.csv"), evaluation)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from flowback.core.devices import machine
 from flowback.core.errors import InputError
 from flowback.core.files import read_json, write_whole
-from flowback.data import ImageSet, load_data
+from flowback.data import ImageSet
 from flowback.flow.guidance import Guidance
 from flowback.latents import Flow, LatentFlow
 from flowback.measure import fidelity as fid
@@ -39,6 +39,7 @@ from flowback.measure.probe import probe_layers
 from flowback.reports.classification import UNLABELLED, cost_accuracy, judged
 from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
+from flowback.runs.folder import run_data
 from flowback.tasks.sampling import Request, sample_to_disk
 
 FILE = "evaluation.json"
@@ -128,7 +129,7 @@ def evaluate(
         raise InputError(f"{run} has no config.yaml that names its data; expected the folder of a run")
     flow, weights = load_flow(folder, config.weights, device)
     recipe, state = RunConfig.read(folder / "config.yaml"), State.read(flow_folder(folder))
-    data, alignment = load_data(recipe.data), recipe.alignment
+    data, alignment = run_data(folder, recipe.data), recipe.alignment
     images = spread(len(data.held_out), config.images)
     x, y = seen(flow, data.held_out, images, data.levels)
     results: dict[str, Any] = {"run": folder.resolve().name, "data": data.name, "machine": machine(flow.device)}

@@ -11,8 +11,14 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, MarkerSoftFileLock, Timeout, UnixFileLock, WindowsFileLock
 
 from flowback.core.console import console
+from flowback.core.distributed import is_first
 from flowback.core.errors import InputError
-from flowback.core.files import write_whole
+from flowback.core.files import read_json, write_whole
+from flowback.data import DataConfig, ImageSet, Split, load_data
+from flowback.data.batches import Tolerance
+from flowback.data.inventory import Inventory, refuse_other_classes
+from flowback.data.sources import DiskSplit, in_threads
+from flowback.data.splits import evaluated
 from flowback.runs import checkpoint
 from flowback.runs.config import RunConfig, flat
 
@@ -26,13 +32,87 @@ FREE |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems say that have none
 
 
+CLASSES, DATA = "classes.json", "data.npz"
+
+
+def training_data(config: RunConfig, given: ImageSet | None = None) -> ImageSet:
+    """The data of a run that begins, or of one that goes on, with the split that it had; says what was found.
+
+    Args:
+        config: of the run.
+        given: the data, if `config` does not name it.
+
+    Raises:
+        InputError: if there is none; if the run goes on, and anything of it differs; or if more of the held-out images that
+            will be looked at than `data.unreadable` allows cannot be read.
+    """
+    if config.train.resume and (config.folder / "config.yaml").is_file():
+        _refuse_other(config)
+        data = _known(config.folder, config.data, given, exact=True)
+    else:
+        data = given or load_data(config.data)
+    for note in data.notes:
+        _say(note)
+    _tolerate(data.held_out, config.data.unreadable)
+    if isinstance(data.held_out, DiskSplit):  # now, and not at the first evaluation
+        in_threads(lambda index: len(data.held_out[[index]]), evaluated(len(data.held_out), config.train.eval_images), None)
+    return data
+
+
+def run_data(run: Path, config: DataConfig) -> ImageSet:
+    """The data of a run as it was trained on: its classes and split. Images that came or changed since are left out.
+
+    Args:
+        run: the run's folder.
+        config: of its data.
+
+    Raises:
+        InputError: if classes have other names, or no image of a split is left.
+    """
+    data = _known(run, config, None, exact=False)
+    for note in data.notes:
+        _say(note)
+    for split in (data.train, data.held_out):
+        _tolerate(split, config.unreadable)
+    return data
+
+
+def _known(run: Path, config: DataConfig, data: ImageSet | None, exact: bool) -> ImageSet:
+    """The data of a run that began; those of version 0.1.0 kept the names of the classes alone, if `classes.json`."""
+    begun = Inventory.read(run / DATA)
+    if data is None:
+        if config.channels is None:
+            config = replace(config, channels=RunConfig.read(run / "config.yaml").data.channels)
+        data = load_data(config, earlier=begun is None)
+    if begun is not None:
+        return begun.split(data, exact, config.unreadable)
+    try:
+        refuse_other_classes(read_json(run / CLASSES) if (run / CLASSES).is_file() else data.classes, data.classes)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{run / CLASSES} cannot be read ({error}); expected a list of names, or no such file") from error
+    return data
+
+
+def _tolerate(split: Split, unreadable: float) -> None:
+    """Let the next image of its class stand for one that cannot be read, as far as a share of them allows."""
+    if isinstance(split, DiskSplit):
+        split.tolerance = Tolerance(unreadable, len(split), _say)
+
+
+def _say(text: str) -> None:
+    if is_first():
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 @contextmanager
-def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Iterator[Path | None]:
+def open_run(config: RunConfig, data: ImageSet, first: bool = True) -> Iterator[Path | None]:
     """Begin a run's folder, or find the newest whole checkpoint to resume from; nobody else can train in it meanwhile.
 
     Args:
         config: of the run.
-        classes: names of the classes, for those who sample later.
+        data: of the run, as `training_data` gives it.
         first: whether this is the process that writes; the others are told what it found.
 
     Raises:
@@ -49,14 +129,25 @@ def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Itera
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
     run.mkdir(parents=True, exist_ok=True)
     with _lock(run):
+        if not (config.train.resume and (run / DATA).is_file()):
+            Inventory.of(data).write(run / DATA)
         if config.train.resume:
-            _refuse_other(config)
+            begun, c = RunConfig.read(run / "config.yaml"), config.data
+            moved = replace(begun, data=replace(begun.data, path=c.path, unreadable=c.unreadable, workers=c.workers))
+            if moved != begun:
+                _write_config(moved, run)
             yield _newest_whole(run)
             return
         again = replace(config, train=replace(config.train, resume=False, until=None))  # as it is run to its end
-        write_whole(run / "classes.json", lambda file: file.write_text(json.dumps(classes) + "\n", "utf-8"))
-        write_whole(run / "config.yaml", lambda file: file.write_text(again.to_yaml(), "utf-8"))
+        write_whole(run / CLASSES, lambda file: file.write_text(json.dumps(data.classes) + "\n", "utf-8"))
+        if isinstance(data.train, DiskSplit):
+            again = replace(again, data=replace(again.data, channels=data.channels))  # as found by looking
+        _write_config(again, run)
         yield None
+
+
+def _write_config(config: RunConfig, run: Path) -> None:
+    write_whole(run / "config.yaml", lambda file: file.write_text(config.to_yaml(), "utf-8"))
 
 
 def _lock(run: Path) -> AcquireReturnProxy:
@@ -100,7 +191,8 @@ def _refuse_other(config: RunConfig) -> None:
     begun = RunConfig.read(config.folder / "config.yaml")  # old names are today's, options that came later have defaults
     before, now = (flat(asdict(c)) for c in (begun, config))
     for name in now:
-        if name not in FREE and before.get(name) != now[name]:
+        found = name == "data.channels" and now[name] is None  # by looking at the images, as it was then
+        if name not in FREE and before.get(name) != now[name] and not found:
             raise InputError(
                 f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; expected the same"
             )

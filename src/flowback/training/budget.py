@@ -193,7 +193,7 @@ def _data(config: DataConfig) -> ImageSet:
     images = min(IMAGENET["images"], config.limit or IMAGENET["images"])
     split = MemorySplit(torch.empty(0), torch.empty(images, dtype=torch.uint8, device="meta"))
     classes = [str(k) for k in range(IMAGENET["classes"])]
-    return ImageSet(config.name, split, split, classes, config.image_size or 256, config.channels, 256)
+    return ImageSet(config.name, split, split, classes, config.image_size or 256, config.channels or 3, 256)
 
 
 def _autoencoder(config: LatentConfig) -> AutoencoderConfig | None:

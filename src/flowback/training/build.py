@@ -123,6 +123,11 @@ def build_flow(
         if getattr(flow, name) not in (None, value):
             raise InputError(f"flow.{name} must be {value} for {of}, got {getattr(flow, name)}")
     classes = len(data.classes) if flow.num_classes is None else flow.num_classes
+    if flow.num_classes is None and classes < 2 and config.data.path is not None:
+        raise InputError(
+            f"data.path {config.data.path} has {classes} class{'es' * (classes != 1)}; expected at least 2; "
+            "--flow.num_classes 0 makes an unconditional flow of it"
+        )
     if classes not in (0, len(data.classes)):
         raise InputError(f"flow.num_classes must be {len(data.classes)} here, or 0 for no classes, got {classes}")
     built = TarFlow(replace(flow, num_classes=classes, **facts))

@@ -18,8 +18,9 @@ from flowback.core.devices import autocast, deterministic, keep_freed_memory, pi
 from flowback.core.distributed import any_says, is_first, shard_like, unshard, unsharded
 from flowback.core.errors import InputError
 from flowback.core.units import LOG_2PI, nll_per_dim
-from flowback.data import ImageSet, load_data
+from flowback.data import ImageSet
 from flowback.data.pictures import save_grid
+from flowback.data.splits import evaluated
 from flowback.encoders import Encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, Flow, LatentFlow
@@ -27,7 +28,7 @@ from flowback.measure.density import density, seen
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import State
 from flowback.runs.config import RunConfig
-from flowback.runs.folder import open_run
+from flowback.runs.folder import open_run, training_data
 from flowback.runs.log import MetricsLog
 from flowback.tasks.classify import accuracies
 from flowback.tasks.sampling import class_grid
@@ -121,13 +122,13 @@ def train(
     c = config.train
     check_batch(c)
     pick_device(c.accelerator)
-    data = load_data(config.data) if data is None else as_image_set(data)
+    data = training_data(config, None if data is None else as_image_set(data))
     torch.manual_seed(c.seed)
     autoencoder = flow.autoencoder if isinstance(flow, LatentFlow) else make_autoencoder(config.latents)
     trained_flow = build_flow(config, data, autoencoder and autoencoder.config, start=flow)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, trained_flow, encoder)
     # nothing is written before everything that was asked for exists
-    with deterministic(c.deterministic), open_run(config, data.classes, first=is_first()) as found:
+    with deterministic(c.deterministic), open_run(config, data, first=is_first()) as found:
         fabric = launch(c)
         keep_freed_memory(fabric.device)
         with peers(fabric):
@@ -270,8 +271,7 @@ def describe(
 
 def _evaluate(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
     """The held-out figures that a run logs."""
-    indices = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(0))[:images].sort().values
-    x, labels = seen(flow, data.held_out, indices.tolist(), data.levels)
+    x, labels = seen(flow, data.held_out, evaluated(len(data.held_out), images), data.levels)
     row = {"held_out_nats_per_dim": density(flow.core, x, labels, isinstance(flow, LatentFlow))["nats_per_dim"]}
     if flow.num_classes:
         row |= {f"held_out_{rule}": value for rule, value in accuracies(flow.core, x, labels).items()}
