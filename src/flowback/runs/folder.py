@@ -14,13 +14,14 @@ from flowback.core.console import console
 from flowback.core.errors import InputError
 from flowback.core.files import write_whole
 from flowback.runs import checkpoint
-from flowback.runs.config import RunConfig, flat
+from flowback.runs.checkpoint import State
+from flowback.runs.config import CLASSES, RunConfig, flat
 
 # what may change when a run goes on
-FREE = {"run", "data.workers", "data.path", "data.unreadable"}
+FREE = {"run", "data.workers", "data.path", "data.unreadable", "train.steps"}
 FREE |= {f"train.{name}" for name in ("resume", "until", "keep", "accelerator", "devices", "nodes", "strategy")}
 FREE |= {f"train.{name}" for name in ("grad_accum_steps", "compile", "checkpoint_activations", "deterministic")}
-FREE |= {f"train.{name}" for name in ("caches", "eval_images")} | {"latents.cache"}
+FREE |= {f"train.{name}" for name in ("caches", "eval_images")} | {"latents.cache", "alignment.cache"}
 FREE |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")}
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems say that have none
@@ -49,14 +50,16 @@ def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Itera
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
     run.mkdir(parents=True, exist_ok=True)
     with _lock(run):
+        rooted = config.rooted()
         if config.train.resume:
-            _refuse_other(config)
-            yield _newest_whole(run)
-            return
-        again = replace(config, train=replace(config.train, resume=False, until=None))  # as it is run to its end
-        write_whole(run / "classes.json", lambda file: file.write_text(json.dumps(classes) + "\n", "utf-8"))
+            _refuse_other(rooted)
+            found = _newest_whole(run)
+            _refuse_fewer_steps(config, found)
+        else:
+            write_whole(run / CLASSES, lambda file: file.write_text(json.dumps(classes) + "\n", "utf-8"))
+        again = replace(rooted, train=replace(rooted.train, resume=False, until=None))  # as it is run to its end
         write_whole(run / "config.yaml", lambda file: file.write_text(again.to_yaml(), "utf-8"))
-        yield None
+        yield found
 
 
 def _lock(run: Path) -> AcquireReturnProxy:
@@ -98,12 +101,22 @@ def _mark(file: Path) -> AcquireReturnProxy:
 
 def _refuse_other(config: RunConfig) -> None:
     begun = RunConfig.read(config.folder / "config.yaml")  # old names are today's, options that came later have defaults
-    before, now = (flat(asdict(c)) for c in (begun, config))
+    before, now = (flat(asdict(c)) for c in (begun.rooted(), config))
     for name in now:
         if name not in FREE and before.get(name) != now[name]:
             raise InputError(
-                f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; expected the same"
+                f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; expected the same, "
+                "or a new run that begins from this one, by --init"
             )
+    if before["train.steps"] != config.train.steps:
+        told = f"{config.train.steps} steps in place of {before['train.steps']}, and the learning rate of these"
+        console.print(told, highlight=False)
+
+
+def _refuse_fewer_steps(config: RunConfig, found: Path) -> None:
+    done = State.read(found).step
+    if config.train.steps < done:
+        raise InputError(f"train.steps must be at least {done}, which {found} has done, got {config.train.steps}")
 
 
 def _newest_whole(run: Path) -> Path:
