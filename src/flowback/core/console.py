@@ -35,7 +35,7 @@ class _OrNowhere:
         except (ValueError, RuntimeError):  # it is closed, or a signal came while it was written to
             pass
         except OSError:
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, AttributeError):  # a stream without a number
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.__getattr__("fileno")())
 
 

@@ -236,6 +236,7 @@ class RunConfig:
         data, latents, alignment, train = self.data, self.latents, self.alignment, self.train
         return replace(
             self,
+            run=str(self.folder.absolute()),
             data=replace(data, path=_whole_path(data.path, True)),
             latents=replace(latents, autoencoder=_whole_path(latents.autoencoder)),
             alignment=replace(alignment, encoder_weights=_whole_path(alignment.encoder_weights)),

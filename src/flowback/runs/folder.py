@@ -52,9 +52,9 @@ def open_run(config: RunConfig, classes: list[str], first: bool = True) -> Itera
     with _lock(run):
         rooted = config.rooted()
         if config.train.resume:
-            _refuse_other(rooted)
+            begun = _refuse_other(rooted)
             found = _newest_whole(run)
-            _refuse_fewer_steps(config, found)
+            _settle_steps(begun, config.train.steps, found)
         else:
             write_whole(run / CLASSES, lambda file: file.write_text(json.dumps(classes) + "\n", "utf-8"))
         again = replace(rooted, train=replace(rooted.train, resume=False, until=None))  # as it is run to its end
@@ -99,24 +99,28 @@ def _mark(file: Path) -> AcquireReturnProxy:
         ) from error
 
 
-def _refuse_other(config: RunConfig) -> None:
+def _refuse_other(config: RunConfig) -> int:
+    """Refuse another configuration than the run's, but for what is `FREE`; returns how many steps it was begun for."""
     begun = RunConfig.read(config.folder / "config.yaml")  # old names are today's, options that came later have defaults
     before, now = (flat(asdict(c)) for c in (begun.rooted(), config))
+    for options in (before, now):  # what a run began with need not be there any more
+        options["train.init"] = options["train.init"] and str(Path(options["train.init"]).absolute())
     for name in now:
         if name not in FREE and before.get(name) != now[name]:
             raise InputError(
                 f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; expected the same, "
                 "or a new run that begins from this one, by --init"
             )
-    if before["train.steps"] != config.train.steps:
-        told = f"{config.train.steps} steps in place of {before['train.steps']}, and the learning rate of these"
-        console.print(told, highlight=False)
+    return begun.train.steps
 
 
-def _refuse_fewer_steps(config: RunConfig, found: Path) -> None:
+def _settle_steps(begun: int, now: int, found: Path) -> None:
+    """Refuse fewer steps than a checkpoint has done, and say if they are not those of before."""
     done = State.read(found).step
-    if config.train.steps < done:
-        raise InputError(f"train.steps must be at least {done}, which {found} has done, got {config.train.steps}")
+    if now < done:
+        raise InputError(f"train.steps must be at least {done}, which {found} has done, got {now}")
+    if now != begun:
+        console.print(f"{now} steps in place of {begun}; the learning rate follows the schedule of these", highlight=False)
 
 
 def _newest_whole(run: Path) -> Path:

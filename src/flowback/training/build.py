@@ -188,7 +188,9 @@ def build_flow(
         facts, of = {"image_size": as_size(size, "the size"), "channels": autoencoder.channels}, "these latents"
     for name, value in facts.items():
         if getattr(flow, name) not in (None, value):
-            raise InputError(f"flow.{name} must be {value} for {of}, got {getattr(flow, name)}")
+            why = "" if start is None else ", of the flow to begin with"
+            why += "; other sizes need rotary positions" * (bool(why) and name == "image_size")
+            raise InputError(f"flow.{name} must be {value} for {of}, got {getattr(flow, name)}{why}")
     classes = len(data.classes) if flow.num_classes is None else flow.num_classes
     if classes not in (0, len(data.classes)):
         raise InputError(f"flow.num_classes must be {len(data.classes)} here, or 0 for no classes, got {classes}")

@@ -300,7 +300,7 @@ def _status(row: dict[str, float]) -> str:
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Turn the signals of `ENDING` into a question that the loop asks after each step; a second Ctrl-C interrupts at once.
 
-    Those that are ignored, such as SIGHUP under nohup, stay ignored.
+    Others that are ignored, such as SIGHUP under nohup, stay ignored.
     """
     asked = False
 
@@ -314,8 +314,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
     before: dict[int, Any] = {}
     try:
-        for number in (number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN):
-            before[number] = signal.signal(number, ask)
+        for number in ENDING:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, ask)
     except ValueError:  # not the main thread: signals are the caller's business
         pass
     try:
