@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from builders import refuse, tiny_autoencoder
 from flowback.cli import main
 from flowback.core.devices import autocast
+from flowback.core.distributed import ENDING
 from flowback.core.errors import InputError
 from flowback.core.files import file_hash
 from flowback.core.units import from_levels
 from flowback.data import DataConfig, ImageSet, load_data
-from flowback.data.batches import Raw
+from flowback.data.batches import Raw, ignore_interrupts
 from flowback.data.splits import MemorySplit
 from flowback.flow.config import FlowConfig
 from flowback.flow.tarflow import TarFlow
@@ -157,22 +160,76 @@ def test_rows_of_a_run_that_was_killed_are_dropped_on_resume(whole, tmp_path):
     assert all(row.get("loss") != 123.0 for row in read_metrics(run / "metrics.csv"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_saves_and_ends_after_the_step(tmp_path, monkeypatch, number):
+def send(monkeypatch, numbers, at=3):
+    """Send this process signals while it prepares a step."""
     real = Inputs.prepare
 
     def interrupt(inputs, raw, step):
-        if step == 3:
+        for number in numbers if step == at else ():
             os.kill(os.getpid(), number)
         return real(inputs, raw, step)
 
     monkeypatch.setattr(Inputs, "prepare", interrupt)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_interruption_saves_and_ends_after_the_step(tmp_path, monkeypatch, name):
+    number = getattr(signal, name)
+    send(monkeypatch, [number])
     before = signal.getsignal(number)
     result = train(config(tmp_path))
     assert result.interrupted
     assert result.state.step == 4
     assert checkpoint.newest(tmp_path).name == "step_00000004"
     assert signal.getsignal(number) is before
+
+
+def test_only_a_second_ctrl_c_interrupts_at_once(tmp_path, monkeypatch):
+    send(monkeypatch, [signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGTERM])  # as queues and terminals send them
+    assert train(config(tmp_path / "saved")).state.step == 4
+    send(monkeypatch, [signal.SIGTERM, signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path / "at once"))
+
+
+def test_under_nohup_a_closed_connection_does_not_end_a_run(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        send(monkeypatch, [signal.SIGHUP])
+        assert not train(config(tmp_path, steps=5)).interrupted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_processes_that_read_ahead_leave_signals_to_the_one_that_trains():
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        ignore_interrupts(0)
+        assert {signal.getsignal(number) for number in ENDING} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [5, 28, 32])  # a closed terminal, a full disk, a closed pipe
+def test_a_run_goes_on_when_nobody_can_be_told(tmp_path, monkeypatch, number):
+    class Closed:
+        encoding = "utf-8"
+
+        def write(self, *text):
+            raise OSError(number, "gone")
+
+        flush = write
+
+        def isatty(self):
+            return False
+
+    send(monkeypatch, [signal.SIGHUP])
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Closed())
+        result = train(config(tmp_path))
+    assert result.state.step == 4
+    assert checkpoint.damage(checkpoint.newest(tmp_path)) is None
 
 
 def test_every_parameter_moves_and_ema_lags_behind(whole):
@@ -241,7 +298,7 @@ def test_broken_checkpoint_is_refused(tmp_path, damage):
 def test_impossible_alignment_is_refused_before_anything_is_written(tmp_path, at):
     run = tmp_path / "run"
     impossible = replace(config(run, aligned=True), alignment=AlignmentConfig(strategy="reverse", at=at))
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match=r"block must be 1 to 2, got 3|layer 2 does not exist"):
         train(impossible)
     assert not run.exists()
 
@@ -252,7 +309,7 @@ def test_flow_takes_the_facts_of_the_data_and_refuses_others():
     assert (flow.image_size, flow.channels, flow.levels, flow.num_classes) == ((8, 8), 1, 17, 10)
     assert build_flow(RunConfig(flow=FlowConfig(patch_size=2, num_classes=0)), data).num_classes == 0
     for options in ({"image_size": 16}, {"channels": 3}, {"levels": 256}, {"num_classes": 7}):
-        with pytest.raises(InputError, match=f"flow.{next(iter(options))} is"):
+        with pytest.raises(InputError, match=f"flow.{next(iter(options))} must be"):
             build_flow(RunConfig(flow=FlowConfig(patch_size=2, **options)), data)
 
 
@@ -328,25 +385,25 @@ def test_ema_of_a_constant_is_the_constant_and_forgets_the_start():
 
 
 BAD_CONFIGS = [
-    (TrainConfig, {"steps": 0}, "train.steps is 0; expected a whole number of at least 1"),
-    (TrainConfig, {"lr": 0.0}, "train.lr is 0.0"),
-    (TrainConfig, {"lr": float("nan")}, "train.lr is nan"),
-    (TrainConfig, {"grad_clip": -1.0}, "train.grad_clip is -1.0"),
-    (TrainConfig, {"weight_decay": -1.0}, "train.weight_decay is -1.0"),
-    (TrainConfig, {"ema": 1.0}, "train.ema is 1.0"),
-    (TrainConfig, {"betas": (0.9, 1.0)}, "train.beta 2 is 1.0"),
-    (TrainConfig, {"betas": (0.9,)}, "train.betas is"),
-    (TrainConfig, {"class_dropout": 1.5}, "train.class_dropout is 1.5"),
-    (TrainConfig, {"precision": "fp8"}, "train.precision is 'fp8'; expected 32-true, bf16-mixed"),
-    (TrainConfig, {"seed": -1}, "train.seed is -1"),
-    (AlignmentConfig, {"strategy": "sideways"}, "alignment.strategy is 'sideways'; expected none, forward"),
-    (AlignmentConfig, {"gradient": "two_step"}, "alignment.gradient is 'two_step'"),
-    (AlignmentConfig, {"at": [[1, 2, 3]]}, "expected pairs of block and layer"),
-    (AlignmentConfig, {"projector_width": 0}, "alignment.projector_width is 0"),
-    (AlignmentConfig, {"projector": "tree"}, "alignment.projector is 'tree'; expected mlp, conv"),
-    (AlignmentConfig, {"until": 0}, "alignment.until is 0; expected a whole number of at least 1, or null"),
+    (TrainConfig, {"steps": 0}, "train.steps must be a whole number of at least 1, got 0"),
+    (TrainConfig, {"lr": 0.0}, "train.lr must be .*, got 0.0"),
+    (TrainConfig, {"lr": float("nan")}, "train.lr must be .*, got nan"),
+    (TrainConfig, {"grad_clip": -1.0}, "train.grad_clip must be .*, got -1.0"),
+    (TrainConfig, {"weight_decay": -1.0}, "train.weight_decay must be .*, got -1.0"),
+    (TrainConfig, {"ema": 1.0}, "train.ema must be .*, got 1.0"),
+    (TrainConfig, {"betas": (0.9, 1.0)}, "train.beta 2 must be .*, got 1.0"),
+    (TrainConfig, {"betas": (0.9,)}, "train.betas must be two numbers"),
+    (TrainConfig, {"class_dropout": 1.5}, "train.class_dropout must be .*, got 1.5"),
+    (TrainConfig, {"precision": "fp8"}, "train.precision must be one of 32-true, bf16-mixed, got 'fp8'"),
+    (TrainConfig, {"seed": -1}, "train.seed must be .*, got -1"),
+    (AlignmentConfig, {"strategy": "sideways"}, "alignment.strategy must be one of none, forward.*, got 'sideways'"),
+    (AlignmentConfig, {"gradient": "two_step"}, "alignment.gradient must be .*, got 'two_step'"),
+    (AlignmentConfig, {"at": [[1, 2, 3]]}, "alignment.at must be pairs of block and layer"),
+    (AlignmentConfig, {"projector_width": 0}, "alignment.projector_width must be .*, got 0"),
+    (AlignmentConfig, {"projector": "tree"}, "alignment.projector must be one of mlp, conv, got 'tree'"),
+    (AlignmentConfig, {"until": 0}, "alignment.until must be a whole number of at least 1, or null, got 0"),
     (AlignmentConfig, {"shuffled": True, "cache": False}, "alignment.shuffled needs features that are kept"),
-    (AlignmentConfig, {"encoder_precision": "fp8"}, "alignment.encoder_precision is 'fp8'"),
+    (AlignmentConfig, {"encoder_precision": "fp8"}, "alignment.encoder_precision must be .*, got 'fp8'"),
 ]
 
 
@@ -468,7 +525,7 @@ def test_a_data_set_of_ones_own_is_trained_on_and_resumed_with(tmp_path):
     assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["cat", "dog"]
     kept = RunConfig.read(tmp_path / "run" / "config.yaml")
     kept = replace(kept, train=replace(kept.train, resume=True))
-    with pytest.raises(InputError, match=r"given in Python; expected train\(config, data="):
+    with pytest.raises(InputError, match=r"given in Python; pass them to train\(config, data="):
         train(kept)
     train(kept, data=data)
     train(replace(one, run=str(tmp_path / "whole"), train=replace(one.train, until=None)), data=data)
@@ -525,7 +582,7 @@ def test_features_of_ones_own_encoder_are_cached_by_its_weights(tmp_path, monkey
     assert len(list((tmp_path / "cache").iterdir())) == 1
     with pytest.raises(InputError, match=r"alignment\.encoder_weights was"):
         train(resumed, encoder=Layer(seed=1))
-    with pytest.raises(InputError, match=r"given in Python; expected train\(config, encoder="):
+    with pytest.raises(InputError, match=r"given in Python; pass it to train\(config, encoder="):
         train(replace(RunConfig.read(tmp_path / "run" / "config.yaml"), run=str(tmp_path / "other")))
     train(replace(one, run=str(tmp_path / "direct"), alignment=replace(one.alignment, cache=False)), encoder=Layer())
     rows = [read_metrics(tmp_path / name / "metrics.csv")[0]["align"] for name in ("run", "direct")]
@@ -598,11 +655,13 @@ def test_folders_that_are_not_ours_are_neither_listed_nor_pruned(tmp_path):
     train(config(tmp_path, until=3))
     folder = tmp_path / "checkpoints"
     ours = folder / "step_00000003"
-    others = ["step_00000002_v2", "step_best1", "step_00000003 2", "step_3", "step_000000031"]
+    others = ["step_00000002_v2", "step_best1", "step_00000003 2", "step_3", "step_000000031", "step_99999999"]
+    others += ["step_٠٠٠٠٠٠٠٤", "step_00000001"]
     for name in others:
         shutil.copytree(ours, folder / name)
     (folder / "step_20_notes_1").write_text("mine")
     (folder / "step_00000099").mkdir()  # nothing in it is ours
+    (folder / "step_00000098").symlink_to(folder / "step_00000098")
     kept = tmp_path / "elsewhere"
     ours.rename(kept)
     ours.symlink_to(kept)  # moved to a larger disk
@@ -613,6 +672,37 @@ def test_folders_that_are_not_ours_are_neither_listed_nor_pruned(tmp_path):
     assert (kept / "checksums.json").exists()
     assert (folder / "step_20_notes_1").exists()
     assert (folder / "step_00000099").exists()
+
+
+def test_what_lies_where_a_checkpoint_will_be_is_put_aside_or_was_ours(tmp_path):
+    train(config(tmp_path / "run", until=3))
+    folder, mine = tmp_path / "run" / "checkpoints", tmp_path / "mine"
+    shutil.copytree(folder / "step_00000003", mine)  # a copy of another step, linked under a name of the run
+    (folder / "step_00000004").symlink_to(mine)
+    (folder / "step_00000005").write_text("mine")
+    (folder / "step_00000006").mkdir()
+    (folder / "step_00000006" / "notes").write_text("mine")
+    train(config(tmp_path / "run", resume=True, until=7, checkpoint_every=1, keep=9))
+    assert [found.name for found in checkpoint.all_of(tmp_path / "run")] == [f"step_{n:08d}" for n in (7, 6, 5, 4, 3)]
+    assert not any(found.is_symlink() for found in checkpoint.all_of(tmp_path / "run"))
+    assert (mine / "checksums.json").exists()
+    found = {file.name.split("_found_")[0]: file for file in folder.glob("*_found_*")}
+    assert found["step_00000004"].resolve() == mine
+    assert found["step_00000005"].read_text() == "mine"
+    assert (found["step_00000006"] / "notes").read_text() == "mine"
+    damaged = folder / "step_00000007"
+    (damaged / "state.json").write_text("{")
+    train(config(tmp_path / "run", resume=True, until=8, checkpoint_every=1, keep=9))  # from 6, through 7
+    assert checkpoint.damage(damaged) is None
+
+
+@pytest.mark.parametrize("content", ['{"held_out_nats_per_dim": "1.5", "step": 3}', '{"step": [3]}', "[]", '"x"', "NaN"])
+def test_a_state_that_is_none_is_said_and_ends_no_later_checkpoint(tmp_path, content):
+    train(config(tmp_path, until=3))
+    (checkpoint.newest(tmp_path) / "state.json").write_text(content)
+    with pytest.raises(InputError, match=r"has no usable state.json of a run"):
+        checkpoint.State.read(checkpoint.newest(tmp_path))
+    assert checkpoint._best(tmp_path) is None
 
 
 def test_figures_that_are_no_numbers_are_not_the_best_and_leave_valid_json(tmp_path, monkeypatch):
@@ -629,15 +719,49 @@ def test_figures_that_are_no_numbers_are_not_the_best_and_leave_valid_json(tmp_p
     assert checkpoint.State.read(checkpoint.newest(tmp_path)).held_out_nats_per_dim is None
 
 
-@pytest.mark.parametrize("left", ["9,1.5,0.1", "\0" * 40, "\0" * 40 + "\n", "9,x\n", "9" + ",1" * 40 + "\n", "\n", ",\n"])
-def test_a_log_that_was_cut_is_read_up_to_there_and_continued(tmp_path, left):
-    train(config(tmp_path, until=6))
-    before = read_metrics(tmp_path / "metrics.csv")
+CUT = ["9,1.5,0.1", "\0" * 40, "\0" * 40 + "\n", "9,x\n", "9" + ",1" * 40 + "\n", "\n", ",\n", "\0" * 200_000 + "\n"]
+CUT += ['"9,', "nan" + "," * 13 + "\n", "\u2028\n", "," * 13 + "\n"]
+
+
+@pytest.mark.parametrize("left", CUT, ids=lambda left: repr(left)[:20])
+def test_a_log_that_was_cut_is_read_up_to_there_and_continued(whole, tmp_path, left):
+    rows = read_metrics(whole / "metrics.csv")
+    shutil.copy(whole / "metrics.csv", tmp_path)
     with (tmp_path / "metrics.csv").open("a") as stream:
         stream.write(left)
-    assert read_metrics(tmp_path / "metrics.csv") == before
-    train(config(tmp_path, resume=True, steps=12))
+    assert read_metrics(tmp_path / "metrics.csv") == rows
+    with MetricsLog(tmp_path, 12) as log:
+        log.write(15, loss=1.0)
+    assert read_metrics(tmp_path / "metrics.csv") == [*rows, {"step": 15, "loss": 1.0}]
+
+
+@given(st.binary(max_size=200))
+def test_whatever_follows_the_whole_lines_of_a_log_they_are_read(tmp_path_factory, garbage):
+    file = tmp_path_factory.mktemp("log") / "metrics.csv"
+    file.write_bytes(b"step,loss\r\n3,1.5\r\n6,\r\n" + garbage)
+    assert read_metrics(file)[:2] == [{"step": 3, "loss": 1.5}, {"step": 6}]
+    file.write_bytes(b"\0" * 30 + b"\n" + b"3," + b"," * 12 + b"0.5\n" + garbage)  # today's columns
+    assert read_metrics(file)[0] == {"step": 3, "held_out_exact": 0.5}
+
+
+def test_a_resumed_log_goes_on_after_a_line_that_was_cut(tmp_path):
+    train(config(tmp_path, until=6))
+    with (tmp_path / "metrics.csv").open("a") as stream:
+        stream.write("9,1.5\0\0")
+    train(config(tmp_path, resume=True))
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv") if "loss" in row] == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "events", "samples"])
+def test_a_log_in_whose_place_something_else_lies_does_not_end_a_run(tmp_path, name, capsys):
+    train(config(tmp_path, until=2, sample_every=2))
+    file = tmp_path / name
+    shutil.rmtree(file, ignore_errors=True)
+    file.unlink(missing_ok=True)
+    file.mkdir() if file.suffix else file.write_text("mine")
+    assert train(config(tmp_path, resume=True, sample_every=2)).state.step == 12
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    assert checkpoint.newest(tmp_path).name == "step_00000012"
 
 
 def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path, monkeypatch, capsys):

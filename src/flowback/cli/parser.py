@@ -1,6 +1,8 @@
 """The parser of every verb: errors in one line, switches, recipes in UTF-8."""
 
+import os
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -20,9 +22,12 @@ class Parser(ArgumentParser):
         fail(message)
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:
-        """Parse words. A bare switch, such as `--compile`, means true; `--compile false` and `--no-compile` mean false."""
+        """Parse words. A bare switch, such as `--compile`, means true; `--compile false` and `--no-compile` mean false.
+
+        A recipe comes before all options, wherever it stands: they change it.
+        """
         words: list[str] = []
-        for word in args or ():
+        for word in _recipe_first(list(args or ())):
             if words and words[-1] in self._switches and word in ("true", "false"):
                 words[-1] += f"={word}"
             else:
@@ -45,15 +50,31 @@ class Parser(ArgumentParser):
         Raises:
             InputError: if it is not text, or a section in it has no options.
         """
+        from flowback.runs.config import is_of_run
+
+        path = Path(os.path.expanduser(path))
         try:
-            text = Path(path).read_text("utf-8")
+            text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not text in UTF-8; expected a recipe, or the config.yaml of a run") from error
         found = self.parse_string(text, str(path), *args, **kwargs)
+        if is_of_run(path):
+            found["run"] = str(path.parent)  # wherever it was moved
         for name, value in vars(found).items():
             if value is None and any(action.dest.startswith(f"{name}.") for action in self._actions):
                 raise InputError(f"{path} has {name} without options; give some, or leave {name} out")
         return found
+
+
+def _recipe_first(words: list[str]) -> list[str]:
+    verb = words[:1] if words and not words[0].startswith("-") else []
+    recipes, others, rest = [], [], iter(words[len(verb) :])
+    for word in rest:
+        if word == "--config":
+            recipes += [word, *islice(rest, 1)]
+        else:
+            (recipes if word.startswith("--config=") else others).append(word)
+    return [*verb, *recipes, *others]
 
 
 class Verb(Protocol):

@@ -1,5 +1,6 @@
 """`flowback quickstart`, `flowback train` and `flowback cache`."""
 
+import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flowback.core.errors import InputError
 from flowback.runs.config import RunConfig, load_yaml
 from flowback.training import train
 from flowback.training.budget import Device, plan
+from flowback.training.build import first_flow, settle
 from flowback.training.caches import make_caches
 
 set_loader("yaml", load_yaml, (yaml.YAMLError,))  # a config.yaml of an earlier version has other names
@@ -47,6 +49,7 @@ def add(verb: Verb) -> None:
 
 def _add_recipe(command: Parser) -> None:
     command.add_argument("--config", action="config", help="a recipe, or the config.yaml of a run")
+    command.add_argument("--init", type=str | None, default=None, help="short for --train.init")
     command.add_class_arguments(RunConfig)
 
 
@@ -58,7 +61,7 @@ def _quickstart(options: Namespace) -> int:
     config = _placed(replace(digits, run=options.run, train=replace(digits.train, **changes)), options.device)
     report = quickstart(config)
     if not report:
-        say(f"interrupted; to resume: flowback quickstart --run {options.run}")
+        say(f"interrupted; to resume: {shlex.join(['flowback', 'quickstart', '--run', options.run])}")
         return 130
     for name in ("plain", "aligned"):
         figures = report[name]
@@ -75,13 +78,13 @@ def _train(options: Namespace) -> int:
     config = _run_config(options)
     if options.dry_run:
         with console.status("counting one step on 1, 8 and 64 devices …"):
-            budget = plan(config, options.plan)
+            budget = plan(settle(config, flow=first_flow(config)[0]), options.plan)
         say(str(budget))
         return 0
     result = train(config)
     ends_early = result.interrupted and result.state.step != config.train.until
     if is_first():
-        again = f"flowback train --config {result.run / 'config.yaml'} --run {result.run} --train.resume"
+        again = shlex.join(["flowback", "train", "--config", str(result.run / "config.yaml"), "--train.resume"])
         stopped = f"stopped at step {result.state.step} of {config.train.steps}; to resume: {again}"
         say(stopped if result.interrupted else f"finished {result.run} at step {result.state.step}")
     return 130 if ends_early else 0
@@ -101,6 +104,8 @@ def _cache(options: Namespace) -> int:
 def _run_config(options: Namespace) -> RunConfig:
     """The configuration that the options describe."""
     config = RunConfig(**{field.name: options[field.name] for field in fields(RunConfig)})
+    if options.init is not None:
+        config = replace(config, train=replace(config.train, init=options.init))
     return _placed(config, options.device)
 
 

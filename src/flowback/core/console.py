@@ -1,12 +1,53 @@
 """What is said on the terminal: lines, and the progress of long work."""
 
+import os
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
+
+
+class _OrNowhere:
+    """Standard output that may go away: what cannot be written is dropped, and so is all that follows."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(sys.stdout, "rich_proxied_file", sys.stdout), name)
+
+    def write(self, text: str) -> int:
+        """Write, or not."""
+        self._try(self.__getattr__("write"), text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        self._try(self.__getattr__("flush"))
+
+    def _try(self, action: Callable[..., Any], *given: str) -> None:
+        try:
+            action(*given)
+        except (ValueError, RuntimeError):  # it is closed, or a signal came while it was written to
+            pass
+        except OSError:
+            with suppress(OSError, ValueError, AttributeError):  # a stream without a number
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.__getattr__("fileno")())
+
+
+@contextmanager
+def said_if_possible() -> Iterator[None]:
+    """Meanwhile nothing ends because nobody listens: a closed terminal or pipe, a full disk under a log."""
+    settings = cast(Any, console)
+    before, settings.file = settings._file, _OrNowhere()
+    try:
+        yield
+    finally:
+        settings.file = before
 
 
 class Bar:

@@ -1,6 +1,7 @@
 """What several processes of one run share: decisions, failures, and the slices of tensors."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+# what ends a run with a checkpoint: Ctrl-C, an end that is asked for, a closed connection, the warnings of queues
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+ENDING = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
 
 
 class PeerLost(RuntimeError):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from flowback.core.distributed import ENDING
 from flowback.core.errors import InputError
 from flowback.core.seeds import keyed_generator
 from flowback.data.splits import Split
@@ -147,8 +148,9 @@ class Tolerance:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C is for the main process, which ends its step first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What ends a run is for the main process, which ends its step first, and then this one."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def read_ahead(reader: Reader, batches: Any, workers: int) -> Iterator[Raw]:

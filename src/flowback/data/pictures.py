@@ -34,8 +34,10 @@ def save_grid(x: Tensor, file: Path, columns: int, smallest: int = 28) -> None:
 def grid_array(x: Tensor, columns: int, smallest: int = 28) -> Tensor:
     """Images `[B, C, H, W]`, in [-1, 1] or uint8, as one RGB picture, uint8 `[height, width, 3]`, white lines between them.
 
-    A single image has no lines. Images narrower than `smallest` pixels are enlarged by a whole factor.
+    A single image has no lines. Images narrower than `smallest` pixels are enlarged by a whole factor. Of images that are
+    neither grey nor RGB the first channel is shown.
     """
+    x = x if x.shape[1] in (1, 3) else x[:, :1]
     factor, columns, line = max(1, -(-smallest // x.shape[-1])), min(columns, len(x)), 2 if len(x) > 1 else 0
     x = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu().expand(-1, 3, -1, -1)
     x = x.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)

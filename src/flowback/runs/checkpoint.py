@@ -17,6 +17,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,7 @@ from flowback.core.errors import InputError
 from flowback.core.files import file_hash, read_json
 from flowback.latents import Flow, from_pretrained
 from flowback.runs import slices
+from flowback.runs.config import CLASSES
 
 STEM = "training"
 CHECKSUMS = "checksums.json"
@@ -53,15 +55,27 @@ class State:
             InputError: if it is missing, or says something else.
         """
         try:
-            return cls(**read_json(checkpoint / "state.json"))
+            state = cls(**read_json(checkpoint / "state.json"))
+            if not all(isinstance(value, int | float | None) for value in vars(state).values()):
+                raise TypeError(f"{vars(state)}")
+            return state
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{checkpoint} has no usable state.json of a run ({error})") from error
 
 
 def all_of(run: Path) -> list[Path]:
     """The checkpoints of a run, newest first: of all folders there those that `save` named and finished."""
-    found = (folder for folder in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8}", folder.name))
-    return sorted((folder for folder in found if (folder / CHECKSUMS).is_file()), reverse=True)
+    return sorted(filter(_is_ours, (run / "checkpoints").glob("step_*")), reverse=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether `save` wrote a folder, damaged though it may be; not a copy of one under another name."""
+    if not re.fullmatch(r"step_[0-9]{8}", folder.name) or not os.path.isfile(folder / CHECKSUMS):
+        return False
+    try:
+        return State.read(folder).step == int(folder.name.removeprefix("step_"))
+    except InputError:
+        return True
 
 
 def newest(run: Path) -> Path | None:
@@ -119,7 +133,8 @@ def save(
     def begin() -> dict[str, str]:
         if not fabric.is_global_zero:
             return {}
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            shutil.rmtree(partial)
         average.save_pretrained(partial)
         (partial / "state.json").write_text(json.dumps(asdict(state), allow_nan=False) + "\n")
         return _synced(*partial.iterdir())
@@ -136,7 +151,7 @@ def save(
             (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
             _sync(partial / CHECKSUMS)
             _sync(partial)
-            shutil.rmtree(final, ignore_errors=True)
+            _make_room(final)
             partial.rename(final)
             _sync(final.parent)
 
@@ -159,6 +174,14 @@ def save(
     return final
 
 
+def _make_room(final: Path) -> None:
+    """Where a checkpoint will be, delete an earlier one of the run; anything else there gets another name."""
+    if final.is_symlink() or (final.exists() and not _is_ours(final)):
+        final.rename(final.with_name(f"{final.name}_found_{uuid4().hex[:8]}"))
+    elif final.exists():
+        shutil.rmtree(final)
+
+
 def _tensors(trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What a run needs to go on, by name."""
     tensors: dict[str, Tensor] = {}
@@ -175,7 +198,7 @@ def _best(run: Path) -> Path | None:
     for folder in all_of(run):
         try:
             state = State.read(folder)
-        except (OSError, ValueError, TypeError):
+        except InputError:
             continue
         nats = state.held_out_nats_per_dim
         if nats is not None and math.isfinite(nats) and state.measured_at == state.step:
@@ -264,6 +287,20 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
             raise InputError(f"{source} has raw weights of another flow ({error}); use ema") from error
     name = source.name if isinstance(source, Path) else str(source)
     return flow.to(where), f"{weights} weights of {name}"
+
+
+def known_classes(flow: Flow) -> list[str] | None:
+    """The names of a flow's classes, beside it or in the run whose checkpoint it is; None where they are not known."""
+    folder = flow.core.folder
+    if folder is None:
+        return None
+    place = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    try:
+        names = read_json(place / CLASSES)
+    except (OSError, ValueError):
+        return None
+    known = isinstance(names, list) and len(names) == flow.num_classes
+    return [str(name) for name in names] if known else None
 
 
 def flow_folder(run: str | Path) -> Path:

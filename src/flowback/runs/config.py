@@ -1,8 +1,9 @@
 """A run's configuration: one dataclass a section, from which the YAML, `--help` and the checks are made."""
 
 import dataclasses
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flowback.latents.autoencoder import POSTERIORS
 READ_YAML: Callable[[str], Any] = get_loader("yaml")
 PRECISIONS = ("32-true", "bf16-mixed")
 SHARING = ("ddp", "fsdp")
+CLASSES = "classes.json"  # names of the classes, in the folder of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,9 @@ class TrainConfig:
         keep: newest checkpoints that are kept; besides, the one with the best held-out likelihood.
         caches: a folder of caches that `flowback cache` made for this configuration; others are refused. null for the
             user's cache folder, where what is missing is made.
-        resume: go on from the newest checkpoint of the run.
+        init: a run, a checkpoint, a flow's folder or hub id whose averaged weights to begin with; what options of `flow`
+            leave open is that flow's. null for random weights.
+        resume: go on from the newest checkpoint of the run; more steps than before are a longer schedule.
         until: stop at this step as if interrupted; the schedule still spans all steps.
 
     Raises:
@@ -170,6 +174,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep: int = 2
     caches: str | None = None
+    init: str | None = None
     resume: bool = False
     until: int | None = None
 
@@ -224,7 +229,19 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.run or f"runs/{self.data.name}")
+        return Path(os.path.expanduser(self.run or f"runs/{self.data.name}"))
+
+    def rooted(self) -> "RunConfig":
+        """The same from any working folder: what lies on this machine by its whole path."""
+        data, latents, alignment, train = self.data, self.latents, self.alignment, self.train
+        return replace(
+            self,
+            run=str(self.folder.absolute()),
+            data=replace(data, path=_whole_path(data.path, True)),
+            latents=replace(latents, autoencoder=_whole_path(latents.autoencoder)),
+            alignment=replace(alignment, encoder_weights=_whole_path(alignment.encoder_weights)),
+            train=replace(train, caches=_whole_path(train.caches, True), init=_whole_path(train.init)),
+        )
 
     def to_yaml(self) -> str:
         """All values, in a form that `flowback train --config` takes."""
@@ -232,15 +249,16 @@ class RunConfig:
 
     @classmethod
     def read(cls, file: Path) -> "RunConfig":
-        """The configuration in a run's config.yaml.
+        """The configuration in a recipe, or in a run's config.yaml: of the run in that folder, wherever it was moved.
 
         Raises:
             InputError: if the file does not hold one.
         """
         try:
-            return cls.from_yaml(file.read_text("utf-8"))
+            config = cls.from_yaml(file.read_text("utf-8"))
         except (InputError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be used: {error}") from error
+        return replace(config, run=str(file.parent)) if is_of_run(file) else config
 
     @classmethod
     def from_yaml(cls, text: str) -> "RunConfig":
@@ -284,6 +302,19 @@ def of_earlier_versions(values: Any) -> Any:
                 section, name = new.split(".")
                 values.setdefault(section, {})[name] = value
     return values
+
+
+def is_of_run(file: Path) -> bool:
+    """Whether a configuration lies in the folder of a run, and so is of that one."""
+    return file.name == "config.yaml" and (file.parent / CLASSES).is_file()
+
+
+def _whole_path(path: str | None, always: bool = False) -> str | None:
+    """A path from the root, if it is one, and not the name of something else; patterns that begin with a brace stay."""
+    if path is None or path == "random" or path.startswith("{"):
+        return path
+    expanded = os.path.expanduser(path)
+    return str(Path(expanded).absolute()) if always or os.path.exists(expanded) else path
 
 
 def load_yaml(text: str) -> Any:

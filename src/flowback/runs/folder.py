@@ -20,19 +20,18 @@ from flowback.data.inventory import Inventory, refuse_other_classes
 from flowback.data.sources import DiskSplit, in_threads
 from flowback.data.splits import evaluated
 from flowback.runs import checkpoint
-from flowback.runs.config import RunConfig, flat
+from flowback.runs.checkpoint import State
+from flowback.runs.config import CLASSES, RunConfig, flat
 
 # what may change when a run goes on
-FREE = {"run", "data.workers", "data.path", "data.unreadable"}
+FREE = {"run", "data.workers", "data.path", "data.unreadable", "train.steps"}
 FREE |= {f"train.{name}" for name in ("resume", "until", "keep", "accelerator", "devices", "nodes", "strategy")}
 FREE |= {f"train.{name}" for name in ("grad_accum_steps", "compile", "checkpoint_activations", "deterministic")}
-FREE |= {f"train.{name}" for name in ("caches", "eval_images")} | {"latents.cache"}
+FREE |= {f"train.{name}" for name in ("caches", "eval_images")} | {"latents.cache", "alignment.cache"}
 FREE |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")}
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems say that have none
-
-
-CLASSES, DATA = "classes.json", "data.npz"
+DATA = "data.npz"  # the Inventory of the data when the run began
 
 
 def training_data(config: RunConfig, given: ImageSet | None = None) -> ImageSet:
@@ -47,7 +46,7 @@ def training_data(config: RunConfig, given: ImageSet | None = None) -> ImageSet:
             will be looked at than `data.unreadable` allows cannot be read.
     """
     if config.train.resume and (config.folder / "config.yaml").is_file():
-        _refuse_other(config)
+        _refuse_other(config.rooted())
         data = _known(config.folder, config.data, given, exact=True)
     else:
         data = given or load_data(config.data)
@@ -129,25 +128,20 @@ def open_run(config: RunConfig, data: ImageSet, first: bool = True) -> Iterator[
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
     run.mkdir(parents=True, exist_ok=True)
     with _lock(run):
+        rooted = config.rooted()
         if not (config.train.resume and (run / DATA).is_file()):
             Inventory.of(data).write(run / DATA)
         if config.train.resume:
-            begun, c = RunConfig.read(run / "config.yaml"), config.data
-            moved = replace(begun, data=replace(begun.data, path=c.path, unreadable=c.unreadable, workers=c.workers))
-            if moved != begun:
-                _write_config(moved, run)
-            yield _newest_whole(run)
-            return
-        again = replace(config, train=replace(config.train, resume=False, until=None))  # as it is run to its end
-        write_whole(run / CLASSES, lambda file: file.write_text(json.dumps(data.classes) + "\n", "utf-8"))
+            begun = _refuse_other(rooted)
+            found = _newest_whole(run)
+            _settle_steps(begun, config.train.steps, found)
+        else:
+            write_whole(run / CLASSES, lambda file: file.write_text(json.dumps(data.classes) + "\n", "utf-8"))
+        again = replace(rooted, train=replace(rooted.train, resume=False, until=None))  # as it is run to its end
         if isinstance(data.train, DiskSplit):
             again = replace(again, data=replace(again.data, channels=data.channels))  # as found by looking
-        _write_config(again, run)
-        yield None
-
-
-def _write_config(config: RunConfig, run: Path) -> None:
-    write_whole(run / "config.yaml", lambda file: file.write_text(config.to_yaml(), "utf-8"))
+        write_whole(run / "config.yaml", lambda file: file.write_text(again.to_yaml(), "utf-8"))
+        yield found
 
 
 def _lock(run: Path) -> AcquireReturnProxy:
@@ -187,15 +181,29 @@ def _mark(file: Path) -> AcquireReturnProxy:
         ) from error
 
 
-def _refuse_other(config: RunConfig) -> None:
+def _refuse_other(config: RunConfig) -> int:
+    """Refuse another configuration than the run's, but for what is `FREE`; returns how many steps it was begun for."""
     begun = RunConfig.read(config.folder / "config.yaml")  # old names are today's, options that came later have defaults
-    before, now = (flat(asdict(c)) for c in (begun, config))
+    before, now = (flat(asdict(c)) for c in (begun.rooted(), config))
+    for options in (before, now):  # what a run began with need not be there any more
+        options["train.init"] = options["train.init"] and str(Path(options["train.init"]).absolute())
     for name in now:
         found = name == "data.channels" and now[name] is None  # by looking at the images, as it was then
         if name not in FREE and before.get(name) != now[name] and not found:
             raise InputError(
-                f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; expected the same"
+                f"{name} was {before.get(name)} when {config.folder} began and is {now[name]}; expected the same, "
+                "or a new run that begins from this one, by --init"
             )
+    return begun.train.steps
+
+
+def _settle_steps(begun: int, now: int, found: Path) -> None:
+    """Refuse fewer steps than a checkpoint has done, and say if they are not those of before."""
+    done = State.read(found).step
+    if now < done:
+        raise InputError(f"train.steps must be at least {done}, which {found} has done, got {now}")
+    if now != begun:
+        console.print(f"{now} steps in place of {begun}; the learning rate follows the schedule of these", highlight=False)
 
 
 def _newest_whole(run: Path) -> Path:

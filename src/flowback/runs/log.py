@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,30 +46,32 @@ class MetricsLog:
 
         self.file, self.fails = run / "metrics.csv", False
         self.events: Any = None
-        kept = [row for row in read_metrics(self.file) if row["step"] <= step] if self.file.exists() and step else []
-        with self._or_without():
+        with self.or_without():
+            kept = [row for row in read_metrics(self.file) if row["step"] <= step] if self.file.exists() and step else []
             write_whole(self.file, lambda file: _write_rows(file, "w", kept))
+        with self.or_without():
             self.events = SummaryWriter(str(run / "events"), purge_step=step + 1)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._or_without():
+        with self.or_without():
             if self.events is not None:
                 self.events.close()
 
     def write(self, step: int, **values: float) -> None:
         """Append one row."""
-        with self._or_without():
+        with self.or_without():
             _write_rows(self.file, "a", [{"step": step, **values}])
+        with self.or_without():
             if self.events is not None:
                 for name, value in values.items():
                     self.events.add_scalar(name, value, step)
 
     @contextmanager
-    def _or_without(self) -> Iterator[None]:
-        """What fails in here is said once."""
+    def or_without(self) -> Iterator[None]:
+        """What cannot be written in here does not end the run; it is said once."""
         try:
             yield
         except OSError as error:
@@ -80,17 +83,24 @@ class MetricsLog:
 
 def _write_rows(file: Path, mode: str, rows: list[dict[str, float]]) -> None:
     with file.open(mode, newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")  # rows of an earlier version
         if mode == "w":
             writer.writeheader()
         writer.writerows(rows)
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, as numbers; empty fields are left out, and lines that were not written to their end."""
-    rows: list[dict[str, float]] = []
-    lines = file.read_text("utf-8", errors="replace").splitlines(keepends=True)
-    for row in csv.DictReader(line for line in lines if line.endswith("\n")):
-        with suppress(ValueError, TypeError):
-            rows.append({name: float(value) for name, value in row.items() if value})
-    return [row for row in rows if "step" in row]
+    """The rows of a metrics.csv, as numbers; empty fields are left out, and lines that are not whole or no numbers.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    header, *lines = file.read_text("utf-8", errors="replace").split("\n")[:-1] or [""]
+    names, rows = header.strip().split(","), []
+    names = names if "step" in names else COLUMNS  # where the first line is damaged
+    for fields in (line.strip().split(",") for line in lines):
+        with suppress(ValueError):  # of other numbers of fields, and of what is no number
+            row = {name: float(field) for name, field in zip(names, fields, strict=True) if field}
+            if math.isfinite(row.get("step", math.nan)):
+                rows.append(row)
+    return rows

@@ -1,5 +1,6 @@
 """The flow and the alignment that a configuration describes, and what a caller gives in place of what it names."""
 
+import os
 import re
 from dataclasses import fields, replace
 from hashlib import sha256
@@ -15,8 +16,10 @@ from flowback.data import DataConfig, ImageSet, Split
 from flowback.data.datasets import OWN
 from flowback.data.splits import MemorySplit
 from flowback.encoders import Encoder, load_encoder
+from flowback.flow.config import FlowConfig
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, AutoencoderConfig, Flow, LatentFlow, load_autoencoder
+from flowback.runs.checkpoint import known_classes, load_flow
 from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig
 
 
@@ -35,16 +38,79 @@ def settle(config: RunConfig, data: Any = None, encoder: Encoder | None = None, 
             raise InputError("alignment.strategy is 'none'; with an encoder it must be forward, detach or reverse")
         cache = a.cache and known is not None
         config = replace(config, alignment=replace(a, encoder=OWN, encoder_weights=known, cache=cache))
+    begun = config.folder / "config.yaml"
     if flow is not None:
-        has = replace(flow.core.config, levels=config.flow.levels)  # which are the data's
-        _refuse_contradiction("flow", config.flow, has)
-        config = replace(config, flow=has)
-    if isinstance(flow, LatentFlow):
-        a = flow.autoencoder.config
-        has = replace(config.latents, autoencoder=a.name, posterior=a.posterior)
-        _refuse_contradiction("latents", config.latents, has)
-        config = replace(config, latents=has)
+        return _inherit(config, flow.core.config, flow.autoencoder.config if isinstance(flow, LatentFlow) else None)
+    if config.train.init is not None and config.train.resume and begun.is_file():
+        run = RunConfig.read(begun)
+        return _inherit(config, run.flow, run.latents)
     return config
+
+
+def first_flow(config: RunConfig) -> tuple[Flow | None, str]:
+    """The flow that a new run begins with, if it names one, and what that is.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    if config.train.init is None or config.train.resume:
+        return None, ""
+    flow, weights = load_flow(os.path.expanduser(config.train.init))
+    return flow, f"{weights} of {config.train.init}"
+
+
+def _inherit(config: RunConfig, has: FlowConfig, latents: AutoencoderConfig | LatentConfig | None) -> RunConfig:
+    """The configuration with the options of a flow to begin with, but for those that are the data's."""
+    wanted = config.flow
+    has = replace(has, num_classes=wanted.num_classes, levels=wanted.levels, prior="standard")  # which is what is trained
+    if has.positions == "rotary":
+        has = replace(has, image_size=wanted.image_size)
+    _refuse_contradiction("flow", wanted, has)
+    config = replace(config, flow=has)
+    if latents is not None:
+        name = latents.name if isinstance(latents, AutoencoderConfig) else latents.autoencoder
+        inside = replace(config.latents, autoencoder=name, posterior=latents.posterior)
+        _refuse_contradiction("latents", config.rooted().latents, inside)
+        config = replace(config, latents=inside)
+    return config
+
+
+def kept_classes(start: Flow, classes: list[str]) -> list[int | None]:
+    """For each class its number in a flow to begin with; None for a new one.
+
+    Classes are known by name. Where a flow's names are not, they are known by number if they are as many.
+    """
+    names = known_classes(start)
+    if names is None:
+        names = classes if len(classes) == start.num_classes else []
+    numbers = {name: number for number, name in enumerate(names)}
+    return [numbers.get(name) for name in classes]
+
+
+def describe_start(what: str, start: Flow, classes: list[str]) -> str:
+    """What a run begins with, in a line; `classes` are those that its flow has."""
+    if not classes:
+        return f"begins    with {what}" + ", without its classes" * bool(start.num_classes)
+    known = sum(number is not None for number in kept_classes(start, classes))
+    by = " by number" * (known > 0 and known_classes(start) is None)
+    return f"begins    with {what}: {known} of {len(classes)} classes known{by}, {len(classes) - known} new"
+
+
+@torch.no_grad()
+def _begin_with(built: TarFlow, start: TarFlow, kept: list[int | None]) -> None:
+    """Copy the weights of a flow. A new class begins as what the flow does without a label, up to its initialization."""
+    own, state = built.state_dict(), start.state_dict()
+    state.pop("prior_std", None)
+    for number in range(built.config.blocks):
+        embed, bias = f"blocks.{number}.class_embed", f"blocks.{number}.proj_in.bias"
+        old = state.pop(embed, state[bias].new_zeros(0, built.config.width))
+        unlabeled = old.sum(0) / max(1, len(old))
+        if embed in own:
+            rows = [row + unlabeled if k is None else old[k] for row, k in zip(own[embed], kept, strict=True)]
+            state[embed] = torch.stack(rows)
+        else:
+            state[bias] = state[bias] + unlabeled
+    built.load_state_dict(state)
 
 
 def _refuse_contradiction(section: str, wanted: Any, has: Any) -> None:
@@ -103,7 +169,8 @@ def build_flow(
         config: of the run.
         data: its images.
         autoencoder: what is known of the one in whose latents the flow works; None for pixels.
-        start: a flow of the same configuration whose weights to begin with; None for random ones.
+        start: a flow whose weights to begin with, of the same configuration but for what is the data's; None for random
+            ones.
 
     Raises:
         InputError: if the recipe's image size, channels or levels are not the data's, or the autoencoder's.
@@ -121,7 +188,9 @@ def build_flow(
         facts, of = {"image_size": as_size(size, "the size"), "channels": autoencoder.channels}, "these latents"
     for name, value in facts.items():
         if getattr(flow, name) not in (None, value):
-            raise InputError(f"flow.{name} must be {value} for {of}, got {getattr(flow, name)}")
+            why = "" if start is None else ", of the flow to begin with"
+            why += "; other sizes need rotary positions" * (bool(why) and name == "image_size")
+            raise InputError(f"flow.{name} must be {value} for {of}, got {getattr(flow, name)}{why}")
     classes = len(data.classes) if flow.num_classes is None else flow.num_classes
     if flow.num_classes is None and classes < 2 and config.data.path is not None:
         raise InputError(
@@ -132,7 +201,7 @@ def build_flow(
         raise InputError(f"flow.num_classes must be {len(data.classes)} here, or 0 for no classes, got {classes}")
     built = TarFlow(replace(flow, num_classes=classes, **facts))
     if start is not None:
-        built.load_state_dict(start.core.state_dict())
+        _begin_with(built, start.core, kept_classes(start, data.classes if classes else []))
     return built
 
 

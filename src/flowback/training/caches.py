@@ -20,7 +20,7 @@ from flowback.encoders import Encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, AutoencoderConfig
 from flowback.runs.config import AlignmentConfig, RunConfig
-from flowback.training.build import build_flow, make_alignment, make_autoencoder
+from flowback.training.build import build_flow, first_flow, make_alignment, make_autoencoder, settle
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ def make_caches(
     Raises:
         InputError: if the run can use none, one cannot be made, or one is not what was written.
     """
+    config = settle(config, flow=first_flow(config)[0])
     data = load_data(config.data)
     device = pick_device(config.train.accelerator)
     autoencoder = make_autoencoder(config.latents)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowback.core.console import Bar, console
+from flowback.core.console import Bar, console, said_if_possible
 from flowback.core.devices import autocast, deterministic, keep_freed_memory, pick_device
-from flowback.core.distributed import any_says, is_first, shard_like, unshard, unsharded
+from flowback.core.distributed import ENDING, any_says, is_first, shard_like, unshard, unsharded
 from flowback.core.errors import InputError
 from flowback.core.units import LOG_2PI, nll_per_dim
 from flowback.data import ImageSet
@@ -33,7 +33,15 @@ from flowback.runs.log import MetricsLog
 from flowback.tasks.classify import accuracies
 from flowback.tasks.sampling import class_grid
 from flowback.training.apply import checkpoint_layers, compile_blocks
-from flowback.training.build import as_image_set, build_flow, make_alignment, make_autoencoder, settle
+from flowback.training.build import (
+    as_image_set,
+    build_flow,
+    describe_start,
+    first_flow,
+    make_alignment,
+    make_autoencoder,
+    settle,
+)
 from flowback.training.inputs import Batch, Inputs
 from flowback.training.optim import GuardedStep, learning_rate, update_ema
 from flowback.training.parallel import check_batch, launch, peers
@@ -111,13 +119,15 @@ def train(
             or what `as_image_set` makes one of.
         encoder: to align with in place of the one that `config.alignment` names. Its features are cached if it is a module
             with tensors, by which the cache knows it.
-        flow: a flow to copy and train further; `config.flow` becomes its configuration. With a `LatentFlow` comes its
-            autoencoder.
+        flow: a flow to copy and train further, in place of the one that `config.train.init` names. `config.flow` becomes
+            its configuration. With a `LatentFlow` comes its autoencoder.
 
     Raises:
         InputError: if the configuration, the data or the run's folder is not usable, or the loss stays not finite.
         PeerLost: if another process of the run is gone.
     """
+    named, what = first_flow(config) if flow is None else (None, "the flow that was given")
+    flow = flow or named
     config = settle(config, data, encoder, flow)
     c = config.train
     check_batch(c)
@@ -128,7 +138,7 @@ def train(
     trained_flow = build_flow(config, data, autoencoder and autoencoder.config, start=flow)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, trained_flow, encoder)
     # nothing is written before everything that was asked for exists
-    with deterministic(c.deterministic), open_run(config, data, first=is_first()) as found:
+    with said_if_possible(), deterministic(c.deterministic), open_run(config, data, first=is_first()) as found:
         fabric = launch(c)
         keep_freed_memory(fabric.device)
         with peers(fabric):
@@ -138,7 +148,9 @@ def train(
                 inputs = Inputs(config, data, trained_flow, autoencoder, alignment, fabric.device, share)
             if fabric.is_global_zero:
                 said = describe(config, trained_flow, data, autoencoder, fabric.world_size)
-                console.print(said, highlight=False, soft_wrap=True)
+                if flow is not None and resume_from is None:
+                    said += f"\n{describe_start(what, flow, data.classes if trained_flow.num_classes else [])}"
+                console.print(said, highlight=False, soft_wrap=True, markup=False)
             core = deepcopy(trained_flow).to(fabric.device).requires_grad_(False).eval()
             average = core if autoencoder is None else LatentFlow(core, autoencoder)
             state = _take_steps(config, inputs, average, fabric, resume_from)
@@ -220,7 +232,8 @@ def _take_steps(config: RunConfig, inputs: Inputs, average: Flow, fabric: Any, r
                         log.write(state.step, seconds=state.seconds, **measured)
                     if samples and log is not None:
                         grid = class_grid(average, per_class=8, seed=c.seed)
-                        save_grid(grid, run / "samples" / f"step_{state.step:08d}.png", columns=8)
+                        with log.or_without():
+                            save_grid(grid, run / "samples" / f"step_{state.step:08d}.png", columns=8)
             if saves:
                 checkpoint.save(run, state, average, trained, optimizer.optimizer, c.keep, fabric)
             if ending:
@@ -285,23 +298,29 @@ def _status(row: dict[str, float]) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a question that the loop asks after each step; a second one interrupts at once."""
+    """Turn the signals of `ENDING` into a question that the loop asks after each step; a second Ctrl-C interrupts at once.
+
+    Others that are ignored, such as SIGHUP under nohup, stay ignored.
+    """
     asked = False
 
     def ask(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked = True
-        if is_first():
+        if is_first() and not asked:
             console.print("\nending after this step, with a checkpoint …", highlight=False)
+        asked = True
 
+    before: dict[int, Any] = {}
     try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in ENDING:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, ask)
     except ValueError:  # not the main thread: signals are the caller's business
-        before = {}
+        pass
     try:
         yield lambda: asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
