@@ -73,7 +73,7 @@ def write_images(root: Path) -> None:
     (root / "short.png").write_bytes(png(64, 64, bytes(65)))
     (root / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(EXECUTED) (w) file closefile\n")
     (root / "drawing.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    Image.new("RGB", (8, 8)).save(root / "moving.png", "GIF")
+    Image.new("RGB", (8, 8)).save(root / "painting.png", "PCX")
     Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "float.tif")
     Image.fromarray(np.full((8, 8), 2**20, np.int32)).save(root / "deep.tif")
     os.mkfifo(root / "pipe.png")
@@ -97,9 +97,10 @@ def write_trees(root: Path) -> None:
     tree(root / "one_class", only=4)
     tree(root / "empty_class", cat=4, dog=4, bird=0)
     tree(root / "one_image", cat=4, dog=1)
-    tree(root / "flat", a=1)
-    shutil.copy(root / "flat" / "a" / "0.png", root / "flat" / "0.png")
-    shutil.rmtree(root / "flat" / "a")
+    tree(root, flat=4, flat_one=1)
+    tree(root / "flat_parts", train=4, Val=2)
+    for part in ("train", "Train", "val"):
+        tree(root / "two_trains" / part, cat=4, dog=4)
     tree(root / "hidden", **{".cat": 4, ".dog": 4})
     tree(root / "bare_val", cat=4, dog=4)
     (root / "bare_val").rename(root / "train")
@@ -148,6 +149,7 @@ def write_tars(root: Path, picture: bytes) -> None:
         (root / name / "a.tar").write_bytes(content)
     (root / "none").mkdir()
     tar(root / "unlabelled" / "a.tar", {f"{i}.png": picture for i in range(4)})
+    tar(root / "half_labelled" / "a.tar", {"0.png": picture, **{f"cat/{i}.png": picture for i in range(4)}})
     tar(root / "no_image" / "a.tar", {"1.cls": b"0", "2.cls": b"1"})
     tar(root / "word" / "a.tar", {**numbered, "x.png": picture, "x.cls": b"cat"})
     tar(root / "negative" / "a.tar", {**numbered, "x.png": picture, "x.cls": b"-1"})
@@ -453,7 +455,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("classify run images/huge.png", "huge.png | Image size (100000000 pixels) exceeds limit of"),
         ("classify run images/script.png", "image images/script.png | none of PNG, JPEG, WEBP, BMP"),
         ("classify run images/drawing.png", "image images/drawing.png | none of PNG, JPEG, WEBP, BMP"),
-        ("classify run images/moving.png", "image images/moving.png | none of PNG, JPEG, WEBP, BMP"),
+        ("classify run images/painting.png", "image images/painting.png | none of PNG, JPEG, WEBP, BMP"),
         ("classify run images/float.tif", "image images/float.tif | its numbers are floating-point"),
         ("classify run images/deep.tif", "image images/deep.tif | its numbers | 16 bits | 8"),
         ("classify run images/pipe.png", "image images/pipe.png | file"),
@@ -476,10 +478,16 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("train --config=configs/tree.yaml --data.path=nowhere", "data.path nowhere | folder | tree of"),
         ("TREE=file", "data.path trees/file | folder | tree of class/image files"),
         ("TREE=empty", "data.path trees/empty | 0 class folders | at least 2"),
-        ("TREE=one_class", "data.path trees/one_class | 1 class folders | at least 2"),
+        (
+            "TREE=one_class",
+            "data.path trees/one_class | 1 class | at least 2 | --flow.num_classes 0 makes an unconditional",
+        ),
         ("TREE=empty_class", "class folder trees/empty_class/bird | 0 images | at least 2"),
         ("TREE=one_image", "class folder trees/one_image/dog | 1 images | at least 2"),
-        ("TREE=flat", "data.path trees/flat | 0 class folders | at least 2"),
+        ("TREE=flat", "data.path trees/flat | 0 classes | at least 2 | --flow.num_classes 0 makes an unconditional"),
+        ("TREE=flat_parts", "data.path trees/flat_parts | 0 classes | at least 2 | --flow.num_classes 0 makes an"),
+        ("TREE=two_trains", "data.path trees/two_trains | folders Train and train | one of them"),
+        ("TREE=flat_one --flow.num_classes=0", "folder trees/flat_one | 1 images | at least 2"),
         ("TREE=hidden", "data.path trees/hidden | 0 class folders | at least 2"),
         ("TREE=bare_val", "data.path trees/bare_val/val | class folders | same in train and val"),
         ("TREE=other_val", "class folder trees/other_val/val/cow | in trees/other_val/train | its classes"),
@@ -504,14 +512,18 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("TARS=text", "shard tars/text/a.tar | invalid header | whole tar without compression"),
         ("TARS=zero", "shard tars/zero/a.tar | empty file | whole tar without compression"),
         ("TARS=gzip", "shard tars/gzip/a.tar | truncated header | whole tar without"),
-        ("TARS=unlabelled", "image 0.png of tars/unlabelled/a.tar | label | .cls, .json, or a folder in its"),
-        ("TARS=no_image", "sample 1 of tars/no_image/a.tar | image | one, of .bmp .jpeg .jpg .pgm .png"),
+        (
+            "TARS=unlabelled",
+            "data.path tars/unlabelled | 0 classes | at least 2 | --flow.num_classes 0 makes an unconditional",
+        ),
+        ("TARS=half_labelled", "image 0.png of tars/half_labelled/a.tar | label | .cls, .json, or a folder in its"),
+        ("TARS=no_image", "sample 1 of tars/no_image/a.tar | image | one, of .apng"),
         ("TARS=word", "sample x of tars/word/a.tar | b'cat' in .cls"),
         ("TARS=negative", "sample x of tars/negative/a.tar | class -1 in .cls | 0 to 999999"),
         ("TARS=beyond", "sample x of tars/beyond/a.tar | class 9999999 in .cls | 0 to 999999"),
         ("TARS=json", "sample x of tars/json/a.tar | b'{' in .json | JSON"),
         ("TARS=deep_json", "sample x of tars/deep_json/a.tar | b'[[[[[[[[[[[[[[[[[[[[' in .json | JSON"),
-        ("TARS=twice", "sample x of tars/twice/a.tar | images png and jpg | one, of .bmp .jpeg .jpg .pgm .png"),
+        ("TARS=twice", "sample x of tars/twice/a.tar | images png and jpg | one, of .apng"),
         ("TARS=names", "image 1.png of tars/names/a.tar | class number 1 | at most 0"),
         ("TARS=no_names", "tars/no_names/classes.json | list of classes | their names in order, each once"),
     ],

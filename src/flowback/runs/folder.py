@@ -17,7 +17,7 @@ from flowback.core.files import read_json, write_whole
 from flowback.data import DataConfig, ImageSet, Split, load_data
 from flowback.data.batches import Tolerance
 from flowback.data.inventory import Inventory, refuse_other_classes
-from flowback.data.sources import DiskSplit, in_threads
+from flowback.data.sources import DiskSplit
 from flowback.data.splits import evaluated
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import State
@@ -42,8 +42,7 @@ def training_data(config: RunConfig, given: ImageSet | None = None) -> ImageSet:
         given: the data, if `config` does not name it.
 
     Raises:
-        InputError: if there is none; if the run goes on, and anything of it differs; or if more of the held-out images that
-            will be looked at than `data.unreadable` allows cannot be read.
+        InputError: if there is none; or if the run goes on, and anything of it differs.
     """
     if config.train.resume and (config.folder / "config.yaml").is_file():
         _refuse_other(config.rooted())
@@ -53,8 +52,6 @@ def training_data(config: RunConfig, given: ImageSet | None = None) -> ImageSet:
     for note in data.notes:
         _say(note)
     _tolerate(data.held_out, config.data.unreadable)
-    if isinstance(data.held_out, DiskSplit):  # now, and not at the first evaluation
-        in_threads(lambda index: len(data.held_out[[index]]), evaluated(len(data.held_out), config.train.eval_images), None)
     return data
 
 
@@ -115,7 +112,8 @@ def open_run(config: RunConfig, data: ImageSet, first: bool = True) -> Iterator[
         first: whether this is the process that writes; the others are told what it found.
 
     Raises:
-        InputError: if the folder holds another run or none, or another process trains in it.
+        InputError: if the folder holds another run or none, or another process trains in it; or if more than
+            `data.unreadable` of the held-out images that will be looked at cannot be read.
     """
     if not first:
         yield None
@@ -126,17 +124,19 @@ def open_run(config: RunConfig, data: ImageSet, first: bool = True) -> Iterator[
         raise InputError(f"{run} holds a run already; use --train.resume to go on, or another --run")
     if found is None and config.train.resume:
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
+    if isinstance(data.held_out, DiskSplit):
+        for index in evaluated(len(data.held_out), config.train.eval_images):
+            data.held_out[[index]]  # now, and not at the first evaluation
     run.mkdir(parents=True, exist_ok=True)
     with _lock(run):
         rooted = config.rooted()
-        if not (config.train.resume and (run / DATA).is_file()):
-            Inventory.of(data).write(run / DATA)
         if config.train.resume:
             begun = _refuse_other(rooted)
             found = _newest_whole(run)
             _settle_steps(begun, config.train.steps, found)
         else:
             write_whole(run / CLASSES, lambda file: file.write_text(json.dumps(data.classes) + "\n", "utf-8"))
+            Inventory.of(data).write(run / DATA)
         again = replace(rooted, train=replace(rooted.train, resume=False, until=None))  # as it is run to its end
         if isinstance(data.train, DiskSplit):
             again = replace(again, data=replace(again.data, channels=data.channels))  # as found by looking
