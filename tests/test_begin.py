@@ -115,6 +115,16 @@ def test_rotary_flows_begin_at_another_size_and_others_say_why_not(tmp_path):
         begun(rotary, image_set("abcd", size=7))
 
 
+def test_images_on_disk_are_read_as_the_flow_takes_them_where_nothing_else_is_said(tmp_path):
+    start = load_flow(saved(tmp_path / "flow", channels=3))[0]
+    wanted = RunConfig(data=DataConfig(name="folder", path="images"))
+    found = settle(wanted, flow=start).data
+    assert (found.image_size, found.channels) == (6, 3)
+    said = replace(wanted, data=replace(wanted.data, image_size=8, channels=1))
+    assert settle(said, flow=start).data == said.data
+    assert settle(RunConfig(), flow=start).data == DataConfig()
+
+
 def test_what_is_trained_has_a_standard_prior(tmp_path):
     flow = random_flow(torch.float32, prior="scaled")
     flow.prior_std.fill_(0.8)
