@@ -127,6 +127,10 @@ def open_run(config: RunConfig, data: ImageSet, first: bool = True) -> Iterator[
     if found is None and config.train.resume:
         raise InputError(f"{run} has no checkpoint to resume from; start it without --train.resume")
     run.mkdir(parents=True, exist_ok=True)
+    if not any((run / name).exists() for name in (".lock", ".lock.process")):
+        for name in (CLASSES, "config.yaml", DATA, "metrics.csv"):
+            if found is None and (run / name).exists():
+                raise InputError(f"{run / name} is not of a run, and would be overwritten; use another --run")
     with _lock(run):
         rooted = config.rooted()
         if not (config.train.resume and (run / DATA).is_file()):
