@@ -115,6 +115,21 @@ def test_rotary_flows_begin_at_another_size_and_others_say_why_not(tmp_path):
         begun(rotary, image_set("abcd", size=7))
 
 
+def test_a_run_begins_with_one_flow(tmp_path):
+    with pytest.raises(InputError, match=r"train.init is a, and another flow was given; use one of the two"):
+        train(config(tmp_path, init="a"), data=image_set("ab"), flow=random_flow())
+
+
+def test_images_on_disk_are_read_as_the_flow_takes_them_where_nothing_else_is_said(tmp_path):
+    start = load_flow(saved(tmp_path / "flow", channels=3))[0]
+    wanted = RunConfig(data=DataConfig(name="folder", path="images"))
+    found = settle(wanted, flow=start).data
+    assert (found.image_size, found.channels) == (6, 3)
+    said = replace(wanted, data=replace(wanted.data, image_size=8, channels=1))
+    assert settle(said, flow=start).data == said.data
+    assert settle(RunConfig(), flow=start).data == DataConfig()
+
+
 def test_what_is_trained_has_a_standard_prior(tmp_path):
     flow = random_flow(torch.float32, prior="scaled")
     flow.prior_std.fill_(0.8)
@@ -233,6 +248,14 @@ def test_a_moved_or_copied_run_goes_on_with_itself_from_anywhere(tmp_path, monke
     assert main(["train", "--config=config.yaml", "--data.path=../other", "--train.resume"]) == 0
     monkeypatch.chdir(tmp_path)
     assert evaluate("copy", EvaluationConfig(metrics=("bpd",)))["steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "classes.json", "metrics.csv"])
+def test_a_run_overwrites_no_file_that_is_of_none(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name} is not of a run, and would be overwritten; use another --run"):
+        train(replace(config(tmp_path), flow=FlowConfig(patch_size=2, width=32)), data=image_set("ab"))
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "mine"}
 
 
 def test_a_configuration_holds_from_any_folder(tmp_path, monkeypatch):

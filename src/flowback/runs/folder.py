@@ -128,6 +128,10 @@ def open_run(config: RunConfig, data: ImageSet, first: bool = True) -> Iterator[
         for index in evaluated(len(data.held_out), config.train.eval_images):
             data.held_out[[index]]  # now, and not at the first evaluation
     run.mkdir(parents=True, exist_ok=True)
+    if not any((run / name).exists() for name in (".lock", ".lock.process")):
+        for name in (CLASSES, "config.yaml", DATA, "metrics.csv"):
+            if found is None and (run / name).exists():
+                raise InputError(f"{run / name} is not of a run, and would be overwritten; use another --run")
     with _lock(run):
         rooted = config.rooted()
         if config.train.resume:

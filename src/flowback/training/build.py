@@ -13,7 +13,7 @@ from flowback.alignment import Alignment
 from flowback.core.errors import InputError
 from flowback.core.units import as_size
 from flowback.data import DataConfig, ImageSet, Split
-from flowback.data.datasets import OWN
+from flowback.data.datasets import OWN, SOURCES
 from flowback.data.splits import MemorySplit
 from flowback.encoders import Encoder, load_encoder
 from flowback.flow.config import FlowConfig
@@ -40,10 +40,11 @@ def settle(config: RunConfig, data: Any = None, encoder: Encoder | None = None, 
         config = replace(config, alignment=replace(a, encoder=OWN, encoder_weights=known, cache=cache))
     begun = config.folder / "config.yaml"
     if flow is not None:
-        return _inherit(config, flow.core.config, flow.autoencoder.config if isinstance(flow, LatentFlow) else None)
+        latents = flow.autoencoder.config if isinstance(flow, LatentFlow) else None
+        return _inherit(config, flow.core.config, latents, flow.image_size, flow.channels)
     if config.train.init is not None and config.train.resume and begun.is_file():
         run = RunConfig.read(begun)
-        return _inherit(config, run.flow, run.latents)
+        return _inherit(config, run.flow, run.latents, run.data.image_size, run.data.channels)
     return config
 
 
@@ -59,9 +60,21 @@ def first_flow(config: RunConfig) -> tuple[Flow | None, str]:
     return flow, f"{weights} of {config.train.init}"
 
 
-def _inherit(config: RunConfig, has: FlowConfig, latents: AutoencoderConfig | LatentConfig | None) -> RunConfig:
-    """The configuration with the options of a flow to begin with, but for those that are the data's."""
-    wanted = config.flow
+def _inherit(
+    config: RunConfig,
+    has: FlowConfig,
+    latents: AutoencoderConfig | LatentConfig | None,
+    image_size: int | tuple[int, int] | None,
+    channels: int | None,
+) -> RunConfig:
+    """The configuration with the options of a flow to begin with, but for those that are the data's.
+
+    Images on disk are read in the flow's size and channels where the configuration leaves these open.
+    """
+    wanted, data = config.flow, config.data
+    if data.name in SOURCES:
+        size, channels = data.image_size or image_size, data.channels or channels
+        config = replace(config, data=replace(data, image_size=size, channels=channels if channels in (1, 3) else None))
     has = replace(has, num_classes=wanted.num_classes, levels=wanted.levels, prior="standard")  # which is what is trained
     if has.positions == "rotary":
         has = replace(has, image_size=wanted.image_size)

@@ -126,6 +126,8 @@ def train(
         InputError: if the configuration, the data or the run's folder is not usable, or the loss stays not finite.
         PeerLost: if another process of the run is gone.
     """
+    if flow is not None and config.train.init is not None:
+        raise InputError(f"train.init is {config.train.init}, and another flow was given; use one of the two")
     named, what = first_flow(config) if flow is None else (None, "the flow that was given")
     flow = flow or named
     config = settle(config, data, encoder, flow)
