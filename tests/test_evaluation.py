@@ -9,7 +9,8 @@ from PIL import Image
 from flowback import TarFlow
 from flowback.core.units import from_levels, to_uint8
 from flowback.data.pictures import grid_array, save_grid
-from flowback.measure.density import confusion, density, spread
+from flowback.data.splits import spread
+from flowback.measure.density import confusion, density
 from flowback.reports.classification import judged
 from flowback.reports.evaluate import write_json
 from flowback.tasks.classify import accuracies, predict

@@ -3,14 +3,30 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.metrics import calculate_metrics
 from torchvision.io import write_png
 
 from flowback import InputError
 from flowback.data import DataConfig, load_data
 from flowback.measure.extractors import pooled_features, spatial_features
-from flowback.measure.fidelity import FolderImages, SplitImages, TensorImages, fidelity, open_images, reference_of
+from flowback.measure.fidelity import (
+    FolderImages,
+    SplitImages,
+    Statistics,
+    TensorImages,
+    check,
+    fidelity,
+    open_images,
+    open_reference,
+    reference_of,
+)
 
 ALL = ("fid", "is", "kid", "prc")
 
@@ -150,7 +166,7 @@ def test_files_that_hold_no_samples_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     for name, word in (
-        ("empty", "no .png"),
+        ("empty", "no images"),
         ("text.npz", "no samples"),
         ("other.npz", "no samples"),
         ("none", "no samples"),
@@ -185,15 +201,15 @@ def test_weights_that_cannot_be_downloaded_are_one_sentence(monkeypatch):
 
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
     images = TensorImages(pictures(3, 1))
-    with pytest.raises(InputError, match=r"weights of extractor inception cannot be had \(no route\); expected a network"):
+    with pytest.raises(InputError, match=r"weights of extractor inception cannot be had \(no route\); it needs a network"):
         fidelity(images, images, ("fid",), "inception")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metrics": ("lpips",)}, "metric 'lpips' does not exist; expected fid, sfid, is, kid, prc"),
-        ({"extractor": "vgg"}, "extractor 'vgg' does not exist; expected efficientnet_lite0"),
+        ({"metrics": ("lpips",)}, "metric must be one of fid, sfid, is, kid, prc, got 'lpips'"),
+        ({"extractor": "vgg"}, "extractor must be one of efficientnet_lite0, .*, got 'vgg'"),
         ({"metrics": ("sfid",)}, "sfid is a figure of inception"),
         ({"weights": "nowhere.pth"}, "extractor weights nowhere.pth are not a file"),
     ],
@@ -204,6 +220,110 @@ def test_impossible_requests_are_named(options, message):
         fidelity(images, images, **options)
 
 
-def test_one_image_has_no_spread():
-    with pytest.raises(InputError, match="one image has no spread"):
-        fidelity(TensorImages(pictures(1, 1)), TensorImages(pictures(3, 1)))
+@pytest.mark.parametrize(
+    ("metric", "samples", "real", "message"),
+    [
+        ("fid", 1, 3, "fid needs at least 2 samples, got 1"),
+        ("kid", 3, 1, "kid needs at least 2 real images, got 1"),
+        ("is", 9, 3, "is needs at least 10 samples, got 9"),
+        ("prc", 3, 9, "prc needs at least 4 samples, got 3"),
+        ("prc", 9, 3, "prc needs at least 4 real images, got 3"),
+    ],
+)
+def test_too_few_images_for_a_metric_are_refused_before_any_work(metric, samples, real, message):
+    with pytest.raises(InputError, match=message):
+        check((metric,), "efficientnet_lite0", samples, TensorImages(pictures(real, 1)))
+
+
+@given(st.integers(4, 30), st.integers(10, 30))
+def test_figures_of_as_many_images_as_are_asked_for_are_finite(real, samples):
+    a, b = torch.randn(samples, 5), torch.randn(real, 5)
+    size = min(samples, real)
+    found = isc_features_to_metric(a) | prc_features_to_metric(a, b, verbose=False)
+    found |= kid_features_to_metric(a[:size], b[:size], kid_subsets=2, kid_subset_size=size, verbose=False)
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def saved(tmp_path, **arrays):
+    np.savez(tmp_path / "a.npz", **arrays)
+    return tmp_path / "a.npz"
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.linspace(0, 1, 192, dtype=np.float32).reshape(1, 8, 8, 3), r"float32 numbers from 0 to 1, \[1, 8, 8, 3\]"),
+        (np.linspace(-1, 1, 192).reshape(1, 8, 8, 3), "float64 numbers from -1 to 1"),
+        (
+            np.full((2, 3, 8, 8), 9, np.uint8),
+            r"\[2, 3, 8, 8\]; expected images: uint8 .*, \[number, height, width, channels",
+        ),
+        (np.full((2, 8, 8, 2), 9, np.uint8), r"\[2, 8, 8, 2\]; expected images"),
+        (np.full((2, 8, 8, 3), 9, np.int64), "int64 numbers from 9 to 9"),
+        (np.ones((2, 8, 8, 3), np.uint8), "uint8 numbers from 1 to 1"),  # that were cast from [0, 1]
+        (np.zeros((0, 8, 8, 3), np.uint8), "expected"),
+        (np.array([print, len], dtype=object), "Object arrays cannot be loaded when allow_pickle=False"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused_by_name(tmp_path, array, message):
+    with pytest.raises(InputError, match=message):
+        open_images(saved(tmp_path, arr_0=array))
+
+
+def test_grey_transparent_and_transposed_arrays_are_read_as_what_they_are(tmp_path):
+    rgb = pictures(3, 1).permute(0, 2, 3, 1).numpy()
+    columns_first = open_images(saved(tmp_path, arr_0=np.asfortranarray(rgb)))
+    assert np.array_equal(columns_first[2].permute(1, 2, 0).numpy(), rgb[2])
+    for grey in (rgb[..., 0], rgb[..., :1]):
+        assert np.array_equal(open_images(saved(tmp_path, arr_0=grey))[1].numpy(), np.stack([rgb[1, :, :, 0]] * 3))
+    half = np.concatenate([rgb, np.where(rgb[..., :1] > 99, 255, 0).astype(np.uint8)], axis=-1)
+    found = open_images(saved(tmp_path, arr_0=half))[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(found, np.where(half[0, :, :, 3:] == 255, rgb[0], 255))
+    Image.fromarray(half[0]).save(tmp_path / "a.png")
+    assert np.array_equal(open_images(tmp_path)[0].permute(1, 2, 0).numpy(), found)
+
+
+def test_a_reference_is_a_tree_of_images_of_any_size_read_as_training_data_is(tmp_path):
+    (tmp_path / "ant").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name, size in (("ant/a.PNG", 20), ("b.jpg", 31), (".hidden/c.png", 16)):
+        Image.fromarray(pictures(1, 1, size=size)[0].permute(1, 2, 0).numpy()).save(tmp_path / name)
+    reference = open_reference(tmp_path, (16, 16))
+    assert [image.shape for image in (reference[0], reference[1])] == [(3, 16, 16)] * 2
+    assert len(reference) == 2
+    with pytest.raises(InputError, match="samples are of 8x8 pixels; expected 16x16, as the reference is"):
+        fidelity(TensorImages(pictures(3, 1, size=8)), reference)
+
+
+def test_adms_statistics_give_the_figures_of_their_images(inception, tmp_path, monkeypatch):
+    model, weights = inception
+    real, samples = pictures(12, 1), TensorImages(pictures(11, 2))
+    pooled, spatial = model(real)[0].double().numpy(), spatial_features(model, real).double().numpy()
+    statistics = {"mu": pooled.mean(0), "sigma": np.cov(pooled, rowvar=False)}
+    statistics |= {"mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
+    reference = open_reference(saved(tmp_path, **statistics), (16, 16))
+    assert isinstance(reference, Statistics)
+    compared = []
+    said = {"frechet_inception_distance": 7.0}
+    monkeypatch.setattr(
+        "torch_fidelity.metric_fid.fid_statistics_to_metric", lambda *pair, **_: compared.extend(pair) or said
+    )
+    found = fidelity(samples, reference, ("fid", "is"), "inception", str(weights))  # the distance itself takes long
+    own = torch.cat([model(samples[i][None])[0] for i in range(11)]).double().numpy()
+    for known, features in zip(compared, (own, pooled), strict=True):
+        assert np.allclose(known["mu"], features.mean(0), atol=1e-5)
+        assert np.allclose(known["sigma"], np.cov(features, rowvar=False), atol=1e-4)
+    assert (found["fid"], found["reference_images"], np.isfinite(found["is"])) == (7, None, True)
+    monkeypatch.setattr("flowback.measure.fidelity._against", lambda pair, *_, **__: pair[0])
+    sfid = fidelity(samples, reference, ("sfid",), "inception", str(weights))["sfid"]
+    assert np.allclose(sfid, spatial.mean(0))
+    for metric in ("kid", "prc"):
+        with pytest.raises(InputError, match=f"{metric} needs real images; the file of statistics has none"):
+            check((metric,), "inception", 12, reference)
+    with pytest.raises(InputError, match="statistics of the reference are of inception, not of dinov2"):
+        check(("fid",), "dinov2", 12, reference)
+    del statistics["mu_s"]
+    with pytest.raises(InputError, match="sfid needs mu_s and sigma_s"):
+        check(("sfid",), "inception", 12, open_reference(saved(tmp_path, **statistics), (16, 16)))
+    with pytest.raises(InputError, match="holds no statistics of ADM's"):
+        open_reference(saved(tmp_path, mu=np.zeros(3), sigma=np.zeros((3, 3))), (16, 16))

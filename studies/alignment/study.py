@@ -25,9 +25,10 @@ from flowback.core.errors import InputError
 from flowback.core.files import file_hash, write_whole
 from flowback.core.units import to_uint8
 from flowback.data import ImageSet, load_data
+from flowback.data.splits import spread
 from flowback.flow.config import FlowConfig
 from flowback.flow.tarflow import TarFlow
-from flowback.measure.density import density, seen, spread
+from flowback.measure.density import density, seen
 from flowback.measure.fidelity import TensorImages, fidelity, reference_of
 from flowback.measure.probe import probe_layers
 from flowback.runs import checkpoint

@@ -1,14 +1,17 @@
 """`flowback evaluate` and `flowback compare`."""
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import docstring_parser
 from jsonargparse import Namespace
 
 from flowback.cli.common import add_flow, add_options, add_output, read_options, say
 from flowback.cli.parser import Verb
+from flowback.data import DataConfig
 from flowback.reports.compare import write_comparison
-from flowback.reports.evaluate import EvaluationConfig, evaluate
+from flowback.reports.evaluate import EvaluationConfig, evaluate, evaluation_file
 
 
 def add(verb: Verb) -> None:
@@ -16,6 +19,11 @@ def add(verb: Verb) -> None:
     command = verb("evaluate", _evaluate)
     add_flow(command)
     add_options(command, EvaluationConfig, "weights")
+    add_output(command, None, "a folder, or a .json file, for what is measured (default: the flow's own folder)")
+    types, texts = get_type_hints(DataConfig), docstring_parser.parse(DataConfig.__doc__ or "").params
+    for text in (text for text in texts if text.arg_name != "workers" and text.arg_name in types):
+        kind, about = types[text.arg_name] | None, f"in place of the run's: {text.description}"
+        command.add_argument(f"--data.{text.arg_name}", type=kind, default=None, help=about)
 
     command = verb("compare", _compare)
     command.add_argument("runs", type=str, nargs="+", help="folders of runs")
@@ -23,19 +31,38 @@ def add(verb: Verb) -> None:
 
 
 def _evaluate(options: Namespace) -> int:
-    results = evaluate(options.run, read_options(options, EvaluationConfig), options.device)
-    results.pop("judged", None)  # for the page
-    for name, value in results.items():
-        if isinstance(value, list):
-            for row in value:
-                say(f"{name:14} {', '.join(f'{k} {_short(v)}' for k, v in row.items())}")
-        elif isinstance(value, dict):
-            say(f"{name:14} {', '.join(f'{k} {_short(v)}' for k, v in value.items())}")
-        else:
-            say(f"{name:14} {_short(value)}")
-    write_comparison([options.run], Path(options.run), options.device)
-    say(f"all in {Path(options.run) / 'evaluation.json'} and report.html beside it")
+    data = {name: value for name, value in vars(options.data).items() if value is not None}
+    config = read_options(options, EvaluationConfig)
+    results = evaluate(options.run, config, options.device, data or None, options.output, _print)
+    _print({"seconds_of_measuring": results["seconds_of_measuring"]})
+    if missing := sorted(_not_finite(results)):
+        say(f"not finite, and null in evaluation.json: {', '.join(missing)}")
+    if "accuracy" in config.metrics and "accuracy" not in results:
+        say("no accuracy: the flow is unconditional")
+    run, file = Path(options.run), evaluation_file(options.run, options.output)
+    if options.output is None and (run / "metrics.csv").is_file():
+        write_comparison([run], run, options.device)
+        say(f"all in {file} and report.html beside it")
+    else:
+        say(f"all in {file}")
     return 0
+
+
+def _print(results: dict[str, Any]) -> None:
+    """What a metric found, a line a row."""
+    for name, value in results.items():
+        rows = value if isinstance(value, list) else [value]
+        for row in rows if name != "judged" else []:  # which is for the page
+            text = ", ".join(f"{k} {_short(v)}" for k, v in row.items()) if isinstance(row, dict) else _short(row)
+            say(f"{name:14} {text}")
+
+
+def _not_finite(value: Any, name: str = "") -> set[str]:
+    """The names of figures that are no finite numbers."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else ((name, item) for item in value)
+        return set().union(*(_not_finite(item, key) for key, item in items))
+    return {name} if isinstance(value, float) and not math.isfinite(value) else set()
 
 
 def _compare(options: Namespace) -> int:

@@ -8,6 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowback.core.seeds import keyed_generator
+
+
+def spread(count: int, wanted: int | None = None) -> list[int]:
+    """An even spread of `wanted` of `count` indices, or all of them."""
+    return torch.linspace(0, count - 1, min(wanted or count, count)).round().long().tolist()
+
+
+def in_shares(labels: Tensor, count: int, seed: int = 0) -> tuple[int, ...]:
+    """`count` labels in random order, as often as in `labels`: of each its share of `count`, rounded up or down."""
+    order = labels.sort().values
+    start = float(torch.rand((), generator=keyed_generator(seed, count)))
+    places = ((torch.arange(count, dtype=torch.float64) + start) * (len(order) / count)).long().clamp(max=len(order) - 1)
+    return tuple(order[places][torch.randperm(count, generator=keyed_generator(seed, count, 1))].tolist())
+
 
 class Split(ABC):
     """Labelled images: `split[[3, 5]]` is `(uint8 [2, C, H, W], int64 [2])`; `labels` holds all labels."""

@@ -9,14 +9,9 @@ from torch import Tensor
 from flowback.core.devices import put
 from flowback.core.seeds import keyed_generator
 from flowback.core.units import bits_per_dim, from_levels, nats_per_dim, nats_to_bits
-from flowback.data.datasets import Split
+from flowback.data.splits import Split
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
-
-
-def spread(count: int, wanted: int | None = None) -> list[int]:
-    """An even spread of `wanted` of `count` indices, or all of them."""
-    return torch.linspace(0, count - 1, min(wanted or count, count)).round().long().tolist()
 
 
 def seen(flow: Flow, split: Split, indices: Sequence[int], levels: int, batch_size: int = 256) -> tuple[Tensor, Tensor]:
@@ -41,24 +36,43 @@ def density(
     `latents` says whether x are latents, which have no bits of pixels.
 
     Returns:
+        The means of `densities`; a flow in latents has also "latent_bits_per_dim", its nats in bits, which say nothing of
+        pixels and compare only in the same latents with the same noise.
+    """
+    means = {name: float(values.mean()) for name, values in densities(flow, x, y, latents, seed, batch_size).items()}
+    return means | ({"latent_bits_per_dim": nats_to_bits(means["nats_per_dim"])} if latents else {})
+
+
+@torch.no_grad()
+def densities(
+    flow: TarFlow,
+    x: Tensor,
+    y: Tensor,
+    latents: bool = False,
+    seed: int = 0,
+    batch_size: int = 256,
+    own: slice = slice(None),
+) -> dict[str, Tensor]:
+    """The densities of single images, `[B]`; arguments as in `density`.
+
+    Processes that share the work each measure their `own` images of every batch; the noise does not depend on that.
+
+    Returns:
         "nats_per_dim": of data with the noise of training, pixels on the [-1, 1] scale or scaled latents: the density
         that was trained.
         "bits_per_dim": of the discrete pixels, an upper bound by uniform dequantization, which holds whatever noise
-        was trained with; one draw an image. A flow in latents has "latent_bits_per_dim" instead: its nats in bits, which
-        say nothing of pixels and compare only in the same latents with the same noise.
+        was trained with; one draw an image. Not of latents.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = y if flow.num_classes else torch.full_like(y, -1)
-    nats, bits = [], []
+    found: dict[str, list[Tensor]] = {"nats_per_dim": []} if latents else {"nats_per_dim": [], "bits_per_dim": []}
     for part, label in zip(x.split(batch_size), labels.split(batch_size), strict=True):
-        nats.append(nats_per_dim(flow.log_prob(flow.perturb(part, generator), label), flow.dims))
-        if latents:
-            continue
-        bits.append(bits_per_dim(flow.log_prob(flow.dequantize(part, generator), label), flow.dims, flow.levels))
-    mean = float(torch.cat(nats).mean())
-    if not bits:
-        return {"nats_per_dim": mean, "latent_bits_per_dim": nats_to_bits(mean)}
-    return {"nats_per_dim": mean, "bits_per_dim": float(torch.cat(bits).mean())}
+        noisy = flow.perturb(part, generator)[own]
+        found["nats_per_dim"].append(nats_per_dim(flow.log_prob(noisy, label[own]), flow.dims))
+        if not latents:
+            whole = flow.dequantize(part, generator)[own]
+            found["bits_per_dim"].append(bits_per_dim(flow.log_prob(whole, label[own]), flow.dims, flow.levels))
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @torch.no_grad()

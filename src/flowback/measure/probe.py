@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from flowback.core.errors import InputError
 from flowback.data import ImageSet, Split
+from flowback.data.splits import spread
 from flowback.latents import Flow
-from flowback.measure.density import seen, spread
+from flowback.measure.density import seen
 
 
 def probe_layers(
@@ -26,19 +28,25 @@ def probe_layers(
         batch_size: images that the flow sees at once.
 
     Returns:
-        A row for each layer: "block", "layer" (from 1), "accuracy".
+        A row for each layer: "block", "layer" (from 1), "accuracy", which is None where states are not finite.
+
+    Raises:
+        InputError: if there are fewer than two classes.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if len(data.classes) < 2:
+        raise InputError(f"a probe needs at least 2 classes, got {len(data.classes)}")
     fit, fit_y = _pooled_states(flow, data.train, data.levels, training_images, batch_size)
     held, held_y = _pooled_states(flow, data.held_out, data.levels, images or len(data.held_out), batch_size)
     rows = []
     for t, layer in fit:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
-        probe.fit(fit[t, layer], fit_y)
-        rows.append({"block": t, "layer": layer, "accuracy": float(probe.score(held[t, layer], held_y))})
+        finite = np.isfinite(fit[t, layer]).all() and np.isfinite(held[t, layer]).all()
+        accuracy = float(probe.fit(fit[t, layer], fit_y).score(held[t, layer], held_y)) if finite else None
+        rows.append({"block": t, "layer": layer, "accuracy": accuracy})
     return rows
 
 

@@ -9,20 +9,27 @@ from torch import Tensor
 
 from flowback.core.devices import synchronize
 from flowback.core.errors import InputError
+from flowback.data.splits import spread
 from flowback.flow.tarflow import TarFlow
 from flowback.measure.density import confusion
 from flowback.tasks.classify import (
+    NEVER,
     ClassStatistics,
+    calibrated,
     calibration_error,
     class_scores,
     class_scores_by_all,
     fit_statistics,
+    likeliest,
+    listed_only,
     rule_named,
 )
 
 CURVE = ("single_gradient", "z_score", "shortlist_2", "shortlist_3", "shortlist_5", "exact")
 UNLABELLED = 512  # training images, without their labels, that z_score's statistics are learned from
 TIMED = 64  # images that a rule's seconds are measured on; all others share what the rules have in common
+MOST_TIMED = 4096  # passes that this may take
+PASSES = (3, 11)  # of an image: of the rules of `CURVE` that take no likelihood; of all but exact
 MOST_CLASSES = 20  # of a confusion matrix
 CALIBRATION = 1000  # at most so many held-out images fit temperatures
 
@@ -35,6 +42,7 @@ def cost_accuracy(
     draws: int = 1,
     rules: Sequence[str] = CURVE,
     seed: int = 0,
+    exact_images: int | None = None,
 ) -> tuple[list[dict[str, Any]], ClassStatistics, dict[str, Tensor]]:
     """The cost-accuracy table of a flow on held-out images.
 
@@ -49,10 +57,12 @@ def cost_accuracy(
         draws: noise draws whose scores are averaged; they multiply the passes.
         rules: names of rules.
         seed: of the choice of the images that fit temperatures.
+        exact_images: an even spread of so many images is what the rule exact is measured on, 0 for none; None for all.
 
     Returns:
         A row for each rule: "rule", "passes" (forward passes per image), "accuracy", "images", "seconds_per_image",
-        "temperature", "ece_before" and "ece_after" (the temperature); the statistics, to be stored with the flow; and the
+        "temperature", "ece_before" and "ece_after" (the temperature), and "not_finite", the images that have a score which
+        is not a number, if any do: it does not count as the highest. The statistics, to be stored with the flow; and the
         scores of each rule, `[B, K]`, on the CPU.
 
     Raises:
@@ -61,30 +71,36 @@ def cost_accuracy(
     if len(x) < 4:
         raise InputError(f"an accuracy needs at least 4 held-out images, got {len(x)}")
     statistics = fit_statistics(flow, unlabelled)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    fitting = min(CALIBRATION, len(x) // 4)
-    fit, others = order[:fitting], order[fitting:]
-    rows, found = [], class_scores_by_all(flow, x, rules, statistics, draws)
+    some = spread(len(x), exact_images) if exact_images != 0 else []
+    cheap = [rule for rule in rules if rule != "exact" or len(some) == len(x)]
+    found = class_scores_by_all(flow, x, cheap, statistics, draws)
+    if "exact" in rules and 0 < len(some) < len(x):
+        found["exact"] = class_scores(flow, x[some], "exact", draws)
     found = {rule: scores.cpu() for rule, scores in found.items()}  # some accelerators have no float64 for temperatures
+    rows = []
     for rule, scores in found.items():
-        statistics.calibrate(rule, scores[fit], y[fit])
+        own = y if len(scores) == len(x) else y[some]
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))
+        fit, others = order.split([fitting := min(CALIBRATION, len(own) // 4), len(own) - fitting])
+        statistics.calibrate(rule, scores[fit], own[fit])
+        passes = rule_named(rule, flow.num_classes)[1] * draws
+        timed = x[: max(1, min(TIMED, MOST_TIMED // passes))]
         synchronize(flow.device)
         started = time.perf_counter()
-        class_scores(flow, x[:TIMED], rule, draws, statistics=statistics)
+        class_scores(flow, timed, rule, draws, statistics=statistics)
         synchronize(flow.device)
-        seconds = (time.perf_counter() - started) / len(x[:TIMED])
-        rows.append(
-            {
-                "rule": rule,
-                "passes": rule_named(rule, flow.num_classes)[1] * draws,
-                "accuracy": float((scores.argmax(dim=1) == y).double().mean()),
-                "images": len(x),
-                "seconds_per_image": seconds,
-                "temperature": statistics.temperatures[rule],
-                "ece_before": calibration_error(scores[others].softmax(dim=1), y[others]),
-                "ece_after": calibration_error(statistics.probabilities(rule, scores[others]), y[others]),
-            }
-        )
+        row = {
+            "rule": rule,
+            "passes": passes,
+            "accuracy": float((likeliest(scores) == own).double().mean()),
+            "images": len(own),
+            "seconds_per_image": (time.perf_counter() - started) / len(timed),
+            "temperature": statistics.temperatures[rule],
+            "ece_before": calibration_error(calibrated(scores[others], 1.0, NEVER), own[others]),
+            "ece_after": calibration_error(statistics.probabilities(rule, scores[others]), own[others]),
+        }
+        not_finite = int((scores.isnan() | scores.isposinf()).any(dim=1).sum())
+        rows.append(row | ({"not_finite": not_finite} if not_finite else {}))
     return rows, statistics, found
 
 
@@ -93,11 +109,14 @@ def judged(scores: Tensor, y: Tensor, images: Sequence[int], most: int = 8) -> d
 
     Returns:
         "confusion": counts `[K][K]`, true classes in rows, predicted ones in columns; left out if there are more than 20.
+        Images that have no finite score are in none of these.
         "best" and "worst": the `most` images whose own class is the likeliest and the least likely: number (of `images`),
         class, predicted class.
     """
-    own = scores.log_softmax(dim=1).gather(1, y[:, None])[:, 0]
-    rows = torch.stack([torch.as_tensor(images), y, scores.argmax(dim=1)], dim=1)[own.argsort(descending=True)]
+    predicted = likeliest(scores)
+    own = listed_only(scores).log_softmax(dim=1).gather(1, y[:, None])[:, 0]
+    rows = torch.stack([torch.as_tensor(images), y, predicted], dim=1)[own.argsort(descending=True)]
+    rows = rows[rows[:, 2] >= 0]
     found = {"best": rows[:most].tolist(), "worst": rows.flip(0)[:most].tolist()}
     few = scores.shape[1] <= MOST_CLASSES
     return found | ({"confusion": confusion(rows[:, 2], rows[:, 1], scores.shape[1]).tolist()} if few else {})

@@ -21,8 +21,8 @@ from flowback.core.files import read_json, write_whole
 from flowback.core.units import from_levels
 from flowback.data import ImageSet
 from flowback.data.pictures import grid_array
+from flowback.data.splits import spread
 from flowback.latents import Flow
-from flowback.measure.density import spread
 from flowback.reports.card import FIDELITY
 from flowback.reports.evaluate import FILE, write_json
 from flowback.reports.figures import draw_cost_accuracy, draw_curves, draw_overview, draw_probe, draw_sweep
@@ -30,6 +30,7 @@ from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import RunConfig, flat
 from flowback.runs.folder import run_data
 from flowback.runs.log import read_metrics
+from flowback.tasks.sampling import shown_classes
 
 # what a run is judged by while it trains: column of metrics.csv -> (title, whether larger is better)
 CURVES = {
@@ -46,7 +47,6 @@ FIGURES: dict[str, tuple[str, str, Callable[..., Any]]] = {  # of an evaluation:
 LARGER = {"is", "precision", "recall"}  # the better; of the other figures of fidelity the smaller
 OWN = {"data", "machine", "config_differences", "crossings", "not_comparable"}  # keys of report.json beside the runs
 SHOWN = 8  # images in a row of the page
-MOST_ROWS = 20  # a class each
 GUIDANCE = 1.0  # of the guided samples
 
 
@@ -234,8 +234,7 @@ def _common(values: Iterable[Any]) -> Any:
 
 def rows_of(flow: Flow) -> Tensor:
     """Labels `[rows * SHOWN]` of what the page shows: a class in each row, some of them if they are many, -1 for none."""
-    classes = spread(flow.num_classes, MOST_ROWS) if flow.num_classes else [-1] * SHOWN
-    return torch.tensor(classes).repeat_interleave(SHOWN)
+    return torch.tensor(shown_classes(flow) or [-1] * SHOWN).repeat_interleave(SHOWN)
 
 
 def samples(record: Record) -> list[Tensor]:

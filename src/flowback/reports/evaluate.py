@@ -1,25 +1,28 @@
-"""Everything that is measured of a run, by one call: `evaluation.json` in the run's folder.
+"""Everything that is measured of a flow, by one call: `evaluation.json`, each metric as soon as it is there.
 
-Its fields: "run", "data", "machine", "weights" (which of which checkpoint), "steps" and "seconds" (of training, up to that
-checkpoint), "strategy" and "gradient" (of the alignment; null where there is none), "held_out_images" (all figures are
-of these where nothing else is said), "seconds_of_measuring" (by metric), and for the metrics that were asked for
+Its fields: "run", "data", "held_out" (a fingerprint of those images), "machine", "weights" (which of which checkpoint),
+"steps" and "seconds" (of training, up to that checkpoint), "strategy" and "gradient" (of the alignment), all null where
+they are not known; "held_out_images" (all figures are of these where nothing else is said), "seconds_of_measuring" (by
+metric), and for the metrics that were asked for
 
     bpd         "nats_per_dim", "bits_per_dim" (an upper bound), "bits_per_dim_importance_weighted" (a tighter one); of a
                 flow in latents "latent_bits_per_dim" instead of both; "density" says in words of what
     accuracy    "accuracy": rule -> share; "noise_draws" that it averages; "classification": a row for each rule, see
                 `classification.cost_accuracy`; "judged": what exact likelihoods take images for, see `judged` there
     probe       "probe": a row for each (block, layer), see `probe.probe_layers`
-    fid …       "fidelity": the figures with extractor, samples, reference and guidance, see `fidelity.fidelity`; with a
-                sweep also "guidance_sweep", a row of this kind for each scale
+    fid …       "fidelity": the figures with extractor, samples, labels, reference and guidance, see `fidelity.fidelity`;
+                with a sweep also "guidance_sweep", a row of this kind for each scale
 
 A number that is not finite is written as null.
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +33,23 @@ from torch import Tensor
 from flowback.core.devices import machine
 from flowback.core.errors import InputError
 from flowback.core.files import read_json, write_whole
-from flowback.data import ImageSet
+from flowback.data import DataConfig, ImageSet, load_data
+from flowback.data.splits import in_shares, spread
 from flowback.flow.guidance import Guidance
 from flowback.latents import Flow, LatentFlow
 from flowback.measure import fidelity as fid
-from flowback.measure.density import density, importance_weighted_bits, seen, spread
+from flowback.measure.density import density, importance_weighted_bits, seen
 from flowback.measure.probe import probe_layers
-from flowback.reports.classification import UNLABELLED, cost_accuracy, judged
+from flowback.reports.classification import PASSES, UNLABELLED, cost_accuracy, judged
 from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
 from flowback.runs.folder import run_data
-from flowback.tasks.sampling import Request, sample_to_disk
+from flowback.tasks.classify import Effort, effort
+from flowback.tasks.sampling import Request, checked_store, sample_to_disk
 
 FILE = "evaluation.json"
 EXTRACTORS = ("efficientnet_lite0", "dinov2", "inception")
+PARTS = ("train", "held_out")  # of the data
 METRICS = ("bpd", "accuracy", "probe", *fid.METRICS)
 IMPORTANCE_WEIGHTED = 1000  # images of the tighter bound, each of which costs 16 passes
 
@@ -56,14 +62,19 @@ class EvaluationConfig:
         metrics: any of bpd, accuracy, probe, fid, sfid, is, kid, prc.
         weights: ema (averaged) or raw (of the last step).
         images: held-out images for bpd, accuracy and probe; null for all.
+        passes: forward passes of one image that bpd and accuracy may take. Exact likelihoods cost one a class; where that
+            is too much they are of fewer images, or left out, and at last all figures are of fewer images.
         draws: noise draws averaged in an accuracy; they multiply its cost.
         samples: images drawn for fidelity, compared with as many real ones; the papers use 4,096 and 50,000.
-        samples_from: a folder of PNGs or an .npz to measure instead of drawing any; their guidance is then not known.
+        samples_from: a folder of images or an .npz to measure instead of drawing any; their guidance is then not known.
+        labels: of the samples drawn: shares (as often as in the held-out or training data, whichever the reference is; for
+            other references as in the training data), or equal.
         guidance: scale of the guidance of the samples drawn.
         sweep: guidance scales at which fidelity is measured too (arXiv 2511.22345, figure 5).
         extractor: of fidelity: efficientnet_lite0, dinov2 or inception.
         extractor_weights: a local file of the extractor's weights.
-        reference: real images of fidelity: train or held_out.
+        reference: real images of fidelity: train, held_out, a folder of images, an .npz of them, or one of ADM's
+            statistics.
         seed: of the samples.
         compile: compile the decoding of the samples; pays for many.
 
@@ -74,9 +85,11 @@ class EvaluationConfig:
     metrics: tuple[str, ...] = ("bpd", "accuracy")
     weights: str = "ema"
     images: int | None = None
+    passes: int = 2_000_000
     draws: int = 1
     samples: int = 4096
     samples_from: str | None = None
+    labels: str = "shares"
     guidance: float = 0.0
     sweep: tuple[float, ...] = ()
     extractor: str = "efficientnet_lite0"
@@ -89,13 +102,16 @@ class EvaluationConfig:
         for name in self.metrics:
             if name not in METRICS:
                 raise InputError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
-        for name, value in (("images", self.images), ("draws", self.draws), ("samples", self.samples)):
+        for name in ("images", "passes", "draws", "samples"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be a whole number of at least 1, got {value}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed must be a whole number from 0 to 2^63 - 1, got {self.seed}")
-        if self.reference not in ("train", "held_out"):
-            raise InputError(f"--reference must be one of train, held_out, got {self.reference!r}")
+        if self.reference not in PARTS and not Path(self.reference).exists():
+            raise InputError(f"reference {self.reference!r} is not there; expected train, held_out, a folder or an .npz")
+        if self.labels not in ("shares", "equal"):
+            raise InputError(f"--labels must be one of shares, equal, got {self.labels!r}")
         if self.extractor not in EXTRACTORS:
             raise InputError(f"extractor must be one of {', '.join(EXTRACTORS)}, got {self.extractor!r}")
         if self.sweep and self.samples_from is not None:
@@ -106,66 +122,186 @@ class EvaluationConfig:
 
 
 def evaluate(
-    run: str | Path, config: EvaluationConfig = EvaluationConfig(), device: torch.device | str = "cpu"
+    run: str | Path,
+    config: EvaluationConfig = EvaluationConfig(),
+    device: torch.device | str = "cpu",
+    data: ImageSet | dict[str, Any] | None = None,
+    output: str | Path | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
-    """Measure a run on the data that it names, and write evaluation.json into its folder.
+    """Measure a flow on images, and write evaluation.json, each metric as soon as it is there.
 
-    Class statistics and temperatures are stored with the flow. What an earlier evaluation of the same weights on the same
-    images measured stays in evaluation.json.
+    What can be known to fail is found out before anything is measured. Class statistics and temperatures are stored with
+    the flow. What an earlier evaluation of the same weights on the same images measured stays in evaluation.json.
 
     Args:
-        run: the run's folder.
+        run: a run's folder, a checkpoint, a folder or hub id of a flow.
         config: what to measure.
         device: where to run; "auto" for the accelerator that is there. The figures name it.
+        data: on which images: options of `DataConfig`, where the image size and channels are the flow's unless given, or an
+            `ImageSet`; None for the data of the run.
+        output: a .json file, or a folder, for evaluation.json and the samples; None for the flow's own folder.
+        report: called with what is known before, and with what each metric found.
 
     Returns:
         What was measured now, by the names that it has in evaluation.json.
 
     Raises:
-        InputError: if the run names no data, or something that a metric needs cannot be had.
+        InputError: if the data is not named or does not fit the flow, or something that a metric needs cannot be had.
     """
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"{run} has no config.yaml that names its data; expected the folder of a run")
-    flow, weights = load_flow(folder, config.weights, device)
-    recipe, state = RunConfig.read(folder / "config.yaml"), State.read(flow_folder(folder))
-    data, alignment = run_data(folder, recipe.data), recipe.alignment
-    images = spread(len(data.held_out), config.images)
-    x, y = seen(flow, data.held_out, images, data.levels)
-    results: dict[str, Any] = {"run": folder.resolve().name, "data": data.name, "machine": machine(flow.device)}
-    results |= {"weights": weights, "steps": state.step, "seconds": round(state.seconds, 3)}
-    results |= {"strategy": alignment.strategy, "gradient": alignment.gradient if alignment.strategy == "reverse" else None}
-    results["held_out_images"] = len(x)
+    file, began = evaluation_file(run, output, data is not None), _run_of(run)
+    flow, weights = load_flow(run, config.weights, device)
+    folder = flow_folder(run) if Path(run).exists() else None
+    images = _data(run, began, flow, data)
+    state = State.read(folder) if folder and (folder / "state.json").is_file() else None
+    alignment = RunConfig.read(began / "config.yaml").alignment if began else None
+    every = config.images or len(images.held_out)
+    affordable = _effort(config, min(every, len(images.held_out)), flow)
+    indices = spread(len(images.held_out), affordable.images)
+    results: dict[str, Any] = {"run": (began or Path(run)).resolve().name, "data": images.name}
+    results |= {"held_out": images.held_out.fingerprint(), "machine": machine(flow.device), "weights": weights}
+    results |= {"steps": state and state.step, "seconds": state and round(state.seconds, 3)}
+    results |= {"strategy": alignment and alignment.strategy}
+    results["gradient"] = alignment.gradient if alignment and alignment.strategy == "reverse" else None
+    results |= {"held_out_images": len(indices)}
+    measures = _measures(config, flow, images, indices, affordable.exact, file.parent, folder)
+    _write(file, results)  # before long work
+    density_or_classes = {"bpd", "accuracy"} & set(config.metrics)
+    report(results | ({"effort": f"{affordable} (--passes {config.passes:,})"} if density_or_classes else {}))
+    seconds = results["seconds_of_measuring"] = {}
+    for name, measure in measures.items():
+        started = time.perf_counter()
+        found = measure()
+        seconds[name] = round(time.perf_counter() - started, 1)
+        results |= found
+        report(found)
+        _write(file, results)
+    return results
+
+
+def evaluation_file(run: str | Path, output: str | Path | None = None, other_data: bool = False) -> Path:
+    """Where an evaluation goes.
+
+    Raises:
+        InputError: if no place is given, and the flow is on the hub, or the data is not that of its run.
+    """
+    if output is not None:
+        return Path(output) if Path(output).suffix.lower() == ".json" else Path(output) / FILE
+    if not Path(run).is_dir():
+        raise InputError(f"{run} is no local folder; give -o, a folder or a .json file for what is measured")
+    if other_data and _run_of(run):
+        raise InputError(f"{run} has figures on its own data; with --data give -o, a folder or a .json file for others")
+    return Path(run) / FILE
+
+
+def _run_of(flow: str | Path) -> Path | None:
+    """The run to which a run's folder or a checkpoint belongs; None for other flows."""
+    places = (Path(flow), Path(flow).absolute().parent.parent)
+    return next((place for place in places if (place / "config.yaml").is_file()), None)
+
+
+def _data(source: str | Path, run: Path | None, flow: Flow, given: ImageSet | dict[str, Any] | None) -> ImageSet:
+    """The images to measure on, once it is sure that they fit the flow.
+
+    Raises:
+        InputError: if there are none, or they are of another size or other classes.
+    """
+    if isinstance(given, ImageSet):
+        data = given
+    elif given is not None:
+        own = {"image_size": flow.image_size, "channels": flow.channels}
+        data = load_data(DataConfig(**(own | given)))
+    elif run is not None:
+        data = run_data(run, RunConfig.read(run / "config.yaml").data)
+    else:
+        raise InputError(f"{source} has no config.yaml that names its data; expected the folder of a run, or --data.name")
+    levels = None if isinstance(flow, LatentFlow) else flow.levels
+    facts = [("size", tuple(data.size), tuple(flow.image_size)), ("channels", data.channels, flow.channels)]
+    facts += [("levels", data.levels, levels)] * (levels is not None)
+    facts += [("number of classes", len(data.classes), flow.num_classes)] * (flow.num_classes > 0)
+    for name, found, wanted in facts:
+        if found != wanted:
+            raise InputError(f"the {name} of the data {data.name} must be {wanted} for this flow, got {found}")
+    known = next(
+        (place / "classes.json" for place in (run, flow.core.folder) if place and (place / "classes.json").is_file()), None
+    )
+    names = read_json(known) if known and flow.num_classes else data.classes
+    if names != data.classes and isinstance(names, list) and len(names) == len(data.classes):
+        name, own = next(pair for pair in zip(data.classes, names, strict=True) if pair[0] != pair[1])
+        raise InputError(f"the classes of the data {data.name} are not those of {known}: {name!r} in place of {own!r}")
+    return data
+
+
+def _effort(config: EvaluationConfig, images: int, flow: Flow) -> Effort:
+    """What bpd and accuracy measure within `config.passes`."""
+    classes = flow.num_classes if "accuracy" in config.metrics else 0
+    density_ = 2 * ("bpd" in config.metrics)
+    gradients, all_but_exact = (max(1, density_ + passes * config.draws * bool(classes)) for passes in PASSES)
+    found = effort(images, classes, config.passes, gradients, config.draws)
+    return found if found.exact == images else effort(images, classes, config.passes, all_but_exact, config.draws)
+
+
+def _measures(
+    config: EvaluationConfig,
+    flow: Flow,
+    data: ImageSet,
+    images: Sequence[int],
+    exact_images: int,
+    folder: Path,
+    flow_folder: Path | None,
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is to be called, by name, once all is there that it needs."""
 
     def accuracy() -> dict[str, Any]:
         unlabelled, _ = seen(flow, data.train, spread(len(data.train), UNLABELLED), data.levels)
-        rows, statistics, scores = cost_accuracy(flow.core, x, y, unlabelled, config.draws, seed=config.seed)
-        if config.weights == "ema":
-            statistics.save(flow_folder(folder))
-        shares = {row["rule"]: row["accuracy"] for row in rows}
-        found = {"accuracy": shares, "noise_draws": config.draws, "classification": rows}
-        return found | {"judged": judged(scores["exact"], y, images)}
+        x, y = clean()
+        options: dict[str, Any] = {"seed": config.seed, "exact_images": exact_images}
+        rows, statistics, scores = cost_accuracy(flow.core, x, y, unlabelled, config.draws, **options)
+        if config.weights == "ema" and flow_folder is not None:
+            with contextlib.suppress(OSError):  # a folder that is only read is left as it is
+                statistics.save(flow_folder)
+        found = {"accuracy": {row["rule"]: row["accuracy"] for row in rows}, "noise_draws": config.draws}
+        found |= {"classification": rows}
+        some = spread(len(x), exact_images)
+        return found | ({"judged": judged(scores["exact"], y[some], [images[i] for i in some])} if exact_images else {})
+
+    @lru_cache
+    def clean() -> tuple[Tensor, Tensor]:
+        return seen(flow, data.held_out, images, data.levels)
 
     measures: dict[str, Callable[[], dict[str, Any]]] = {}
     if "bpd" in config.metrics:
-        measures["bpd"] = lambda: _density(flow, x, y)
+        measures["bpd"] = lambda: _density(flow, *clean())
     if "accuracy" in config.metrics and flow.num_classes:
+        if len(images) < 4:
+            raise InputError(f"an accuracy needs at least 4 held-out images, got {len(images)}")
         measures["accuracy"] = accuracy
     if "probe" in config.metrics:
-        measures["probe"] = lambda: {"probe": probe_layers(flow, data, images=config.images)}
+        if len(data.classes) < 2:
+            raise InputError(f"a probe needs at least 2 classes, got {len(data.classes)}")
+        measures["probe"] = lambda: {"probe": probe_layers(flow, data, images=len(images))}
     if set(config.metrics) & set(fid.METRICS):
-        measures["fidelity"] = lambda: {"fidelity": _fidelity(folder, flow, data, config)}
+        whole = Fidelity(flow, data, config, folder)
+        measures["fidelity"] = lambda: {"fidelity": whole.measure()}
     if config.sweep:
-        scales = [replace(config, metrics=(*config.metrics, "fid"), guidance=scale) for scale in config.sweep]
-        measures["guidance_sweep"] = lambda: {"guidance_sweep": [_fidelity(folder, flow, data, one) for one in scales]}
-    seconds = {}
-    for name, measure in measures.items():
-        started = time.perf_counter()
-        results |= measure()
-        seconds[name] = round(time.perf_counter() - started, 1)
-    results["seconds_of_measuring"] = seconds
-    write_json(folder / FILE, _with_earlier(folder / FILE, results))
-    return results
+        wanted = (*config.metrics, "fid")
+        scales = [replace(config, metrics=wanted, guidance=scale, sweep=()) for scale in config.sweep]
+        sweep = [Fidelity(flow, data, one, folder) for one in scales]
+        measures["guidance_sweep"] = lambda: {"guidance_sweep": [one.measure() for one in sweep]}
+    return measures
+
+
+def _write(file: Path, results: dict[str, Any]) -> None:
+    """Write an evaluation, with what an earlier one of the same measured.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    try:
+        write_json(file, _with_earlier(file, results))
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{file} cannot be written ({reason}); give -o, a folder or a .json file elsewhere") from error
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -193,8 +329,10 @@ def _with_earlier(file: Path, results: dict[str, Any]) -> dict[str, Any]:
     same = ("run", "data", "weights", "machine", "held_out_images")
     if not isinstance(earlier, dict) or any(earlier.get(name) != results[name] for name in same):
         return results
+    if earlier.get("held_out", results["held_out"]) != results["held_out"]:  # which 0.1.0 did not write
+        return results
     name = "seconds_of_measuring"
-    return earlier | results | {name: earlier.get(name, {}) | results[name]}
+    return earlier | results | {name: earlier.get(name, {}) | results.get(name, {})}
 
 
 def _density(flow: Flow, x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -214,19 +352,48 @@ def _density(flow: Flow, x: Tensor, y: Tensor) -> dict[str, Any]:
     return density(flow, x, y) | {"bits_per_dim_importance_weighted": tighter, "density": said}
 
 
-def _fidelity(run: Path, flow: Flow, data: ImageSet, config: EvaluationConfig) -> dict[str, Any]:
-    """Fidelity of samples at one guidance scale, drawn into the run's folder, or of those on disk."""
-    wanted = set(config.metrics) & set(fid.METRICS)
-    guidance: float | None = config.guidance
-    if config.samples_from is not None:
-        samples, source, guidance = fid.open_images(Path(config.samples_from)), config.samples_from, None
-    else:
-        labels = tuple(range(flow.num_classes)) or (-1,)
-        request = Request(config.samples, labels, config.guidance, seed=config.seed)
-        file = run / "evaluation" / f"samples_{config.samples}_guidance_{config.guidance:g}_seed_{config.seed}.npz"
-        sample_to_disk(flow, request, file, compile=config.compile)
-        samples, source = fid.open_images(file), f"drawn with seed {config.seed}"
-    reference, name = fid.reference_of(data, len(samples), config.reference == "train")
-    options = {"extractor": config.extractor, "weights": config.extractor_weights, "reference_name": name}
-    figures = fid.fidelity(samples, reference, wanted, device=flow.device, **options)
-    return figures | {"reference": name, "guidance": guidance, "samples_from": source}
+class Fidelity:
+    """Fidelity at one guidance scale, of samples that are drawn, or of those on disk; all that can fail early fails here.
+
+    Args:
+        flow: which the samples are drawn from.
+        data: which they are compared with, unless `config.reference` is something else.
+        config: what is measured.
+        folder: where samples are drawn to, in `evaluation/`.
+
+    Raises:
+        InputError: if there are no samples or no reference, they are too few for a metric, or the extractor cannot be had.
+    """
+
+    def __init__(self, flow: Flow, data: ImageSet, config: EvaluationConfig, folder: Path) -> None:
+        self.flow, self.config = flow, config
+        self.metrics = set(config.metrics) & set(fid.METRICS)
+        self.samples = None if config.samples_from is None else fid.open_images(Path(config.samples_from))
+        count = config.samples if self.samples is None else len(self.samples)
+        if config.reference in PARTS:
+            self.reference, self.name = fid.reference_of(data, count, config.reference == "train")
+        else:
+            self.reference, self.name = fid.open_reference(Path(config.reference), data.size), config.reference
+        fid.check(self.metrics, config.extractor, count, self.reference)
+        fid.check_extractor(self.metrics, config.extractor, config.extractor_weights)
+        if self.samples is None:
+            labels = (data.held_out if config.reference == "held_out" else data.train).labels
+            labels = labels if config.labels == "shares" else torch.arange(flow.num_classes)
+            drawn = in_shares(labels, count, config.seed) if flow.num_classes else (-1,)
+            self.request = Request(count, drawn, config.guidance, seed=config.seed)
+            name = f"samples_{count}_{config.labels}_guidance_{config.guidance:g}_seed_{config.seed}.npz"
+            self.file = folder / "evaluation" / name
+            checked_store(flow, self.request, self.file).open()
+
+    def measure(self) -> dict[str, Any]:
+        """The figures, with what they are of."""
+        c, samples = self.config, self.samples
+        said: dict[str, Any] = {"guidance": None, "labels": None, "samples_from": c.samples_from}
+        if samples is None:
+            sample_to_disk(self.flow, self.request, self.file, compile=c.compile)
+            samples = fid.open_images(self.file)
+            said = {"guidance": c.guidance, "labels": c.labels if self.flow.num_classes else None}
+            said |= {"samples_from": f"drawn with seed {c.seed}"}
+        options: dict[str, Any] = {"extractor": c.extractor, "weights": c.extractor_weights, "device": self.flow.device}
+        options["reference_name"] = self.name if c.reference in PARTS else None
+        return fid.fidelity(samples, self.reference, self.metrics, **options) | {"reference": self.name} | said

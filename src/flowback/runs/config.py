@@ -133,6 +133,8 @@ class TrainConfig:
         log_every: steps between rows of metrics.csv.
         eval_every: steps between evaluations on held-out images.
         eval_images: held-out images in such an evaluation.
+        eval_passes: forward passes of one image that an evaluation may take, all processes together. Exact likelihoods
+            cost one a class; where that is too much they are of fewer images, or left out, as is said at the start.
         sample_every: steps between sample grids.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints that are kept; besides, the one with the best held-out likelihood.
@@ -170,6 +172,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 250
     eval_images: int = 500
+    eval_passes: int = 100_000
     sample_every: int = 500
     checkpoint_every: int = 500
     keep: int = 2
@@ -180,7 +183,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "batch_size", "keep", "eval_images", "devices", "nodes", "grad_accum_steps"), 1)
-        least |= dict.fromkeys(("log_every", "eval_every", "sample_every", "checkpoint_every"), 1)
+        least |= dict.fromkeys(("log_every", "eval_every", "eval_passes", "sample_every", "checkpoint_every"), 1)
         for name, minimum in (least | {"warmup": 0, "seed": 0, "until": 1}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:

@@ -15,6 +15,7 @@ depend on the class far more than on the image, so they can be estimated from un
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow, as_data
 
 FILE, FORMAT = "classification.json", 1
+LEAST = 64  # images of which an accuracy says something
 RULES = ("single_gradient", "z_score", "shortlist_3", "exact")
 NEVER = (-30.0, 0.0)  # of `ClassStatistics.left_out`: the right class is always among those that are scored
 
@@ -71,7 +73,7 @@ class ClassStatistics:
 
     def save(self, folder: Path) -> None:
         """Write `classification.json`."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n"
         write_whole(folder / FILE, lambda file: file.write_text(text))
 
     @classmethod
@@ -98,16 +100,19 @@ class ClassStatistics:
         return statistics
 
 
-Score = Callable[[TarFlow, Sequence[Tensor], "ClassStatistics | None"], Tensor]
+ROWS = 256  # that the flow sees at once, unless told otherwise
+Score = Callable[..., Tensor]  # of a flow, its noised images, statistics, and rows that it may see at once
 
 
-def single_gradient(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None = None) -> Tensor:
+def single_gradient(
+    flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None = None, batch_size: int = ROWS
+) -> Tensor:
     """One gradient for all classes: `d log p(x | softmax(lam)) / d lam` at `lam = 0`, where all weights are 1/K."""
     start = noisy[0].new_zeros(len(noisy[0]), flow.num_classes)
     return torch.stack([_logit_gradient(flow, x, start) for x in noisy]).mean(0)
 
 
-def z_score(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None) -> Tensor:
+def z_score(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None, batch_size: int = ROWS) -> Tensor:
     """`single_gradient`, standardized class by class; without `statistics` by those in the flow's folder."""
     statistics = statistics or ClassStatistics.load(flow.folder, flow.num_classes)
     if statistics is None:
@@ -121,10 +126,10 @@ def z_score(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics 
 def shortlist(m: int) -> Score:
     """The rule `shortlist_m`: log-likelihoods, nats, of the m classes that z_score takes first, and of no others."""
 
-    def score(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None) -> Tensor:
-        chosen = z_score(flow, noisy, statistics).topk(m, dim=1).indices
+    def score(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None, batch_size: int = ROWS) -> Tensor:
+        chosen = listed_only(z_score(flow, noisy, statistics)).topk(m, dim=1).indices
         with torch.no_grad():
-            log_probs = torch.stack([class_log_probs(flow, x, chosen) for x in noisy]).mean(0)
+            log_probs = torch.stack([class_log_probs(flow, x, chosen, batch_size) for x in noisy]).mean(0)
         return _only(chosen, log_probs, flow.num_classes)
 
     return score
@@ -136,16 +141,23 @@ def _only(chosen: Tensor, scores: Tensor, classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def exact(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None = None) -> Tensor:
+def exact(
+    flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None = None, batch_size: int = ROWS
+) -> Tensor:
     """The K conditional log-likelihoods `log p(x | k)`, nats."""
-    return torch.stack([class_log_probs(flow, x) for x in noisy]).mean(0)
+    return torch.stack([class_log_probs(flow, x, batch_size=batch_size) for x in noisy]).mean(0)
 
 
-def class_log_probs(flow: TarFlow, x: Tensor, labels: Tensor | None = None) -> Tensor:
-    """`log p(x | k)`, nats, for the `labels [B, m]` of each image, or all K: `[B, m]`, as one batch, on the graph of x."""
+def class_log_probs(flow: TarFlow, x: Tensor, labels: Tensor | None = None, batch_size: int | None = None) -> Tensor:
+    """`log p(x | k)`, nats, for the `labels [B, m]` of each image, or all K: `[B, m]`, on the graph of x.
+
+    Of all labels in one batch, or of as many at once as `batch_size` rows hold.
+    """
     if labels is None:
         labels = torch.arange(flow.num_classes, device=x.device).expand(len(x), -1)
-    return flow.log_prob(x.repeat_interleave(labels.shape[1], dim=0), labels.flatten()).view(labels.shape)
+    columns = labels.split(max(1, batch_size // max(1, len(x))) if batch_size else labels.shape[1], dim=1)
+    log_probs = [flow.log_prob(x.repeat_interleave(own.shape[1], dim=0), own.flatten()).view(own.shape) for own in columns]
+    return torch.cat(log_probs, dim=1)
 
 
 def _logit_gradient(flow: TarFlow, x: Tensor, lam: Tensor) -> Tensor:
@@ -213,8 +225,12 @@ def class_scores(
     batch_size: int = 256,
     seed: int = 0,
     statistics: ClassStatistics | None = None,
+    own: slice = slice(None),
 ) -> Tensor:
-    """`classify` in the flow's own space, of clean `x [B, *data_shape]`."""
+    """`classify` in the flow's own space, of clean `x [B, *data_shape]`.
+
+    Processes that share the work each score their `own` images; the noise does not depend on who scores which.
+    """
     if not flow.num_classes:
         raise InputError("an unconditional flow cannot classify: num_classes must be at least 1, got 0")
     for name, value in (("draws", draws), ("batch_size", batch_size)):
@@ -222,8 +238,8 @@ def class_scores(
             raise InputError(f"{name} must be a whole number of at least 1, got {value}")
     score, _, rows = rule_named(rule, flow.num_classes)
     generator = torch.Generator().manual_seed(seed)
-    noisy = [flow.perturb(x, generator).split(max(1, batch_size // rows)) for _ in range(draws)]
-    return torch.cat([score(flow, parts, statistics) for parts in zip(*noisy, strict=True)])
+    noisy = [flow.perturb(x, generator)[own].split(max(1, batch_size // rows)) for _ in range(draws)]
+    return torch.cat([score(flow, parts, statistics, batch_size) for parts in zip(*noisy, strict=True)])
 
 
 def class_scores_by_all(
@@ -235,12 +251,14 @@ def class_scores_by_all(
     scores = {"single_gradient": gradient, "z_score": statistics.standardized(gradient)}
     if "exact" in rules:
         scores["exact"] = class_scores(flow, x, "exact", **options)
-    for rule in rules:
-        if rule.startswith("shortlist_") and "exact" in scores:
-            chosen = scores["z_score"].topk(rule_named(rule, flow.num_classes)[2], dim=1).indices
-            scores[rule] = _only(chosen, scores["exact"].gather(1, chosen), flow.num_classes)
-        elif rule not in scores:
-            scores[rule] = class_scores(flow, x, rule, **options)
+    lists = {rule: rule_named(rule, flow.num_classes)[2] for rule in rules if rule.startswith("shortlist_")}
+    known = scores.get("exact")
+    for rule, m in sorted(lists.items(), key=lambda item: -item[1]):  # a shorter list is part of a longer one
+        if known is None:
+            known = scores[rule] = class_scores(flow, x, rule, **options)
+        else:
+            chosen = listed_only(scores["z_score"]).topk(m, dim=1).indices
+            scores[rule] = _only(chosen, known.gather(1, chosen), flow.num_classes)
     return {rule: scores[rule] for rule in rules}
 
 
@@ -248,19 +266,23 @@ def fit_statistics(flow: Flow, images: Images, batch_size: int = 256, seed: int 
     """Estimate what z_score needs from unlabelled clean images, in the forms of `classify`; some hundred are enough.
 
     Raises:
-        InputError: if the flow is unconditional or there are fewer than two images.
+        InputError: if the flow is unconditional or there are fewer than two images whose gradients are finite.
     """
     scores = classify(flow, images, "single_gradient", batch_size=batch_size, seed=seed)
+    scores = scores[scores.isfinite().all(dim=1)]
     if len(scores) < 2:
-        raise InputError(f"class statistics need at least 2 images, better some hundred, got {len(scores)}")
+        raise InputError(
+            f"class statistics need at least 2 images with finite gradients, better some hundred, got {len(scores)}"
+        )
     std = scores.std(dim=0).clamp(min=1e-12)
     return ClassStatistics(scores.mean(dim=0).tolist(), std.tolist(), len(scores))
 
 
 def calibrated(scores: Tensor, temperature: float, left_out: tuple[float, float]) -> Tensor:
     """Probabilities `[B, K]` of scores `[B, K]`; classes without a score (-inf) share the probability of `left_out`."""
-    among = (scores / temperature).softmax(dim=1)
+    scores = listed_only(scores)
     missing = ~scores.isfinite()
+    among = torch.where(missing.all(dim=1, keepdim=True), 0, scores / temperature).softmax(dim=1)
     count = missing.sum(dim=1, keepdim=True)
     chance = torch.sigmoid(left_out[0] + left_out[1] * among.amax(dim=1, keepdim=True))
     chance = torch.where(count == 0, 0, chance)
@@ -272,9 +294,9 @@ def fit_calibration(scores: Tensor, y: Tensor) -> tuple[float, tuple[float, floa
 
     After Guo et al. (arXiv 1706.04599), who fit a temperature alone. A rule that scores only some classes would then be
     as confident as if the right one were always among them; a logistic regression estimates how likely that is, and the
-    temperature is fitted to the images for which it is so.
+    temperature is fitted to the images for which it is so. A score that is not a number counts as none.
     """
-    scores = scores.double()
+    scores = listed_only(scores.double())
     known = scores.gather(1, y[:, None])[:, 0].isfinite()
     if not known.any():
         return 1.0, (-NEVER[0], 0.0)
@@ -282,6 +304,8 @@ def fit_calibration(scores: Tensor, y: Tensor) -> tuple[float, tuple[float, floa
     start = (scores[scores.isfinite()].std(correction=0) + 1e-12).log()
     (log_t,) = _minimum(lambda v: F.cross_entropy(listed / (start + v).exp(), y[known]), 1)
     temperature = float((start + log_t).exp())
+    if not 0 < temperature < math.inf:
+        return 1.0, NEVER
     if known.all():
         return temperature, NEVER
     sure = (scores / temperature).softmax(dim=1).amax(dim=1)
@@ -307,11 +331,24 @@ def _minimum(loss: Callable[[Tensor], Tensor], size: int) -> Tensor:
 
 def calibration_error(probabilities: Tensor, y: Tensor, bins: int = 15) -> float:
     """Expected calibration error: mean gap between confidence and accuracy over equally wide bins of confidence."""
+    if not len(y):
+        return math.nan
     confidence, predicted = probabilities.max(dim=1)
     right = (predicted == y).to(probabilities.dtype)
     places = (confidence * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=probabilities.dtype).index_add(0, places, right - confidence)
     return float(gaps.abs().sum() / len(y))
+
+
+def listed_only(scores: Tensor) -> Tensor:
+    """Scores in which what is not finite is minus infinity, as the scores of classes that a rule leaves out are."""
+    return torch.where(scores.isfinite(), scores, -torch.inf)
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """The class `[B]` with the highest score of each image, of scores `[B, K]`; -1 where no score is a finite number."""
+    best, classes = listed_only(scores).max(dim=1)
+    return torch.where(best.isfinite(), classes, -1)
 
 
 def accuracies(
@@ -321,6 +358,40 @@ def accuracies(
     return {rule: float((predict(flow, x, rule, draws).cpu() == y.cpu()).float().mean()) for rule in rules}
 
 
-def predict(flow: TarFlow, x: Tensor, rule: str, draws: int = 1) -> Tensor:
-    """The likeliest class of each image, `[B]`."""
-    return class_scores(flow, x, rule, draws).argmax(dim=1)
+def predict(flow: TarFlow, x: Tensor, rule: str, draws: int = 1, own: slice = slice(None)) -> Tensor:
+    """The likeliest class of each image, `[B]`, or of a process' `own`."""
+    return likeliest(class_scores(flow, x, rule, draws, own=own))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of a measurement a budget of forward passes allows."""
+
+    images: int  # for all that costs the same whatever K is
+    exact: int  # of these, for the exact likelihoods of all classes; 0 for none
+    passes: int  # forward passes of one image, in all
+    classes: int  # K
+
+    def __str__(self) -> str:
+        few = "" if self.exact == self.images else f" for {self.exact:,} of them" if self.exact else " left out"
+        exact = f", exact likelihoods of {self.classes:,} classes{few}" if self.classes else ""
+        return f"{self.images:,} held-out images{exact}, {self.passes:,} forward passes"
+
+
+def effort(images: int, classes: int, passes: int, each: int, draws: int = 1) -> Effort:
+    """What of a measurement `passes` forward passes allow, whatever the number of classes is.
+
+    Exact likelihoods are of fewer images where the passes do not suffice, and are left out where these would be fewer than
+    `LEAST`; if the rest costs too much, there are fewer images.
+
+    Args:
+        images: that there are.
+        classes: K; 0 for an unconditional flow.
+        passes: the budget.
+        each: passes that an image takes without the exact likelihoods.
+        draws: noise draws that an exact likelihood averages.
+    """
+    images = max(1, min(images, passes // each))
+    exact_images = min(images, max(0, passes - images * each) // (classes * draws)) if classes else 0
+    exact_images = exact_images if exact_images >= min(images, LEAST) else 0
+    return Effort(images, exact_images, images * each + exact_images * classes * draws, classes)

@@ -32,12 +32,14 @@ from flowback.core.files import write_whole
 from flowback.core.seeds import keyed_normal
 from flowback.core.units import to_uint8
 from flowback.data.pictures import save_grid, save_png
+from flowback.data.splits import spread
 from flowback.flow.autotune import solvers
 from flowback.flow.guidance import Guidance
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
 from flowback.tasks.refinement import OBJECTIVES, best_of, refine
 
+MOST_ROWS = 20  # of a picture, a class each
 PART = 64  # images in a part; part of what is on disk, so it is no option
 TIMEOUT = timedelta(days=7)  # of a process that waits for the others
 LEAST_AND_MOST = {"num": (1, math.inf), "seed": (0, 2**63 - 1), "best_of": (1, 10_000), "refine": (0, math.inf)}
@@ -265,7 +267,8 @@ def checked_store(flow: Flow, request: Request, output: Path, method: str = "aut
     store = Store(output, request, flow)
     if store.is_folder and output.suffix[1:].isalpha() and not output.is_dir():
         raise InputError(f"output must be a .png file (a grid), an .npz file or a folder, got {output}")
-    flow.class_weights(request.labels, len(request.labels))
+    known = tuple(dict.fromkeys(request.labels))
+    flow.class_weights(known, len(known))
     solvers(method, None, flow.core.config.blocks, 1, flow.device)
     return store
 
@@ -340,8 +343,17 @@ def _meet(world: int) -> None:
             raise PeerLost("another process that draws is gone; what it drew is kept, start again to resume") from error
 
 
+def shown_classes(flow: Flow) -> list[int]:
+    """The classes that a picture has room for: all, or an even spread of `MOST_ROWS`; none of an unconditional flow."""
+    return spread(flow.num_classes, MOST_ROWS) if flow.num_classes else []
+
+
+def in_turn(classes: int, num: int) -> tuple[int, ...]:
+    """Labels that `num` images take in turn: all classes, or an even spread of as many as there are images; -1 for none."""
+    return tuple(spread(classes, num)) if classes else (-1,)
+
+
 def class_grid(flow: Flow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0) -> Tensor:
-    """Samples `[K * per_class, C, H, W]`, one row a class (or `per_class` rows of unconditional ones); on the CPU."""
-    rows = flow.num_classes or per_class
-    y = torch.arange(rows).repeat_interleave(per_class) if flow.num_classes else torch.full((rows * per_class,), -1)
+    """Samples `[rows * per_class, C, H, W]`, on the CPU: a row for each of `shown_classes`, or `per_class` without any."""
+    y = torch.tensor(shown_classes(flow) or [-1] * per_class).repeat_interleave(per_class)
     return flow.sample(y=y, guidance=guidance, generator=torch.Generator().manual_seed(seed), batch_size=128).cpu()

@@ -20,10 +20,11 @@ from flowback.encoders import load_encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import AutoencoderConfig
 from flowback.runs.config import LatentConfig, RunConfig
+from flowback.tasks.classify import Effort
 from flowback.training.apply import checkpoint_layers
 from flowback.training.build import build_flow
 from flowback.training.caches import cache_shapes
-from flowback.training.loop import Likelihood
+from flowback.training.loop import Likelihood, held_out_effort
 from flowback.training.meter import Meter
 
 DEVICES = (1, 8, 64)
@@ -86,6 +87,9 @@ class Budget:
     steps: list[Step]
     caches: dict[str, int]  # kind -> bytes on disk
     encoder_flops: int  # of computing all features that are cached
+    evaluations: int  # of a run
+    evaluation: Effort  # of each, shared by the devices
+    pass_flops: int  # of a forward pass of one image
     device: Device
 
     def seconds(self, step: Step) -> float:
@@ -107,6 +111,12 @@ class Budget:
             lines.append(
                 f"            the features take {self.encoder_flops / 1e15:.3g} PFLOP, {hours:.2g} device hours, once"
             )
+        flops = self.evaluations * self.evaluation.passes * self.pass_flops
+        lines += [
+            f"evaluation  {self.evaluation}; {self.evaluations} times",
+            f"            {flops / 1e15:.3g} PFLOP, {flops / (1e12 * d.tflops * d.utilization) / 3600:.2g} device hours in "
+            "all, not counted below; the pictures of samples are not counted",
+        ]
         columns = [f"days to {n:,}" for n in self.iterations]
         lines += [
             f"a step      {self.batch} images; devices of {d.tflops:g} TFLOP/s at {100 * d.utilization:g} %, "
@@ -169,6 +179,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
         flops += 0 if a.cache else images * encoded
         steps.append(Step(devices, images, pieces, flops, always + peak))
 
+    with fake, torch.no_grad(), Meter() as forward, autocast(torch.device("cpu"), c.precision):
+        flow.log_prob(torch.empty(1, *flow.data_shape))
     rows = len(data.train) * (2 if c.hflip else 1)  # mirrored images too
     shapes = cache_shapes(config, flow, autoencoder, encoder)
     return Budget(
@@ -182,6 +194,9 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
         steps=steps,
         caches={kind: 2 * rows * math.prod(shape) for kind, shape in shapes.items()},  # float16
         encoder_flops=encoded * rows if "features" in shapes else 0,
+        evaluations=-(-c.steps // c.eval_every),
+        evaluation=held_out_effort(config, flow, data),
+        pass_flops=forward.flops,
         device=device,
     )
 

@@ -15,23 +15,23 @@ from torch import Tensor, nn
 
 from flowback.core.console import Bar, console, said_if_possible
 from flowback.core.devices import autocast, deterministic, keep_freed_memory, pick_device
-from flowback.core.distributed import ENDING, any_says, is_first, shard_like, unshard, unsharded
+from flowback.core.distributed import ENDING, any_says, in_all, is_first, shard_like, unshard, unsharded
 from flowback.core.errors import InputError
 from flowback.core.units import LOG_2PI, nll_per_dim
 from flowback.data import ImageSet
 from flowback.data.pictures import save_grid
-from flowback.data.splits import evaluated
+from flowback.data.splits import evaluated, spread
 from flowback.encoders import Encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, Flow, LatentFlow
-from flowback.measure.density import density, seen
+from flowback.measure.density import densities, seen
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import State
 from flowback.runs.config import RunConfig
 from flowback.runs.folder import open_run, training_data
 from flowback.runs.log import MetricsLog
-from flowback.tasks.classify import accuracies
-from flowback.tasks.sampling import class_grid
+from flowback.tasks.classify import Effort, effort, predict
+from flowback.tasks.sampling import class_grid, shown_classes
 from flowback.training.apply import checkpoint_layers, compile_blocks
 from flowback.training.build import (
     as_image_set,
@@ -182,6 +182,7 @@ def _take_steps(config: RunConfig, inputs: Inputs, average: Flow, fabric: Any, r
     step, tally = GuardedStep(optimizer.optimizer, c.grad_clip), Tally(state, fabric.device)
     stop = min(c.steps, c.until or c.steps)
     last_log, last_seconds, waited = state.step, state.seconds, 0.0
+    affordable = held_out_effort(config, average, inputs.data)
 
     with (
         _interruptible() as interrupted,
@@ -226,12 +227,13 @@ def _take_steps(config: RunConfig, inputs: Inputs, average: Flow, fabric: Any, r
                 last_log, last_seconds, waited = state.step, state.seconds, 0.0
             if evaluates or samples:
                 with unsharded(average.core), autocast(fabric.device, c.precision):
-                    if evaluates and log is not None:
-                        measured = _evaluate(average, inputs.data, c.eval_images)
+                    if evaluates:
+                        measured = _evaluate(average, inputs.data, affordable, fabric)
                         nats = measured["held_out_nats_per_dim"]
                         state.held_out_nats_per_dim = nats if math.isfinite(nats) else None
                         state.measured_at = state.step
-                        log.write(state.step, seconds=state.seconds, **measured)
+                        if log is not None:
+                            log.write(state.step, seconds=state.seconds, **measured)
                     if samples and log is not None:
                         grid = class_grid(average, per_class=8, seed=c.seed)
                         with log.or_without():
@@ -274,23 +276,42 @@ def describe(
     pieces = [f"{processes} processes ({c.strategy})"] * (processes > 1) + [f"{c.grad_accum_steps} pieces"] * (
         c.grad_accum_steps > 1
     )
+    few = len(shown_classes(flow)) < flow.num_classes
+    grids = f"; pictures of {len(shown_classes(flow))} classes, evenly spread" if few else ""
     return (
         f"data      {data.name}: {len(data.train)} images for training, {len(data.held_out)} held out, "
         f"{'x'.join(map(str, (*data.size, data.channels)))}, {len(data.classes)} classes\n"
         f"flow      {f.blocks} blocks x {depth} layers x width {f.width}, {flow.token_shape[0]} tokens, "
         f"{millions:.2f}M parameters, noise {noise}{sees}\n"
-        f"alignment {'none' if a.strategy == 'none' else aligned}"
+        f"alignment {'none' if a.strategy == 'none' else aligned}\n"
+        f"measures  {held_out_effort(config, flow, data)}, every {c.eval_every} steps{grids}"
         + (f"\nbatch     {c.batch_size} images, shared by {' of '.join(pieces)}" if pieces else "")
     )
 
 
-def _evaluate(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
-    """The held-out figures that a run logs."""
-    x, labels = seen(flow, data.held_out, evaluated(len(data.held_out), images), data.levels)
-    row = {"held_out_nats_per_dim": density(flow.core, x, labels, isinstance(flow, LatentFlow))["nats_per_dim"]}
-    if flow.num_classes:
-        row |= {f"held_out_{rule}": value for rule, value in accuracies(flow.core, x, labels).items()}
-    return row
+def held_out_effort(config: RunConfig, flow: Flow, data: ImageSet) -> Effort:
+    """What a run measures at each evaluation. A density costs 2 passes, a single gradient 3."""
+    c, classes = config.train, flow.num_classes
+    return effort(min(c.eval_images, len(data.held_out)), classes, c.eval_passes, 5 if classes else 2)
+
+
+def _evaluate(flow: Flow, data: ImageSet, affordable: Effort, fabric: Any) -> dict[str, float]:
+    """The held-out figures that a run logs; each process measures its share of the images."""
+    x, y = seen(flow, data.held_out, evaluated(len(data.held_out), affordable.images), data.levels)
+    own = slice(fabric.global_rank, None, fabric.world_size)
+
+    def measure() -> dict[str, list[float]]:
+        densities_ = densities(flow.core, x, y, isinstance(flow, LatentFlow), own=own)
+        found = {"held_out_nats_per_dim": densities_["nats_per_dim"].tolist()}
+        rules = {"single_gradient": affordable.images, "exact": affordable.exact} if flow.num_classes else {}
+        for rule, images in ((rule, images) for rule, images in rules.items() if images):
+            some = spread(len(x), images)
+            right = predict(flow.core, x[some], rule, own=own).cpu() == y[some][own]
+            found[f"held_out_{rule}"] = right.float().tolist()
+        return found
+
+    shares = in_all(fabric, measure)
+    return {name: float(torch.tensor([v for share in shares for v in share[name]]).mean()) for name in shares[0]}
 
 
 def _status(row: dict[str, float]) -> str:
