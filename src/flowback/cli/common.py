@@ -153,7 +153,7 @@ def checked_output(options: Namespace, *suffixes: str) -> Path:
     """
     output, text = Path(options.output), options.output
     suffix = "" if names_folder(text) else output.suffix.lower()
-    if not text or suffix not in suffixes:
+    if not text or suffix not in suffixes or (suffix and output.is_dir()):
         allowed = " or ".join(f"a {suffix} file" if suffix else "a folder" for suffix in suffixes)
         found = f"{text or repr(text)}, which is a folder" if output.is_dir() and text else text or repr(text)
         raise InputError(f"output must be {allowed}, got {found}")

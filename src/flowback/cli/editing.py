@@ -21,7 +21,7 @@ from flowback.cli.common import (
 )
 from flowback.cli.parser import Parser, Verb
 from flowback.core.errors import InputError
-from flowback.core.files import save_tensors
+from flowback.core.files import names_folder, save_tensors
 from flowback.core.units import to_uint8
 from flowback.data import load_image
 from flowback.data.pictures import save_grid, save_images
@@ -104,7 +104,7 @@ def _decode(options: Namespace) -> int:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(z))
     drawn = (to_uint8(flow.decode(*part)).cpu() for part in zip(z.split(BATCH), y.split(BATCH), strict=True))
     with torch.no_grad():
-        if output.suffix.lower() == ".png" and not output.is_dir():
+        if not names_folder(output):
             with kept(output, partial(_grid, columns=max(1, round(len(z) ** 0.5)))) as rows:
                 rows.extend(drawn)
         else:

@@ -20,6 +20,7 @@ from flowback.core.errors import InputError
 
 PICTURES = "png jpg jpeg jfif gif webp avif bmp tif tiff ppm pgm svg pdf mp4"
 KINDS = frozenset(f"{PICTURES} npz npy safetensors pt pth zip tar gz json csv yaml txt html".split())  # suffixes of files
+OWN = ("png", "npz", "safetensors")  # those that flowback writes
 MAX_JSON = 2**28  # bytes; the names of a million classes take a tenth
 
 _SEEKING = threading.Lock()  # of files without `pread`
@@ -157,12 +158,13 @@ def check_place(place: Path) -> None:
 
 
 def names_folder(place: str | Path) -> bool:
-    """Whether an output's name is a folder's: there is one, it ends with a slash, or not with the suffix of a kind of file.
+    """Whether an output's name is a folder's: it does not end with the suffix of a kind of file, or there is one already.
 
-    >>> names_folder("samples_g1.5"), names_folder("samples.gif"), names_folder("samples.gif/")
-    (True, False, True)
+    >>> names_folder("samples_g1.5"), names_folder("samples.gif")
+    (True, False)
     """
-    return str(place).endswith(("/", os.sep)) or Path(place).is_dir() or Path(place).suffix.lower()[1:] not in KINDS
+    suffix = Path(place).suffix.lower()[1:]
+    return suffix not in KINDS or (suffix not in OWN and Path(place).is_dir())
 
 
 def typed_path(text: str) -> str:

@@ -222,8 +222,9 @@ def build_checked(make: Callable[[FlowConfig], Any], options: Any, folder: Path)
     try:
         with torch.device("meta"):
             skeleton = make(config)
-    except (RuntimeError, OverflowError) as error:
-        raise InputError(f"{folder / 'config.json'} describes a flow of impossible sizes ({error})") from error
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder / 'config.json'} describes a flow of impossible sizes ({reason})") from error
     check_shapes(skeleton, file)
     height, width = config.size
     if (tokens := height * width // config.patch_size**2) > MOST_TOKENS:  # tables of rotary positions are in no file

@@ -187,6 +187,8 @@ class Store:
         if begun is not None or self.folder.is_dir():
             said = "was begun by another request or with other weights; choose another output, or delete it"
             raise InputError(f"{self.folder} {said}")
+        if not self.is_folder and self.output.is_dir():
+            raise InputError(f"output must be a file, but {self.output} is a folder")
         if self.is_folder and self.output.is_dir() and any(self.output.iterdir()):
             raise InputError(f"output must be a new or empty folder, but {self.output} holds other files")
         there = next(place for place in self.folder.absolute().parents if place.exists())
