@@ -135,8 +135,14 @@ def test_hub_id_is_downloaded(folder, flow, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     loaded = TarFlow.from_pretrained("someone/some-flow")
-    files = ["autoencoder/*", "classes.json", "classification.json", "config.json", "decoding.json"]
-    files.append("model.safetensors")
+    files = [
+        "autoencoder/config.json",
+        "autoencoder/diffusion_pytorch_model.safetensors",
+        "classes.json",
+        "classification.json",
+        "config.json",
+    ]
+    files += ["decoding.json", "model.safetensors"]
     assert asked == [("someone/some-flow", files)]
     assert torch.equal(loaded.encode(images(flow))[0], flow.encode(images(flow))[0])
 
@@ -147,14 +153,14 @@ def test_unreachable_hub_is_an_input_error_of_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(InputError, match=r"someone/some-flow is no local folder and the hub did not give it") as caught:
+    with pytest.raises(InputError, match=r"there is no folder someone/some-flow, and the hub did not give it") as caught:
         TarFlow.from_pretrained("someone/some-flow")
     assert "\n" not in str(caught.value)
 
 
 def test_offline_hub_without_a_cached_copy(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="flowback-tests/does-not-exist is no local folder and the hub did not give it"):
+    with pytest.raises(InputError, match="there is no folder flowback-tests/does-not-exist, and the hub did not give it"):
         TarFlow.from_pretrained("flowback-tests/does-not-exist")
 
 

@@ -1,6 +1,7 @@
 """The command line: a verb's module is imported when the verb is called, so that `flowback --help` is there at once."""
 
 import io
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -73,7 +74,10 @@ EXTRAS = {  # what `pip install flowback` leaves out: extra -> imported name -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 0, or 130 after an interruption; bad input exits with 2."""
+    """Run the command line. Returns the exit status: 0, or 130 after an interruption; bad input exits with 2.
+
+    Where what was printed could not be written, the work is done all the same, and the status is 1.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes that no encoding has
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -81,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser, commands = build_parser(words[0] if words else "")
         options = parser.parse_args(words)
         command, run = commands[options.command]
-        return run(command.instantiate(options[options.command]))
+        status = run(command.instantiate(options[options.command]))
+        return _lost_output() or status
     except InputError as error:
         fail(str(error))
     except ImportError as error:
@@ -91,9 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 fail(f"this needs the package {packages[module]}: pip install 'flowback[{extra}]'")
         raise
     except OSError as error:
-        if error.filename is None:
-            raise
-        fail(f"{error.filename} cannot be used ({error.strerror})")
+        fail(f"{error.filename or 'a file'} cannot be used ({error.strerror or error})")
     except (MemoryError, RuntimeError) as error:
         from torch import OutOfMemoryError
 
@@ -141,7 +144,24 @@ def build_parser(verb: str) -> "tuple[Parser, dict[str, tuple[Parser, Run]]]":
     return parser, commands
 
 
+def _lost_output() -> int:
+    """Say on stderr if standard output did not take all that was printed; returns the status for that, or 0."""
+    from flowback.core.console import output
+
+    if (error := output.lost) is None:
+        return 0
+    output.lost = None
+    print(
+        f"flowback: the work is done, but not all that was printed could be written ({getattr(error, 'strerror', error)})",
+        file=sys.stderr,
+    )
+    return 1
+
+
 def fail(message: str) -> NoReturn:
     """Print one clear line and exit with status 2."""
-    print(f"flowback: error: {' '.join(message.split())}", file=sys.stderr)
+    from flowback.core.errors import plain
+
+    line = re.sub(r"\s*[\r\n]+\s*", " ", message.strip())
+    print(f"flowback: error: {plain(line)}", file=sys.stderr)
     sys.exit(2)

@@ -1,5 +1,9 @@
 """What the verbs share: the options that several of them take, and what these stand for."""
 
+import difflib
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -10,13 +14,12 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from flowback.cli.parser import Parser
-from flowback.core.console import console
+from flowback.core.console import say
 from flowback.core.errors import InputError
-from flowback.core.files import read_json
+from flowback.core.files import check_place, names_folder, read_json, write_whole
 from flowback.data import as_images
 from flowback.flow.io import find_folder
 from flowback.latents import Flow
-from flowback.runs.checkpoint import load_flow
 from flowback.tasks.classify import classify
 
 T = TypeVar("T")
@@ -70,8 +73,9 @@ def number_list(text: str, name: str, kind: type[int] | type[float] = int) -> li
 
 
 def add_images(command: Parser) -> None:
-    """The option of every verb that takes image files."""
+    """The options of every verb that takes image files."""
     command.add_argument("images", type=str, nargs="+", help="image files")
+    command.add_argument("--batch-size", type=int, default=64, help="images at once; bounds the memory")
 
 
 def add_output(command: Parser, default: str | None, text: str) -> None:
@@ -79,27 +83,59 @@ def add_output(command: Parser, default: str | None, text: str) -> None:
     command.add_argument("-o", "--output", type=str, default=default, help=text)
 
 
-def say(text: str) -> None:
-    """Print one line."""
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+def labelled_batches(options: Namespace, flow: Flow, size: int, overlap: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """The image files `[B, C, H, W]` and their labels `[B]` (given, the likeliest, or -1 for none), both on the CPU.
 
+    All files are read once before the first batch is given: the last one may be damaged, and hours away.
 
-def flow_and_clean_images(options: Namespace) -> tuple[Flow, Tensor]:
-    """The flow, and the image files, `[B, C, H, W]`."""
-    flow, _ = load_flow(options.run, options.weights, options.device)
-    return flow, as_images(options.images, flow.image_size, flow.channels)
+    Args:
+        options: with images and labels.
+        flow: which the images are for.
+        size: of a batch, at most.
+        overlap: so many images begin the next batch again, beyond its size.
 
-
-def flow_and_images(options: Namespace) -> tuple[Flow, Tensor, Tensor]:
-    """The flow, the images, and their labels `[B]` (on the CPU): given, the likeliest, or -1 for none."""
-    flow, images = flow_and_clean_images(options)
+    Raises:
+        InputError: if an image, label or size is not usable.
+    """
+    if size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {size}")
+    files, given = options.images, None
     if options.labels:
-        y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(images))
-    elif flow.num_classes:
-        y = classify(flow, images, rule="exact").argmax(dim=1)
-    else:
-        y = torch.full((len(images),), -1)
-    return flow, images, y.cpu()
+        given = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(files))
+    for file in files:
+        as_images(file, flow.image_size, flow.channels)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, max(1, len(files) - overlap), size):
+            part = slice(start, start + size + overlap)
+            x = as_images(files[part], flow.image_size, flow.channels)
+            if given is not None:
+                y = given[part]
+            elif flow.num_classes:
+                y = classify(flow, x, rule="exact").argmax(dim=1).cpu()
+            else:
+                y = torch.full((len(x),), -1)
+            yield x, y
+
+    return batches()
+
+
+@contextmanager
+def kept(output: Path, write: Callable[[Path, list[T]], Any]) -> Iterator[list[T]]:
+    """A list of results, which `write` puts into the file `output` at the end; also what there is of them at an early end.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    results: list[T] = []
+    try:
+        yield results
+    except BaseException:
+        if results:
+            write_whole(output, lambda file: write(file, results))
+            say(f"what was done before it ended is in {output}")
+        raise
+    write_whole(output, lambda file: write(file, results))
 
 
 def one_each(labels: list[int], images: int) -> Tensor:
@@ -110,11 +146,22 @@ def one_each(labels: list[int], images: int) -> Tensor:
 
 
 def checked_output(options: Namespace, *suffixes: str) -> Path:
-    """`--output`, if it ends as one of `suffixes`; an empty one stands for a folder."""
-    output = Path(options.output)
-    if output.suffix.lower() not in suffixes:
+    """`--output`, if it ends as one of `suffixes` and can be written; an empty one stands for a folder.
+
+    Raises:
+        InputError: if it is something else, is there as something else, or is one of the files that are read.
+    """
+    output, text = Path(options.output), options.output
+    suffix = "" if names_folder(text) else output.suffix.lower()
+    if not text or suffix not in suffixes or (suffix and output.is_dir()):
         allowed = " or ".join(f"a {suffix} file" if suffix else "a folder" for suffix in suffixes)
-        raise InputError(f"output {output} is not known; expected {allowed}")
+        found = f"{text or repr(text)}, which is a folder" if output.is_dir() and text else text or repr(text)
+        raise InputError(f"output must be {allowed}, got {found}")
+    read = [*(options.get("images") or ()), options.get("file"), options.get("mask")]
+    for file in filter(None, read):
+        if output.exists() and Path(file).exists() and output.samefile(file):
+            raise InputError(f"output {output} is one of the files that are read; use another place")
+    check_place(output)
     return output
 
 
@@ -135,12 +182,27 @@ def chosen_labels(text: str | None, names: list[str], flow: Flow) -> list[int]:
         raise InputError(f"labels {text} do not fit an unconditional flow; expected none")
     if text is None:
         return list(range(flow.num_classes)) or [-1]
-    labels = []
-    for word in (word.strip() for word in text.split(",")):
-        if word in names:
-            labels.append(names.index(word))
-        elif word.isdecimal() and int(word) < flow.num_classes:
-            labels.append(int(word))
+    known, words, labels = {_form(name): k for k, name in reversed(list(enumerate(names)))}, text.split(","), []
+    numbered = any(name.isdecimal() for name in names)  # then a number is a name
+    while words:
+        for length in range(len(words), 0, -1):  # names have commas, too: the longest one is meant
+            name = ",".join(words[:length]).strip()
+            if name in names or _form(name) in known:
+                labels.append(names.index(name) if name in names else known[_form(name)])
+                break
+            if length == 1 and name.isdecimal() and name.isascii() and not numbered and int(name) < flow.num_classes:
+                labels.append(int(name))
+                break
         else:
-            raise InputError(f"label must be one of 0 to {flow.num_classes - 1}, or {', '.join(names)}, got {word!r}")
+            shown = [*names[:20], "…"] if len(names) > 20 else names
+            near = difflib.get_close_matches(words[0].strip(), names, n=1)
+            hint = f"; near it: {near[0]}" if near else ""
+            numbers = "" if numbered else f"0 to {flow.num_classes - 1}, or "
+            raise InputError(f"label must be one of {numbers}{', '.join(shown)}, got {words[0].strip()!r}{hint}")
+        words = words[length:]
     return labels
+
+
+def _form(name: str) -> str:
+    """A name in the one of Unicode's forms that all its spellings share, without spaces at its ends."""
+    return unicodedata.normalize("NFC", name).strip()

@@ -1,5 +1,6 @@
 """What a flow does with one's own images: encode, decode, interpolate, swap, inpaint."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,16 +14,19 @@ from flowback.cli.common import (
     checked_output,
     chosen_labels,
     class_names,
-    flow_and_images,
+    kept,
+    labelled_batches,
     one_each,
     say,
 )
 from flowback.cli.parser import Parser, Verb
 from flowback.core.errors import InputError
+from flowback.core.files import names_folder, save_tensors
+from flowback.core.units import to_uint8
 from flowback.data import load_image
 from flowback.data.pictures import save_grid, save_images
 from flowback.runs.checkpoint import load_flow
-from flowback.tasks.editing import inpaint, interpolate, swap_class
+from flowback.tasks.editing import BATCH, inpaint, interpolate, swap_class
 
 
 def add(verb: Verb) -> None:
@@ -64,19 +68,20 @@ def _add_flow_and_images(command: Parser) -> None:
 
 
 def _encode(options: Namespace) -> int:
-    from safetensors.torch import save_file
-
     output = checked_output(options, ".safetensors")
-    flow, images, y = flow_and_images(options)
-    with torch.no_grad():
-        z, log_det = flow.encode(images, y)
-        log_prob = flow.log_prob(images, y)
-    if output.is_dir():
-        raise InputError(f"output {output} is a folder; expected a file's name")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"z": z, "log_det": log_det, "log_prob": log_prob, "labels": y}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, output)
-    say(f"z {list(z.shape)}, log_det, log_prob and labels of {len(z)} images in {output}")
+    flow, _ = load_flow(options.run, options.weights, options.device)
+    batches = labelled_batches(options, flow, options.batch_size)
+
+    def write(file: Path, parts: list[dict[str, Tensor]]) -> None:
+        save_tensors({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, file)
+
+    with kept(output, write) as parts, torch.no_grad():
+        for images, y in batches:
+            z, log_det = flow.encode(images, y)
+            part = {"z": z, "log_det": log_det, "log_prob": flow.log_prob(images, y), "labels": y}
+            parts.append({name: tensor.cpu() for name, tensor in part.items()})
+    shape = [len(options.images), *flow.token_shape]
+    say(f"z {shape}, log_det, log_prob and labels of {shape[0]} images in {output}")
     return 0
 
 
@@ -87,38 +92,53 @@ def _decode(options: Namespace) -> int:
     output = checked_output(options, ".png", "")
     flow, _ = load_flow(options.run, options.weights, options.device)
     try:
+        if not Path(options.file).is_file() and Path(options.file).exists():
+            raise OSError("it is not a file")  # a pipe would be waited for
         content = load_file(options.file)
         z, y = content["z"], content["labels"]
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{options.file} is not a file that encode wrote ({error})") from error
-    if not len(z):
-        raise InputError(f"{options.file} holds no images; expected at least one")
+    if not z.dim() or not len(z) or y.shape != z.shape[:1]:
+        raise InputError(f"{options.file} holds no images with a label each; expected what encode wrote")
     if options.labels:
         y = one_each(chosen_labels(options.labels, class_names(options.run, flow), flow), len(z))
+    drawn = (to_uint8(flow.decode(*part)).cpu() for part in zip(z.split(BATCH), y.split(BATCH), strict=True))
     with torch.no_grad():
-        save_images(flow.decode(z, y), output)
+        if not names_folder(output):
+            with kept(output, partial(_grid, columns=max(1, round(len(z) ** 0.5)))) as rows:
+                rows.extend(drawn)
+        else:
+            save_images(drawn, output)
     say(f"{len(z)} images in {output}")
     return 0
 
 
 def _interpolate(options: Namespace) -> int:
     output = checked_output(options, ".png")
-    flow, images, y = flow_and_images(options)
-    if len(images) < 2:
-        raise InputError(f"{len(images)} image has no other to go to; expected at least 2")
-    x = interpolate(flow, images[:-1], images[1:], options.steps, y[:-1], y[1:])
-    save_grid(x.flatten(0, 1), output, columns=options.steps)
-    say(f"{len(x)} walks of {options.steps} images in {output}")
+    if len(options.images) < 2:
+        raise InputError(f"{len(options.images)} image has no other to go to; expected at least 2")
+    flow, _ = load_flow(options.run, options.weights, options.device)
+    batches, last = labelled_batches(options, flow, options.batch_size, overlap=1), None
+    with kept(output, partial(_grid, columns=options.steps)) as rows:
+        for x, y in batches:
+            y[:1] = y[:1] if last is None else last  # an image has one label in both of its walks
+            walks = interpolate(flow, x[:-1], x[1:], options.steps, y[:-1], y[1:], batch_size=options.batch_size)
+            rows.append(to_uint8(walks.flatten(0, 1)).cpu())
+            last = y[-1:].clone()
+    say(f"{len(options.images) - 1} walks of {options.steps} images in {output}")
     return 0
 
 
 def _swap(options: Namespace) -> int:
     output = checked_output(options, ".png")
-    flow, images, y = flow_and_images(options)
+    flow, _ = load_flow(options.run, options.weights, options.device)
     targets = chosen_labels(options.to, class_names(options.run, flow), flow)
-    columns = [images, *(swap_class(flow, images, y, torch.full_like(y, k)) for k in targets)]
-    save_grid(torch.stack([c.cpu() for c in columns], dim=1).flatten(0, 1), output, columns=len(columns))
-    say(f"{len(images)} images as {len(targets)} classes in {output}")
+    batches = labelled_batches(options, flow, options.batch_size)
+    with kept(output, partial(_grid, columns=1 + len(targets))) as rows:
+        for x, y in batches:
+            columns = [x, *(swap_class(flow, x, y, torch.full_like(y, k)) for k in targets)]
+            rows.append(torch.stack([to_uint8(column).cpu() for column in columns], dim=1).flatten(0, 1))
+    say(f"{len(options.images)} images as {len(targets)} classes in {output}")
     return 0
 
 
@@ -126,18 +146,26 @@ def _inpaint(options: Namespace) -> int:
     output = checked_output(options, ".png")
     if options.num < 1 or not 0 <= options.seed < 2**63:
         raise InputError(f"--num must be at least 1 and --seed 0 to 2^63 - 1, got {options.num} and {options.seed}")
-    flow, images, y = flow_and_images(options)
+    flow, _ = load_flow(options.run, options.weights, options.device)
     mask = _mask(options, *flow.image_size)
-    many = images.repeat_interleave(options.num, dim=0)
-    generator = torch.Generator().manual_seed(options.seed)
-    result = inpaint(flow, many, mask, y.repeat_interleave(options.num), options.steps, options.tries, generator)
-    drawn = result.x.cpu().view(len(images), options.num, *images.shape[1:])
-    masked = torch.where(mask, torch.zeros_like(images), images)
-    rows = torch.cat([images[:, None], masked[:, None], drawn], dim=1)
-    save_grid(rows.flatten(0, 1), output, columns=options.num + 2)
-    accepted = "" if not options.steps else f"; {100 * float(result.acceptance.mean()):.0f} % of the steps were accepted"
-    say(f"{len(many)} drawings in {output}{accepted}")
+    size = min(options.batch_size, max(1, options.batch_size // options.num))  # images whose drawings are a batch
+    batches, generator = labelled_batches(options, flow, size), torch.Generator().manual_seed(options.seed)
+    shares = []
+    with kept(output, partial(_grid, columns=options.num + 2)) as rows:
+        for x, y in batches:
+            many, labels = x.repeat_interleave(options.num, dim=0), y.repeat_interleave(options.num)
+            result = inpaint(flow, many, mask, labels, options.steps, options.tries, generator)
+            drawn = result.x.cpu().unflatten(0, (len(x), options.num))
+            masked = torch.where(mask, torch.zeros_like(x), x)
+            rows.append(to_uint8(torch.cat([x[:, None], masked[:, None], drawn], dim=1).flatten(0, 1)))
+            shares.append(result.acceptance.cpu())
+    accepted = f"; {100 * float(torch.cat(shares).mean()):.0f} % of the steps were accepted" if options.steps else ""
+    say(f"{len(options.images) * options.num} drawings in {output}{accepted}")
     return 0
+
+
+def _grid(file: Path, parts: list[Tensor], columns: int) -> None:
+    save_grid(torch.cat(parts), file, columns)
 
 
 def _mask(options: Namespace, height: int, width: int) -> Tensor:

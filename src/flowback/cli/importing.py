@@ -6,7 +6,7 @@ from jsonargparse import Namespace
 
 from flowback.cli.common import say
 from flowback.cli.parser import Verb
-from flowback.core.errors import InputError
+from flowback.core.files import new_folder
 from flowback.flow.convert import import_tarflow
 
 
@@ -23,10 +23,9 @@ def add(verb: Verb) -> None:
 
 def _import_tarflow(options: Namespace) -> int:
     folder = Path(options.folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; use a new or an empty folder")
-    flow = import_tarflow(options.checkpoint, options.noise_std, options.patch_size, options.channels, options.head_dim)
-    flow.save_pretrained(folder)
+    with new_folder(folder) as inside:
+        flow = import_tarflow(options.checkpoint, options.noise_std, options.patch_size, options.channels, options.head_dim)
+        flow.save_pretrained(inside)
     c, (N, D) = flow.config, flow.token_shape
     say(f"{flow.image_size[0]} x {flow.image_size[1]} pixels, {flow.channels} channels, {flow.num_classes or 'no'} classes")
     say(f"patches of {c.patch_size} pixels: {N} tokens of {D} numbers; trained with noise of {c.noise_std:g}")

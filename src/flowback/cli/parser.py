@@ -1,6 +1,5 @@
 """The parser of every verb: errors in one line, switches, recipes in UTF-8."""
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from flowback.cli import fail
 from flowback.core.errors import InputError
+from flowback.core.files import typed_path
 
 Run = Callable[[Namespace], int]
 
@@ -27,7 +27,7 @@ class Parser(ArgumentParser):
         A recipe comes before all options, wherever it stands: they change it.
         """
         words: list[str] = []
-        for word in _recipe_first(list(args or ())):
+        for word in map(_typed, _recipe_first(list(args or ()))):
             if words and words[-1] in self._switches and word in ("true", "false"):
                 words[-1] += f"={word}"
             else:
@@ -52,7 +52,7 @@ class Parser(ArgumentParser):
         """
         from flowback.runs.config import is_of_run
 
-        path = Path(os.path.expanduser(path))
+        path = Path(typed_path(str(path)))
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
@@ -83,6 +83,12 @@ class Verb(Protocol):
     def __call__(self, name: str, run: Run) -> Parser:
         """Returns the verb's own parser, for its options."""
         ...
+
+
+def _typed(word: str) -> str:
+    """A word whose path is as on disk: shells know no ~ after an equals sign, and leave Unicode's forms as they are."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + typed_path(value)
 
 
 def _is_bool(action: Any) -> bool:

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import torch
 from jsonargparse import Namespace
@@ -14,6 +13,7 @@ from flowback.cli.common import (
     add_flow,
     add_options,
     add_output,
+    checked_output,
     chosen_labels,
     class_names,
     number_list,
@@ -24,12 +24,14 @@ from flowback.cli.parser import Verb
 from flowback.core.devices import pick_device
 from flowback.core.distributed import PeerLost, is_first
 from flowback.core.errors import InputError
+from flowback.core.files import check_place
 from flowback.flow.autotune import FILE
 from flowback.flow.decoding import DECODERS
 from flowback.runs.checkpoint import flow_folder, load_flow
 from flowback.tasks.autotune import ROWS, autotune
 from flowback.tasks.sampling import Request, checked_store, sample_to_disk
 
+OUTPUTS = (".png", ".npz", "")
 STARTED = "FLOWBACK_STARTED_BY_SAMPLE"  # in the environment of processes whose standard input ends with the first one
 
 
@@ -62,7 +64,7 @@ def _sample(options: Namespace) -> int:
     flow, _ = load_flow(options.run, options.weights, "cpu" if starts else device)
     names = class_names(options.run, flow)
     labels = chosen_labels(options.labels, names, flow) if options.labels else range(flow.num_classes)
-    request, output = read_options(options, Request, labels=tuple(labels) or (-1,)), Path(options.output)
+    request, output = read_options(options, Request, labels=tuple(labels) or (-1,)), checked_output(options, *OUTPUTS)
     if starts:
         checked_store(flow, request, output, options.method, options.batch_size).open()
         _start(options)
@@ -89,10 +91,11 @@ def _start(options: Namespace) -> None:
         PeerLost: if one of them ends early.
     """
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
-    words += [f"--nproc-per-node={options.processes}", "-m", "--", "flowback", "sample", options.run]
+    words += [f"--nproc-per-node={options.processes}", "-m", "--", "flowback", "sample"]
     for name, value in vars(options).items():
         if value is not None and name not in ("run", "processes"):
             words.append(f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}")
+    words += ["--", options.run]
     threads = max(1, torch.get_num_threads() // options.processes)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), STARTED: "1"}
     pipe = subprocess.PIPE
@@ -122,6 +125,7 @@ def _end_with_input() -> None:
 def _autotune(options: Namespace) -> int:
     flow, _ = load_flow(options.run, options.weights, options.device)
     rows, folder = number_list(options.rows, "rows"), flow_folder(options.run)
+    check_place(folder / FILE)
     autotune(flow.core, rows, report=say).save(folder)
     say(f"stored in {folder / FILE}")
     return 0

@@ -38,7 +38,7 @@ def pick_device(name: str | torch.device, turn: int = 0) -> torch.device:
     except Exception as error:  # each backend raises its own
         known = "cpu" if found is None else f"cpu, {found.type}"
         reason = str(error).splitlines()[0]
-        raise InputError(f"device {str(name)!r} is not here ({reason}); expected auto, {known}") from None
+        raise InputError(f"device {str(name)!r} is not here ({reason}); expected auto, {known}") from error
     return device
 
 

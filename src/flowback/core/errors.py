@@ -1,8 +1,11 @@
-"""What is wrong with the input, said once: the one exception, and a way to silence those who would say it again."""
+"""What is wrong with the input, said once: the one exception, its text, a way to silence those who would say it again."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # terminals obey them
 
 
 class InputError(ValueError):
@@ -22,3 +25,12 @@ def only_errors(logger: str) -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+def plain(text: str) -> str:
+    r"""Text with its control characters as escapes: names out of foreign files would drive the terminal.
+
+    >>> plain("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)

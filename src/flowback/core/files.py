@@ -1,13 +1,27 @@
-"""Files on disk: known by their content, read as what they should be."""
+"""Files on disk: known by their content, read as what they should be, written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import threading
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from torch import Tensor
+
+from flowback.core.errors import InputError
+
+PICTURES = "png jpg jpeg jfif gif webp avif bmp tif tiff ppm pgm svg pdf mp4"
+KINDS = frozenset(f"{PICTURES} npz npy safetensors pt pth zip tar gz json csv yaml txt html".split())  # suffixes of files
+OWN = ("png", "npz", "safetensors")  # those that flowback writes
+MAX_JSON = 2**28  # bytes; the names of a million classes take a tenth
 
 _SEEKING = threading.Lock()  # of files without `pread`
 
@@ -29,17 +43,21 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_json(file: Path) -> Any:
     """What a JSON file says.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: as `parse_json`.
+        OSError: if it cannot be read, or is a pipe or device, which would be waited for.
+        ValueError: as `parse_json`, or if it is larger than any that flowback writes.
     """
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "it is not a file", str(file))
+    if file.stat().st_size > MAX_JSON:
+        raise ValueError(f"it is larger than {MAX_JSON} bytes")
     return parse_json(file.read_bytes())
 
 
@@ -59,24 +77,122 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
 
     Args:
         file: the file; its folder is made.
-        write: called with the path to write to, which ends with the file's name.
+        write: called with the path to write to, which ends as the file's name does.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: of the file's name, if it cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{uuid4().hex}-{file.name}")
+    partial = file.with_name(f".partial-{uuid4().hex}-{file.name[-40:]}")  # names have at most 255 bytes
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         partial.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, by `write_whole`; tensors may be anywhere, in any layout.
+
+    Raises:
+        OSError: of the file's name, if it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    def write(partial: Path) -> None:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        except SafetensorError as error:  # on a full disk
+            raise OSError(None, str(error)) from error
+
+    write_whole(file, write)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` to write into; its files move up once all are written. If that fails, nothing is left.
+
+    Raises:
+        InputError: if the folder holds something, or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already; use a new or an empty folder")
+    is_new, inside = not folder.exists(), folder / f".partial-{uuid4().hex}"
+    check_place(folder)
+    inside.mkdir(parents=True)
+    try:
+        yield inside
+        for file in inside.iterdir():
+            file.rename(folder / file.name)
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # it holds what was written
+                folder.rmdir()
+
+
+def check_place(place: Path) -> None:
+    """Find out before long work whether its output, a file or a folder, can be written; nothing is left behind.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            place.lstat()  # is the name one?
+        there = next(folder for folder in (place, *place.absolute().parents) if os.path.lexists(folder))
+        if there == place and not place.is_dir():
+            if not os.access(place, os.W_OK):
+                raise PermissionError(errno.EACCES, "it is read-only")
+            there = place.absolute().parent
+        with tempfile.TemporaryFile(dir=there) as stream:
+            stream.write(bytes(1))
+    except OSError as error:
+        raise InputError(f"output {place} cannot be written ({error.strerror}); use another place") from error
+
+
+def names_folder(place: str | Path) -> bool:
+    """Whether an output's name is a folder's: it does not end with the suffix of a kind of file, or there is one already.
+
+    >>> names_folder("samples_g1.5"), names_folder("samples.gif")
+    (True, False)
+    """
+    suffix = Path(place).suffix.lower()[1:]
+    return suffix not in KINDS or (suffix not in OWN and Path(place).is_dir())
+
+
+def typed_path(text: str) -> str:
+    """A path as people type it, as it is on disk: ~ is the home folder, and é is either of the two that Unicode has."""
+    if text.startswith("~") and "/" in text:
+        text = os.path.expanduser(text)
+    if text.isascii() or os.path.lexists(text):
+        return text
+    found = Path(Path(text).anchor)
+    for part in Path(text).relative_to(found).parts:
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        found /= next((form for form in forms if os.path.lexists(found / form)), part)
+    return str(found) + ("/" if text.endswith("/") else "")
 
 
 def cache_folder() -> Path:
-    """Where caches live: $FLOWBACK_CACHE, or flowback/ in $XDG_CACHE_HOME or ~/.cache."""
-    if "FLOWBACK_CACHE" in os.environ:
-        return Path(os.environ["FLOWBACK_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flowback"
+    """Where caches live: $FLOWBACK_CACHE, or flowback/ in $XDG_CACHE_HOME or ~/.cache; without a home, a temporary one.
+
+    Raises:
+        InputError: if the last one belongs to somebody else.
+    """
+    if own := os.environ.get("FLOWBACK_CACHE"):
+        return Path(typed_path(own))
+    base, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    if os.path.isabs(base) or os.path.isabs(home):
+        return (Path(base) if os.path.isabs(base) else Path(home, ".cache")) / "flowback"
+    folder = Path(tempfile.gettempdir()) / f"flowback-{os.getuid()}"  # a user without a home folder; Windows has one always
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise InputError(f"{folder} belongs to another user; set FLOWBACK_CACHE to a folder for caches")
+    return folder

@@ -1,6 +1,7 @@
 """Reading one image: upright, of the size and depth that are asked for. Unusual formats are refused."""
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from flowback.core.errors import InputError
+from flowback.core.files import typed_path
 from flowback.core.units import from_levels
 
 AVIF = "avif" in features.modules and bool(features.check("avif"))  # from Pillow 11.3 on
@@ -42,9 +44,9 @@ def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Ten
     """Images in whatever form people have them as a tensor `[B, C, H, W]` in [-1, 1].
 
     Args:
-        images: one or several PIL images or paths, which are cropped and resized; uint8 arrays `[H, W]`, `[H, W, C]` or
-            `[B, H, W, C]`, which are too; a uint8 tensor `[B, C, H, W]` of pixel values; or a floating-point tensor, which
-            passes unchanged. The batch dimension of tensors is added where it is missing.
+        images: one or several PIL images or paths, which are cropped and resized; uint8 arrays `[H, W]`, `[H, W, C]`,
+            `[B, H, W]` (grey) or `[B, H, W, C]`, which are too; a uint8 tensor `[B, C, H, W]` of pixel values; or a
+            floating-point tensor, which passes unchanged. The batch dimension of tensors is added where it is missing.
         size: height and width, or one number for both, pixels.
         channels: C: 3 for color, 1 for grey.
 
@@ -59,7 +61,7 @@ def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Ten
             )
         images = images if images.dim() == 4 else images[None]
         return images if images.is_floating_point() else from_levels(images)
-    if isinstance(images, np.ndarray) and images.ndim == 4:
+    if isinstance(images, np.ndarray) and (images.ndim == 4 or (images.ndim == 3 and _is_grey_batch(images, size))):
         images = list(images)
     if isinstance(images, str | Path | Image.Image | np.ndarray):
         images = [images]
@@ -70,15 +72,27 @@ def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Ten
     return from_levels(torch.stack([_one_image(image, size, channels) for image in images]))
 
 
+def _is_grey_batch(array: np.ndarray, size: int | tuple[int, int]) -> bool:
+    """Whether an array of three dimensions is `[B, H, W]`, and not one image `[H, W, C]`.
+
+    Raises:
+        InputError: if it can be either.
+    """
+    as_channels = array.shape[-1] in (1, 3, 4)
+    if as_channels and array.shape[1:] == (size if isinstance(size, tuple) else (size, size)):
+        raise InputError(f"an array of images {list(array.shape)} can be [B, H, W] or [H, W, C]; expected [B, H, W, C]")
+    return not as_channels
+
+
 def _one_image(image: Any, size: int | tuple[int, int], channels: int) -> Tensor:
     """One image of whatever form, uint8 `[C, H, W]`."""
     if isinstance(image, str | Path):
-        return load_image(image, size, channels)
+        return load_image(typed_path(str(image)), size, channels)
     if isinstance(image, np.ndarray):
         grey = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 1)
         if image.dtype != np.uint8 or not image.size or not (grey or (image.ndim == 3 and image.shape[-1] in (3, 4))):
             raise InputError(
-                "an array of images must be uint8 [H, W], [H, W, C] or [B, H, W, C], where C is 1, 3 or 4, got "
+                "an array of images must be uint8 [H, W], [H, W, C], [B, H, W] or [B, H, W, C], where C is 1, 3 or 4, got "
                 f"{image.dtype} {list(image.shape)}"
             )
         image = Image.fromarray(image.reshape(image.shape[:2]) if grey else image)
@@ -171,7 +185,13 @@ def decode(file: str | Path | bytes, mode: str, least: tuple[int, int] | None = 
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if not isinstance(file, bytes) and Path(file).exists() and not Path(file).is_file():
                 raise ValueError("it is not a file")  # a pipe would be waited for
+            if not isinstance(file, bytes) and Path(file).stat().st_size > MAX_BYTES:
+                raise ValueError(f"it is larger than {MAX_BYTES} bytes")
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
+                if math.prod(opened.size) > (Image.MAX_IMAGE_PIXELS or math.inf):  # warnings are of no thread
+                    raise ValueError(
+                        f"Image size ({math.prod(opened.size)} pixels) exceeds limit of {Image.MAX_IMAGE_PIXELS}"
+                    )
                 drafted = None
                 if least:
                     size = least if _orientation(opened) in TURNED else (least[1], least[0])

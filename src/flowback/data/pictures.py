@@ -1,5 +1,7 @@
 """Images on disk: one a file, or many in a grid."""
 
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -7,17 +9,22 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flowback.core.errors import InputError
+from flowback.core.files import write_whole
 from flowback.core.units import to_uint8
 
 
-def save_images(x: Tensor, output: Path) -> None:
-    """Images `[B, C, H, W]` in [-1, 1] as a grid if `output` has a suffix, or else as 000000.png, … in that folder."""
-    if output.suffix:
-        save_grid(x, output, columns=max(1, round(len(x) ** 0.5)))
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(to_uint8(x)):
-        save_png(image, output / f"{number:06d}.png")
+def save_images(batches: Iterable[Tensor], folder: Path) -> None:
+    """Images, batches of uint8 `[B, C, H, W]`, as 000000.png, … in a folder, each batch when it is there.
+
+    Raises:
+        InputError: if the folder holds something already.
+        OSError: if an image cannot be written.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"output must be a new or empty folder, but {folder} holds other files")
+    for number, image in enumerate(chain.from_iterable(batches)):
+        write_whole(folder / f"{number:06d}.png", lambda file, image=image: save_png(image, file))
 
 
 def save_png(image: Tensor, file: Path) -> None:

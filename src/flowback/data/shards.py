@@ -228,6 +228,9 @@ def _index(shard: Path) -> dict[str, Any]:
             return known
         with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             members = [member for member in tar if member.isreg()]
+            for member in members:
+                if member.issparse() or member.offset_data + member.size > stamp[0]:  # its size is whatever it says
+                    raise tarfile.ReadError(f"{member.name} has holes, or ends beyond the tar")
             stream.seek(tar.offset)
             if stream.read(len(END)) != END:
                 raise tarfile.ReadError("it has no end mark where its last file ends")

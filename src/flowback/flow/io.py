@@ -4,8 +4,10 @@ The hub's own mixin is not used: it would write a second config.json and a card 
 an unreachable hub into a warning.
 """
 
+import difflib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -16,13 +18,17 @@ from torch import nn
 
 from flowback.core.devices import pick_device
 from flowback.core.errors import InputError
-from flowback.core.files import read_json
+from flowback.core.files import read_json, save_tensors, typed_path, write_whole
 from flowback.flow.autotune import FILE as AUTOTUNE
 from flowback.flow.autotune import Autotune
+from flowback.flow.config import FlowConfig
 
 FORMAT = 1
 CARD = "README.md"
-FILES = ("config.json", "model.safetensors", AUTOTUNE, "classification.json", "classes.json", "autoencoder/*")
+MOST_TOKENS = 2**20
+WEIGHTS = "model.safetensors"
+AUTOENCODER = ("autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors")
+FILES = ("config.json", WEIGHTS, AUTOTUNE, "classification.json", "classes.json", *AUTOENCODER)  # all that is downloaded
 
 
 class Pretrained:
@@ -42,19 +48,14 @@ class Pretrained:
     @classmethod
     def build(cls, description: dict[str, Any], folder: Path) -> Self:
         """The model that a config.json in `folder` describes, without its weights."""
-        return cls(**description)
+        return build_checked(cls, description, folder)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json, model.safetensors and, where decoders were measured, decoding.json into the folder `path`."""
-        from safetensors.torch import save_file
-
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.core.state_dict().items()}, folder / "model.safetensors"
-        )
         config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_tensors(self.core.state_dict(), folder / WEIGHTS)
+        write_whole(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
         if self.core.autotune is not None:
             self.core.autotune.save(folder)
         else:
@@ -65,6 +66,7 @@ class Pretrained:
         self.save_pretrained(path)
 
     @classmethod
+    @torch.inference_mode(False)  # tensors that are made in it never get a gradient
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path,
@@ -95,7 +97,7 @@ class Pretrained:
         if model != cls.__name__:
             raise InputError(f"{folder} holds a {model}, not a {cls.__name__}; flowback.from_pretrained loads either")
         made: Any = cls.build(description, folder)
-        load_tensors(made.core, folder / "model.safetensors")
+        load_tensors(made.core, folder / WEIGHTS)
         made.core.autotune, made.core.folder = Autotune.load(folder), folder
         return made.eval().to(where)
 
@@ -163,23 +165,71 @@ def load_tensors(module: nn.Module, file: Path) -> None:
     Raises:
         InputError: naming the first tensor that is missing, superfluous or of another shape, or an unreadable file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        found = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read as safetensors ({error})") from error
-    expected = module.state_dict()
+    check_shapes(module, file)
+    found = load_file(file)
+    dtype = torch.promote_types(next(iter(found.values())).dtype, torch.float32)
+    module.to(dtype).load_state_dict(found)
+
+
+def check_shapes(module: nn.Module, file: Path) -> None:
+    """Whether a safetensors file holds the tensors of a module, which may be on the meta device; reads its header only.
+
+    Raises:
+        InputError: as `load_tensors`.
+    """
+    found = tensor_shapes(file)
+    expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise InputError(f"{file} lacks the tensor {name}")
         if name not in expected:
             raise InputError(f"{file} has a tensor {name} that the model does not know")
-        if expected[name].shape != found[name].shape:
-            raise InputError(f"{file} has {name} of shape {list(found[name].shape)}; expected {list(expected[name].shape)}")
-    dtype = torch.promote_types(next(iter(found.values())).dtype, torch.float32)
-    module.to(dtype).load_state_dict(found)
+        if expected[name] != found[name]:
+            raise InputError(f"{file} has {name} of shape {found[name]}; expected {expected[name]}")
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, by name.
+
+    Raises:
+        InputError: if it is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError("it is not a file")  # a pipe would be waited for
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error})") from error
+
+
+def build_checked(make: Callable[[FlowConfig], Any], options: Any, folder: Path) -> Any:
+    """A flow of the options in a folder's config.json, after a look at the weights there.
+
+    Options may ask for any amount of memory. A file of weights is as large as what it holds.
+
+    Raises:
+        InputError: if the options are impossible, or the weights are not theirs.
+    """
+    config, file = FlowConfig.complete(None, options), folder / WEIGHTS
+    held = len(tensor_shapes(file))
+    if sum(config.depths) > held:
+        raise InputError(f"{file} lacks tensors: it has {held}, of {sum(config.depths)} layers")
+    try:
+        with torch.device("meta"):
+            skeleton = make(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder / 'config.json'} describes a flow of impossible sizes ({reason})") from error
+    check_shapes(skeleton, file)
+    height, width = config.size
+    if (tokens := height * width // config.patch_size**2) > MOST_TOKENS:  # tables of rotary positions are in no file
+        raise InputError(f"{folder / 'config.json'} describes images of {tokens} tokens; expected at most {MOST_TOKENS}")
+    return make(config)
 
 
 def find_folder(path_or_hub_id: str, files: Sequence[str] = FILES, **options: Any) -> Path:
@@ -193,24 +243,30 @@ def find_folder(path_or_hub_id: str, files: Sequence[str] = FILES, **options: An
     Raises:
         InputError: if there is neither.
     """
-    folder = Path(path_or_hub_id)
+    folder = Path(typed_path(path_or_hub_id))
     if folder.exists():
         return folder
+    beside = sorted(str(place) for place in folder.parent.iterdir() if place.is_dir()) if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(str(folder), beside, n=3)
+    hint = f"; near it: {', '.join(near)}" if near else ""
     if not is_hub_id(path_or_hub_id):
-        raise InputError(f"{path_or_hub_id} is neither a folder nor a hub id of the form owner/name")
+        raise InputError(f"{path_or_hub_id} is neither a folder nor a hub id of the form owner/name{hint}")
+    owner = folder.parts[0]
+    if (owner == "runs" or Path(owner).is_dir()) and not options.get("revision"):  # it is not what anybody calls themselves
+        said = f"there is no folder {path_or_hub_id}{hint}"
+        raise InputError(f"{said}; a name on the hub beside a folder {owner} needs a revision, like main")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=list(files), **options))
     except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path_or_hub_id} is no local folder and the hub did not give it ({reason})") from error
+        raise InputError(f"there is no folder {path_or_hub_id}{hint}, and the hub did not give it ({reason})") from error
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name that is no local path can be one on the hub, owner/name."""
-    owner, _, rest = name.partition("/")
-    return bool(owner and rest) and "/" not in rest and ":" not in name and not name.startswith((".", "~"))
+    return re.fullmatch(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+", name, re.ASCII) is not None
 
 
 def check_repo_id(repo_id: str) -> None:

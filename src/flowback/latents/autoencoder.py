@@ -5,6 +5,7 @@ those of the autoencoder's configuration. They, the hash of the weights and the 
 another autoencoder than the one of training is refused.
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from flowback.core.devices import put
 from flowback.core.errors import InputError, only_errors
-from flowback.core.files import file_hash, read_json
+from flowback.core.files import file_hash, read_json, typed_path
 from flowback.core.seeds import Generators, draw
-from flowback.flow.io import find_folder
+from flowback.flow.io import find_folder, tensor_shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = ("config.json", WEIGHTS, "vae/config.json", f"vae/{WEIGHTS}")
@@ -39,7 +40,7 @@ class AutoencoderConfig:
         image_channels: of the images.
 
     Raises:
-        InputError: if the posterior does not exist.
+        InputError: if a value is impossible.
     """
 
     name: str
@@ -54,6 +55,13 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if self.posterior not in POSTERIORS:
             raise InputError(f"latents.posterior must be one of {', '.join(POSTERIORS)}, got {self.posterior!r}")
+        for name in ("channels", "downsample", "image_channels"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise InputError(f"the autoencoder's {name} must be a whole number of at least 1, got {value!r}")
+        for name in ("scale", "shift"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or (name == "scale" and not value):
+                raise InputError(f"the autoencoder's {name} must be a finite number, of a scale not 0, got {value!r}")
 
     @classmethod
     def of(cls, name: str, posterior: str = "mean") -> "AutoencoderConfig":
@@ -64,12 +72,13 @@ class AutoencoderConfig:
         """
         folder = _folder(name)
         config = _config(folder)
+        local = Path(typed_path(name))
         return cls(
-            name=str(Path(name).resolve()) if Path(name).is_dir() else name,
+            name=str(local.resolve()) if local.is_dir() else name,
             channels=config["latent_channels"],
             downsample=2 ** (len(config["block_out_channels"]) - 1),
-            scale=float(config["scaling_factor"]),
-            shift=float(config.get("shift_factor") or 0.0),
+            scale=config["scaling_factor"],
+            shift=config.get("shift_factor") or 0.0,
             weights=_weights_hash(folder),
             posterior=posterior,
             image_channels=config["in_channels"],
@@ -138,6 +147,7 @@ class Autoencoder(nn.Module):
         return torch.cat([model.decode(part.to(model.dtype)).sample.to(latents.dtype) for part in parts])
 
 
+@torch.inference_mode(False)  # tensors that are made in it never get a gradient
 def load_autoencoder(config: str | AutoencoderConfig, posterior: str = "mean") -> Autoencoder:
     """Load an autoencoder by name, or the one that a flow was trained with.
 
@@ -157,6 +167,9 @@ def load_autoencoder(config: str | AutoencoderConfig, posterior: str = "mean") -
             f"the autoencoder {name} must have the weights {config.weights}, in whose latents the flow was trained, "
             f"got {found.weights}"
         )
+    for size in ("channels", "downsample", "image_channels"):
+        if getattr(found, size) != getattr(config, size):
+            raise InputError(f"the autoencoder {name} has {size} {getattr(found, size)}, the flow {getattr(config, size)}")
     return Autoencoder(_load(_folder(name)), config)
 
 
@@ -178,6 +191,9 @@ def _load(folder: Path) -> nn.Module:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError as error:
         raise InputError("latents need the package diffusers: pip install 'flowback[latent]'") from error
+    if (folder / f"{WEIGHTS}.index.json").exists():  # it would be read instead, and may name files anywhere
+        raise InputError(f"the autoencoder in {folder} is cut into several files; expected {WEIGHTS} alone")
+    _check_size(AutoencoderKL, folder)
     options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
         with only_errors("diffusers"):
@@ -188,6 +204,25 @@ def _load(folder: Path) -> nn.Module:
     if wrong:
         raise InputError(f"the weights in {folder} are not those of its config.json: {wrong[0]} is missing or superfluous")
     return model
+
+
+def _check_size(kind: Any, folder: Path) -> None:
+    """Whether a config.json describes as many numbers as there are, before any memory is taken for them.
+
+    Raises:
+        InputError: if it does not.
+    """
+    config, held = _config(folder), tensor_shapes(folder / WEIGHTS)
+    try:
+        if int(config.get("layers_per_block", 1)) > len(held):
+            raise ValueError(f"it has more layers in a block than the weights have tensors, {len(held)}")
+        with torch.device("meta"), only_errors("diffusers"):
+            described = sum(tensor.numel() for tensor in kind.from_config(config).state_dict().values())
+        if described > sum(map(math.prod, held.values())):
+            raise ValueError(f"it describes {described} numbers, more than the weights have")
+    except Exception as error:  # whatever diffusers raises of what it cannot be made of
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the weights in {folder} are not those of its config.json ({reason})") from error
 
 
 def _folder(name: str) -> Path:
@@ -202,7 +237,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no readable config.json of an autoencoder ({error})") from error
     needed = ("in_channels", "latent_channels", "block_out_channels", "scaling_factor")
     known = isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL"
-    if not known or any(config.get(name) is None for name in needed):
+    if not known or any(config.get(name) is None for name in needed) or not isinstance(config["block_out_channels"], list):
         raise InputError(f"{folder / 'config.json'} does not describe a diffusers AutoencoderKL")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise InputError(f"{folder} scales every channel by itself; expected an autoencoder with one scaling_factor")

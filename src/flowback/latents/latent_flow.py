@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from flowback.core.errors import InputError
-from flowback.core.files import read_json
+from flowback.core.files import read_json, write_whole
 from flowback.core.seeds import Generators, keyed_generator
 from flowback.data.images import Images, as_images
 from flowback.flow import io
-from flowback.flow.config import FlowConfig
 from flowback.flow.decoding import Solved
 from flowback.flow.labels import Labels
 from flowback.flow.tarflow import TarFlow
@@ -127,13 +126,14 @@ class LatentFlow(io.Pretrained, nn.Module):
             copy_files(name, file.parent / "autoencoder")
             described = read_json(file)
             described["autoencoder"]["name"] = "autoencoder"  # a place on this machine means nothing on another one
-            file.write_text(json.dumps(described, indent=2) + "\n")
+            write_whole(file, lambda whole: whole.write_text(json.dumps(described, indent=2) + "\n"))
 
     @classmethod
     def build(cls, description: dict[str, Any], folder: Path) -> Self:
         """The flow without its weights, and the autoencoder: that in the folder, if there is one, or else the one named."""
         try:
-            config, flow = AutoencoderConfig(**description["autoencoder"]), TarFlow(FlowConfig(**description["flow"]))
+            config = AutoencoderConfig(**description["autoencoder"])
+            flow: TarFlow = io.build_checked(TarFlow, dict(description["flow"]), folder)
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / 'config.json'} does not describe a LatentFlow ({error})") from error
         inside = folder / "autoencoder"
@@ -160,6 +160,7 @@ def as_data(flow: Flow, images: Images) -> Tensor:
     return x
 
 
+@torch.inference_mode(False)
 def from_pretrained(path_or_hub_id: str | Path, **options: Any) -> Flow:
     """Load a flow, whichever of the two a folder or a name on the hub holds; arguments as in `TarFlow.from_pretrained`."""
     where = {name: options.pop(name) for name in ("revision", "token", "cache_dir") if name in options}

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from flowback.core.console import command
 from flowback.core.errors import InputError
-from flowback.core.files import read_json
+from flowback.core.files import new_folder, read_json
 from flowback.flow.io import CARD, check_repo_id, read_description, upload
 from flowback.latents import Flow, LatentFlow
 from flowback.runs.checkpoint import State, load_flow, newest
@@ -79,23 +80,22 @@ def export(
     Raises:
         InputError: if the folder is not empty, the license is no identifier, or the run or its autoencoder is not usable.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; use a new or an empty folder")
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise InputError(f"license {license!r} is no identifier; expected one of the hub's, like apache-2.0 or mit")
-    flow, measured = load_flow(run, weights)
-    provenance = read_provenance(Path(run), flow, measured)
-    if isinstance(flow, LatentFlow):
-        flow.save_portable(folder, with_autoencoder)
-    else:
-        flow.save_portable(folder)
-    statistics = ClassStatistics.load(flow.core.folder, flow.num_classes) if weights == "ema" else None
-    if statistics is not None:
-        statistics.save(folder)
-    if provenance.classes is not None:
-        (folder / CLASSES).write_text(json.dumps(provenance.classes) + "\n")
-    card = model_card(flow, repo_id or folder.resolve().name, provenance, license, (folder / "autoencoder").is_dir())
-    (folder / CARD).write_text(card, encoding="utf-8")
+    with new_folder(folder) as inside:
+        flow, measured = load_flow(run, weights)
+        provenance = read_provenance(Path(run), flow, measured)
+        if isinstance(flow, LatentFlow):
+            flow.save_portable(inside, with_autoencoder)
+        else:
+            flow.save_portable(inside)
+        statistics = ClassStatistics.load(flow.core.folder, flow.num_classes) if weights == "ema" else None
+        if statistics is not None:
+            statistics.save(inside)
+        if provenance.classes is not None:
+            (inside / CLASSES).write_text(json.dumps(provenance.classes) + "\n")
+        card = model_card(flow, repo_id or folder.resolve().name, provenance, license, (inside / "autoencoder").is_dir())
+        (inside / CARD).write_text(card, "utf-8", "backslashreplace")  # names that are no text
 
 
 def read_provenance(run: Path, flow: Flow, weights: str) -> Provenance:
@@ -204,7 +204,8 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = False, token: 
     try:
         return upload(Path(folder), repo_id, private, token)
     except InputError as error:
-        raise InputError(f"{error}; `hf upload {repo_id} {folder}` sends the folder later") from error
+        later = command("hf", "upload", repo_id, Path(folder))
+        raise InputError(f"{error}; this sends the folder later: {later}") from error
 
 
 def _read(file: Path) -> Any:

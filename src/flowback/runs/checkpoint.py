@@ -88,6 +88,8 @@ def damage(checkpoint: Path) -> str | None:
     try:
         known = read_json(checkpoint / CHECKSUMS)
         for name, checksum in known.items():
+            if Path(name).name != name or not (checkpoint / name).is_file():  # of a stranger's it may be any device
+                return f"{checkpoint / CHECKSUMS} names {name}, which is no file beside it"
             if file_hash(checkpoint / name) != checksum:
                 return f"{checkpoint / name} is not what was written"
     except (OSError, ValueError, AttributeError) as error:

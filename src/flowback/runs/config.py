@@ -1,9 +1,11 @@
 """A run's configuration: one dataclass a section, from which the YAML, `--help` and the checks are made."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from flowback.flow.config import FlowConfig
 from flowback.latents.autoencoder import POSTERIORS
 
 READ_YAML: Callable[[str], Any] = get_loader("yaml")
+MOST_NODES = 100_000  # of a YAML text
 PRECISIONS = ("32-true", "bf16-mixed")
 SHARING = ("ddp", "fsdp")
 CLASSES = "classes.json"  # names of the classes, in the folder of a run
@@ -321,8 +324,28 @@ def _whole_path(path: str | None, always: bool = False) -> str | None:
 
 
 def load_yaml(text: str) -> Any:
-    """A YAML text as jsonargparse reads it (1e-3 is a number), with the names that options have today."""
+    """A YAML text as jsonargparse reads it (1e-3 is a number), with the names that options have today.
+
+    Raises:
+        yaml.YAMLError: if it is none, or its aliases stand for more than any recipe has.
+    """
+    try:
+        if "*" in text and _nodes(yaml.compose(text, yaml.SafeLoader), {}) > MOST_NODES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MOST_NODES} values")
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
     return of_earlier_versions(READ_YAML(text))
+
+
+def _nodes(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for, with those of its aliases; infinite if it contains itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_nodes(part, known) for part in parts)
+    return known[id(node)]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,11 +19,14 @@ from flowback.flow.labels import Labels
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow, as_data
 
+BATCH = 64  # rows that the flow sees at once; bounds the memory
 ACCEPTANCE = 0.574  # share of proposals at which Metropolis-adjusted Langevin steps are most efficient
 
 
 @torch.no_grad()
-def interpolate(flow: Flow, x_a: Images, x_b: Images, steps: int, y_a: Labels = None, y_b: Labels = None) -> Tensor:
+def interpolate(
+    flow: Flow, x_a: Images, x_b: Images, steps: int, y_a: Labels = None, y_b: Labels = None, batch_size: int = BATCH
+) -> Tensor:
     """Interpolate between images in z, along the great circle, so that every z on the way is typical.
 
     Args:
@@ -33,26 +36,32 @@ def interpolate(flow: Flow, x_a: Images, x_b: Images, steps: int, y_a: Labels = 
         steps: number of images on the way, ends included.
         y_a: labels `[B]` of the first images, -1 or None for none.
         y_b: labels of the last ones; where they differ, the class moves with z, by mixing the class embeddings.
+        batch_size: images that the flow sees at once; bounds the memory.
 
     Returns:
         `[B, steps, C, H, W]`; the ends are the given images, to rounding, or in latents their reconstructions.
 
     Raises:
-        InputError: if shapes, labels or the number of steps do not fit.
+        InputError: if shapes, labels, the number of steps or the size of a batch do not fit.
     """
-    if steps < 2:
-        raise InputError(f"steps must be at least 2, got {steps}")
+    for name, value, least in (("steps", steps, 2), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
     x_a, x_b = as_data(flow, x_a), as_data(flow, x_b)
     B = len(x_a)
     if len(x_b) != B:
         raise InputError(f"x_b must be as many images as x_a, {B}, got {len(x_b)}")
     weights_a, weights_b = flow.class_weights(y_a, B), flow.class_weights(y_b, B)
-    (z_a, _), (z_b, _) = flow.core.encode(x_a, weights_a), flow.core.encode(x_b, weights_b)
-    images = []
-    for s in torch.linspace(0, 1, steps).tolist():
-        weights = None if weights_a is None or weights_b is None else torch.lerp(weights_a, weights_b, s)
-        images.append(flow.decode(slerp(z_a, z_b, s), weights))
-    return torch.stack(images, dim=1)
+    parts = []
+    for rows in (slice(start, start + batch_size) for start in range(0, B, batch_size)):
+        a, b = (None if weights is None else weights[rows] for weights in (weights_a, weights_b))
+        (z_a, _), (z_b, _) = flow.core.encode(x_a[rows], a), flow.core.encode(x_b[rows], b)
+        images = []
+        for s in torch.linspace(0, 1, steps).tolist():
+            weights = None if a is None or b is None else torch.lerp(a, b, s)
+            images.append(flow.decode(slerp(z_a, z_b, s), weights))
+        parts.append(torch.stack(images, dim=1))
+    return torch.cat(parts)
 
 
 def slerp(z_a: Tensor, z_b: Tensor, s: float) -> Tensor:
@@ -67,10 +76,21 @@ def slerp(z_a: Tensor, z_b: Tensor, s: float) -> Tensor:
 
 
 @torch.no_grad()
-def swap_class(flow: Flow, x: Images, y: Labels, y_new: Labels) -> Tensor:
-    """Images of another class from the same noise: encoded with label `y [B]`, decoded with `y_new [B]`; `[B, C, H, W]`."""
-    z, _ = flow.core.encode(as_data(flow, x), y)
-    return flow.decode(z, y_new)
+def swap_class(flow: Flow, x: Images, y: Labels, y_new: Labels, batch_size: int = BATCH) -> Tensor:
+    """Images of another class from the same noise: encoded with label `y [B]`, decoded with `y_new [B]`; `[B, C, H, W]`.
+
+    Raises:
+        InputError: if images, labels or the size of a batch do not fit.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    data = as_data(flow, x)
+    weights = [flow.class_weights(labels, len(data)) for labels in (y, y_new)]
+    parts = []
+    for rows in (slice(start, start + batch_size) for start in range(0, len(data), batch_size)):
+        before, after = (None if w is None else w[rows] for w in weights)
+        parts.append(flow.decode(flow.core.encode(data[rows], before)[0], after))
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from flowback.core.console import Bar
 from flowback.core.devices import autocast
 from flowback.core.distributed import PeerLost
 from flowback.core.errors import InputError
-from flowback.core.files import write_whole
+from flowback.core.files import names_folder, write_whole
 from flowback.core.seeds import keyed_normal
 from flowback.core.units import to_uint8
 from flowback.data.pictures import save_grid, save_png
@@ -171,7 +171,7 @@ class Store:
 
     def __init__(self, output: Path, request: Request, flow: Flow) -> None:
         self.output, self.request, self.flow = output, request, flow
-        self.is_folder = output.suffix.lower() not in (".png", ".npz")
+        self.is_folder = names_folder(output)
         self.folder = output / ".flowback" if self.is_folder else output.with_name(output.name + ".parts")
         self.parts = range(-(-request.num // PART))
 
@@ -189,10 +189,10 @@ class Store:
         if begun is not None or self.folder.is_dir():
             said = "was begun by another request or with other weights; choose another output, or delete it"
             raise InputError(f"{self.folder} {said}")
-        if self.is_folder and self.output.is_dir() and any(self.output.iterdir()):
-            raise InputError(f"output must be a new or empty folder, but {self.output} holds other files")
         if not self.is_folder and self.output.is_dir():
             raise InputError(f"output must be a file, but {self.output} is a folder")
+        if self.is_folder and self.output.is_dir() and any(self.output.iterdir()):
+            raise InputError(f"output must be a new or empty folder, but {self.output} holds other files")
         there = next(place for place in self.folder.absolute().parents if place.exists())
         free, needed = shutil.disk_usage(there).free, self.request.num * math.prod(self.flow.data_shape)
         if needed > free:
@@ -214,7 +214,8 @@ class Store:
             for number, image in zip(self.request.numbers(note.part), images, strict=True):
                 save_png(image, self.output / f"{number:06d}.png")
         else:
-            np.save(self.folder / f"part_{note.part:06d}.npy", images.permute(0, 2, 3, 1).numpy())
+            pixels = images.permute(0, 2, 3, 1).numpy()
+            write_whole(self.folder / f"part_{note.part:06d}.npy", lambda path: np.save(path, pixels))
         write_whole(self._note(note.part), lambda path: path.write_text(json.dumps(asdict(note)) + "\n"))
 
     def notes(self) -> list[Note]:
@@ -265,7 +266,7 @@ def checked_store(flow: Flow, request: Request, output: Path, method: str = "aut
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     store = Store(output, request, flow)
-    if store.is_folder and output.suffix[1:].isalpha() and not output.is_dir():
+    if not store.is_folder and output.suffix.lower() not in (".png", ".npz"):
         raise InputError(f"output must be a .png file (a grid), an .npz file or a folder, got {output}")
     known = tuple(dict.fromkeys(request.labels))
     flow.class_weights(known, len(known))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowback.core.console import Bar, console, said_if_possible
+from flowback.core.console import Bar, console
 from flowback.core.devices import autocast, deterministic, keep_freed_memory, pick_device
 from flowback.core.distributed import ENDING, any_says, in_all, is_first, shard_like, unshard, unsharded
 from flowback.core.errors import InputError
@@ -140,7 +140,7 @@ def train(
     trained_flow = build_flow(config, data, autoencoder and autoencoder.config, start=flow)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, trained_flow, encoder)
     # nothing is written before everything that was asked for exists
-    with said_if_possible(), deterministic(c.deterministic), open_run(config, data, first=is_first()) as found:
+    with deterministic(c.deterministic), open_run(config, data, first=is_first()) as found:
         fabric = launch(c)
         keep_freed_memory(fabric.device)
         with peers(fabric):
