@@ -347,8 +347,8 @@ def test_a_test_beside_both_parts_is_left_aside_and_said(tmp_path):
     assert len(data.train) == 6
     (note,) = data.notes[:1]
     assert note == (
-        f"left aside in {root}: 1 images in it, beside its folders; 1 images in train, beside its folders; "
-        "folder annotations; folder test"
+        f"left aside in {root}: 1 image in it, beside its folders; 1 image in train, beside its folders; "
+        "folders annotations, test"
     )
 
 
@@ -483,7 +483,7 @@ def test_grey_images_are_noticed(tmp_path, mode):
     assert "grey" in data.notes[0]
     obeyed = load_data(config("folder", tmp_path / "images", channels=3))
     assert obeyed.channels == 3
-    assert "data.channels 1 would fit better" in obeyed.notes[0]
+    assert "data.channels 1 fits better" in obeyed.notes[0]
 
 
 @pytest.mark.parametrize("colored", [1, 8])
@@ -574,7 +574,9 @@ def test_names_of_every_kind_are_read_kept_and_known_again(tmp_path_factory, cla
     json.loads(json.dumps(data.classes))
     kept = Inventory.of(data)
     kept.write(root / "kept.npz")
-    again = Inventory.read(root / "kept.npz").split(load_data(config("folder", root, split_seed=seed + 1)), exact=True)
+    read = Inventory.read(root / "kept.npz")
+    assert read is not None
+    again = read.split(load_data(config("folder", root, split_seed=seed + 1)), exact=True)
     assert found_bytes(again.held_out) == found_bytes(data.held_out)
     assert again.classes == data.classes
 

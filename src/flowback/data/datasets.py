@@ -14,7 +14,7 @@ from flowback.core.errors import InputError
 from flowback.core.units import as_size
 from flowback.data.folders import FolderSource
 from flowback.data.shards import ShardSource
-from flowback.data.sources import LOOKED_AT, DiskSplit, Report, Source
+from flowback.data.sources import DiskSplit, Report, Source
 from flowback.data.splits import MemorySplit, Split, split_by_name, split_indices
 
 FASHION_CLASSES = [
@@ -220,8 +220,8 @@ def _on_disk(config: DataConfig, report: Report | None, earlier: bool) -> ImageS
     channels = config.channels or (1 if grey else 3)
     notes = [source.left_aside] if source.left_aside else []
     if grey:
-        does = "data.channels is 1" if channels == 1 else "data.channels 1 would fit better than 3 channels that are equal"
-        notes.append(f"the images are grey (so are all of {LOOKED_AT} that were looked at, or of fewer): {does}")
+        does = "data.channels is 1" if channels == 1 else "data.channels 1 fits better than 3 that are equal"
+        notes.append(f"the images that were looked at are all grey: {does}")
     if source.held_out.any():
         train, held_out = (~source.held_out).nonzero()[:, 0], source.held_out.nonzero()[:, 0]
     elif earlier:

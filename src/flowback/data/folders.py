@@ -18,7 +18,7 @@ import torch
 
 from flowback.core.errors import InputError
 from flowback.data.images import EARLIER_SUFFIXES, IMAGE_SUFFIXES, looks_like_image
-from flowback.data.sources import Report, Source, Texts, counted, in_threads, load_index, save_index, shown
+from flowback.data.sources import Report, Source, Texts, counted, in_threads, listed, load_index, save_index, shown
 
 INDEXED = 10_000  # images; a smaller tree is scanned at every start, in a fraction of a second
 SETTLED = 2.0  # seconds; a folder that changed this shortly before a scan may change again within the clock's tick
@@ -151,12 +151,11 @@ def _scanned(root: Path, report: Report | None) -> Listing:
         raise InputError(f"data.path {root} has 0 class folders and no images; expected at least 2 classes, or images")
     other = sum((kinds for _, _, kinds in found), Counter())
     aside = [counted(other)] if other else []
-    aside += [
-        f"{count} images in {shown(os.fsdecode(folder)) or 'it'}, beside its folders"
-        for folder, count in layout.loose
-        if count
-    ]
-    aside += [f"folder {shown(os.fsdecode(name))}" for name in layout.aside]
+    for folder, count in ((folder, count) for folder, count in layout.loose if count):
+        where = shown(os.fsdecode(folder)) or "it"
+        aside.append(f"{count} image{'s' * (count != 1)} in {where}, beside its folders")
+    if layout.aside:
+        aside.append(listed("folder", [shown(os.fsdecode(name)) for name in layout.aside]))
     units, classes, held_out = zip(*layout.units, strict=True)
     listing = Listing(
         folders=Texts.of(list(seen)),

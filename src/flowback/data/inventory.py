@@ -12,11 +12,10 @@ import torch
 from flowback.core.errors import InputError
 from flowback.data.datasets import ImageSet
 from flowback.data.images import load_image
-from flowback.data.sources import CONTENT_BYTES, UNREADABLE, DiskSplit, Source, Texts, read_arrays, write_arrays
+from flowback.data.sources import CONTENT_BYTES, UNREADABLE, DiskSplit, Source, Texts, read_arrays, some, write_arrays
 from flowback.data.splits import Split
 
 TRAINED, HELD_OUT, ASIDE = range(3)  # parts
-SHOWN = 5  # classes in a sentence
 
 
 @dataclass(frozen=True)
@@ -134,12 +133,13 @@ def refuse_other_classes(before: Sequence[str], now: Sequence[str]) -> None:
     Raises:
         InputError: if it does; names what is in their place.
     """
-    gone, new = ([name for name in one if name not in {*other}] for one, other in ((before, now), (now, before)))
-    if gone:
-        one = len(gone) == len(new) == 1
-        came = f"{', '.join(new[:SHOWN])} new" if new else "none is new"
-        said = f"class {gone[0]} is now {new[0]}" if one else f"classes {', '.join(gone[:SHOWN])} are gone, {came}"
-        raise InputError(f"{said}; expected the {len(before)} classes of when this run began")
+    gone, new = sorted({*before} - {*now}), sorted({*now} - {*before})
+    if not gone:
+        return
+    said = f"{some(gone)} of the classes {'is' if len(gone) == 1 else 'are'} gone" + f", {some(new)} new" * bool(new)
+    if len(gone) == len(new) == 1:
+        said = f"class {gone[0]} is now {new[0]}"
+    raise InputError(f"{said}; expected the {len(before)} classes of when this run began")
 
 
 def _hash(split: Split) -> bytes:

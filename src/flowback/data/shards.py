@@ -23,7 +23,7 @@ from torch import Tensor
 from flowback.core.errors import InputError
 from flowback.core.files import parse_json, read_at
 from flowback.data.images import EARLIER_SUFFIXES, IMAGE_SUFFIXES
-from flowback.data.sources import Report, Source, Texts, counted, in_threads, load_index, save_index, shown
+from flowback.data.sources import Report, Source, Texts, counted, in_threads, listed, load_index, save_index, shown
 
 TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])")
@@ -81,7 +81,8 @@ class ShardSource(Source):
         for index in indices:
             for kind, count in zip(index["kinds"], index["kind_counts"].tolist(), strict=True):
                 other[kind.decode()] += count
-        left = [counted(other)] * bool(other) + [f"shard {shard.name}" for shard in aside]
+        left = [counted(other)] * bool(other)
+        left += [listed("shard", [shard.name for shard in aside])] * bool(aside)
         if left:
             self.left_aside = f"left aside in {path}: {'; '.join(left)}"
 

@@ -28,7 +28,7 @@ OFFSETS = "_offsets"  # of a text, in a file of arrays
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading such a file raises
 CONTENT_BYTES = 32 * 2**20  # images of at most this size are known by their contents, others by names and sizes
 LOOKED_AT = 64  # images that show whether a set is grey
-SHOWN_KINDS = 5
+SHOWN = 5  # kinds of files, folders, classes in a sentence
 
 Report = Callable[[int, int], None]  # how many folders or shards of how many are known by now
 In = TypeVar("In")
@@ -174,14 +174,29 @@ def shown(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def listed(what: str, names: Sequence[str]) -> str:
+    """Some names and what they are of.
+
+    >>> listed("folder", ["a", "b"])
+    'folders a, b'
+    """
+    return f"{what}{'s' * (len(names) != 1)} {some(names)}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, with commas."""
+    return ", ".join([*names[:SHOWN], *["…"] * (len(names) > SHOWN)])
+
+
 def counted(kinds: Counter[str]) -> str:
     """How many files of which other kinds there are, in words.
 
     >>> counted(Counter({".txt": 3, "without a suffix": 1}))
     '4 files that are no images (3 .txt, 1 without a suffix)'
     """
-    most = [f"{count} {kind}" for kind, count in kinds.most_common(SHOWN_KINDS)]
-    return f"{kinds.total()} files that are no images ({', '.join([*most, *['…'] * (len(kinds) > SHOWN_KINDS)])})"
+    most = [f"{count} {kind}" for kind, count in kinds.most_common()]
+    files = "1 file that is no image" if kinds.total() == 1 else f"{kinds.total()} files that are no images"
+    return f"{files} ({some(most)})"
 
 
 def load_index(kind: str, place: str) -> dict[str, Any] | None:
