@@ -40,7 +40,7 @@ def _evaluate(options: Namespace) -> int:
     if "accuracy" in config.metrics and "accuracy" not in results:
         say("no accuracy: the flow is unconditional")
     run, file = Path(options.run), evaluation_file(options.run, options.output)
-    if options.output is None and (run / "metrics.csv").is_file():
+    if options.output is None and not data and (run / "metrics.csv").is_file():
         write_comparison([run], run, options.device)
         say(f"all in {file} and report.html beside it")
     else:

@@ -29,7 +29,7 @@ from flowback.flow.autotune import FILE
 from flowback.flow.decoding import DECODERS
 from flowback.runs.checkpoint import flow_folder, load_flow
 from flowback.tasks.autotune import ROWS, autotune
-from flowback.tasks.sampling import Request, checked_store, sample_to_disk
+from flowback.tasks.sampling import Request, checked_store, in_turn, sample_to_disk
 
 OUTPUTS = (".png", ".npz", "")
 STARTED = "FLOWBACK_STARTED_BY_SAMPLE"  # in the environment of processes whose standard input ends with the first one
@@ -63,8 +63,8 @@ def _sample(options: Namespace) -> int:
     device = pick_device(options.device, turn=int(os.environ.get("LOCAL_RANK", 0)))
     flow, _ = load_flow(options.run, options.weights, "cpu" if starts else device)
     names = class_names(options.run, flow)
-    labels = chosen_labels(options.labels, names, flow) if options.labels else range(flow.num_classes)
-    request, output = read_options(options, Request, labels=tuple(labels) or (-1,)), checked_output(options, *OUTPUTS)
+    labels = chosen_labels(options.labels, names, flow) if options.labels else in_turn(flow.num_classes, options.num)
+    request, output = read_options(options, Request, labels=tuple(labels)), checked_output(options, *OUTPUTS)
     if starts:
         checked_store(flow, request, output, options.method, options.batch_size).open()
         _start(options)
@@ -73,6 +73,8 @@ def _sample(options: Namespace) -> int:
     if not is_first():
         return 0
     say(f"{options.num} images in {options.output}")
+    if not options.labels and options.num < flow.num_classes:
+        say(f"they are of {options.num} of the {flow.num_classes} classes, evenly spread")
     residual, fell_back = max(note.residual for note in notes), sum(note.fell_back for note in notes)
     if residual or fell_back:
         say(f"largest residual of parallel decoding {residual:.1e}; {fell_back} blocks went over to the sequential loop")

@@ -184,6 +184,7 @@ def model_card(
         or [{"rule": r, "accuracy": share} for r, share in e.get("accuracy", {}).items()],
         fidelity=[
             {**row, "figure": title, "value": row[figure], "deviation": row.get(f"{figure}_std"), "source": _source(row)}
+            | {"reference": Path(row["reference"]).name}
             for row in [*([e["fidelity"]] if "fidelity" in e else []), *e.get("guidance_sweep", [])]
             for figure, title in FIDELITY.items()
             if figure in row
@@ -220,7 +221,8 @@ def _read(file: Path) -> Any:
 
 def _source(row: dict[str, Any]) -> str:
     """How the samples of a fidelity came about; of a place on disk only its name."""
-    return Path(row.get("samples_from", "not recorded")).name
+    labels = {"shares": ", classes as often as in the data", "equal": ", all classes equally often"}
+    return Path(row.get("samples_from", "not recorded")).name + labels.get(row.get("labels") or "", "")
 
 
 def _short(value: Any) -> str:

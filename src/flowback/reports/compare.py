@@ -7,9 +7,11 @@ sentences.
 
 import base64
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -62,8 +64,9 @@ class Record:
     evaluation: dict[str, Any]
 
     def series(self, column: str, against: str = "step") -> tuple[list[float], list[float]]:
-        """A column of metrics.csv against steps or seconds."""
+        """A column of metrics.csv against steps or seconds, without what is not finite."""
         found = [(row[against], row[column]) for row in self.rows if column in row and against in row]
+        found = [(x, value) for x, value in found if math.isfinite(value)]
         return [x for x, _ in found], [value for _, value in found]
 
 
@@ -136,8 +139,8 @@ def not_comparable(records: list[Record]) -> list[str]:
     sentences = []
     if len({record.evaluation.get("data") for record in records}) > 1:
         sentences.append("The runs were measured on different data sets: no figure of one compares with the other's.")
-    for name in ("extractor", "samples", "reference", "guidance"):
-        values = [record.evaluation["fidelity"][name] for record in records if "fidelity" in record.evaluation]
+    for name in ("extractor", "samples", "reference", "guidance", "labels"):
+        values = [record.evaluation["fidelity"].get(name) for record in records if "fidelity" in record.evaluation]
         if any(value != values[0] for value in values):
             listed = ", ".join(map(str, values))
             sentences.append(f"Fidelity was measured with another {name} ({listed}): those figures do not compare.")
@@ -148,6 +151,9 @@ def not_comparable(records: list[Record]) -> list[str]:
         sentences.append("Accuracies average different numbers of noise draws.")
     if len({record.evaluation.get("held_out_images") for record in records}) > 1:
         sentences.append("The figures are of different numbers of held-out images.")
+    exact = {row["images"] for r in records for row in r.evaluation.get("classification", []) if row["rule"] == "exact"}
+    if len(exact) > 1:
+        sentences.append("The exact accuracies are of different numbers of held-out images.")
     return sentences
 
 
@@ -155,7 +161,8 @@ def figures(record: Record) -> Iterator[tuple[str, Any, str, Callable[..., Any] 
     """What the page's table says of a run: titles, values, their formats, and which of several is best."""
     e = record.evaluation
     for row in e.get("classification", []):
-        title = f"accuracy, {row['rule'].replace('_', ' ')} ({row['passes']} passes)"
+        some = "" if row["images"] == e.get("held_out_images", row["images"]) else f", of {row['images']} images"
+        title = f"accuracy, {row['rule'].replace('_', ' ')} ({row['passes']} passes{some})"
         yield title, 100 * row["accuracy"], "{:.1f} %", max
     for name, (title, form, best) in FIGURES.items():
         if name in e:
@@ -164,8 +171,8 @@ def figures(record: Record) -> Iterator[tuple[str, Any, str, Callable[..., Any] 
     for name, title in FIDELITY.items():
         if name in f:
             yield f"{title} ({f['extractor']}, {f['samples']} samples)", f[name], "{:.3f}", max if name in LARGER else min
-    if e.get("probe"):
-        top = max(e["probe"], key=lambda row: row["accuracy"])
+    if probe := [row for row in e.get("probe", []) if row["accuracy"] is not None]:
+        top = max(probe, key=lambda row: row["accuracy"])
         where = f"(block {top['block']}, layer {top['layer']})"
         yield "best linear probe", 100 * top["accuracy"], "{:.1f} % " + where, max
     yield "training steps", e["steps"], "{}", None
@@ -180,8 +187,14 @@ def table(records: list[Record]) -> list[tuple[str, list[str], int | None]]:
     rows = []
     for title in dict.fromkeys(title for own in found for title in own):
         cells = [own.get(title) for own in found]
-        texts = ["-" if cell is None else "not finite" if cell[0] is None else cell[1].format(cell[0]) for cell in cells]
-        values = [cell[0] for cell in cells if cell is not None and cell[0] is not None]
+        finite = [
+            cell is not None and cell[0] is not None and (cell[2] is None or math.isfinite(cell[0])) for cell in cells
+        ]
+        texts = ["-" if cell is None else "not finite" for cell in cells]
+        texts = [
+            cell[1].format(cell[0]) if ok and cell else text for cell, ok, text in zip(cells, finite, texts, strict=True)
+        ]
+        values = [cell[0] for cell, ok in zip(cells, finite, strict=True) if ok and cell]
         best = next(cell[2] for cell in cells if cell is not None)
         differ = len(values) == len(records) and len(set(values)) > 1
         rows.append((title, texts, values.index(best(values)) if best is not None and differ else None))
@@ -202,6 +215,9 @@ def write_comparison(runs: Sequence[str | Path], folder: Path, device: torch.dev
     from jinja2 import Environment, PackageLoader
 
     records = [load_record(run, name, device) for run, name in zip(runs, names_of(runs), strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):  # which fails now, not after the drawing, if nothing can be written there
+        pass
     facts: dict[str, Any] = {
         **{name: _common(record.evaluation.get(name) for record in records) for name in ("data", "machine")},
         **{record.name: record.evaluation for record in records},
@@ -264,6 +280,7 @@ def section(record: Record, plain: Tensor, guided: Tensor | None = None) -> dict
     shown: dict[str, Any] = {"name": record.name, "plain": as_png(plain), "real": as_png(real_images(record))}
     shown |= {"guided": None if guided is None else as_png(guided)}
     shown |= {"probe": as_svg(draw_probe(e)) if e.get("probe") else None}
+    shown |= {"classes": [classes[k] for k in shown_classes(record.flow)] if record.flow.num_classes else []}
     shown |= {"curve": as_svg(draw_cost_accuracy(e)) if e.get("classification") else None}
     shown |= {"sweep": as_svg(draw_sweep(e["guidance_sweep"])) if e.get("guidance_sweep") else None}
     if "judged" in e:

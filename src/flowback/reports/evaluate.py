@@ -149,10 +149,14 @@ def evaluate(
     Raises:
         InputError: if the data is not named or does not fit the flow, or something that a metric needs cannot be had.
     """
-    file, began = evaluation_file(run, output, data is not None), _run_of(run)
+    file, began = evaluation_file(run, output), _run_of(run)
     flow, weights = load_flow(run, config.weights, device)
     folder = flow_folder(run) if Path(run).exists() else None
-    images = _data(run, began, flow, data)
+    images, others = _data(run, began, flow, data)
+    if others and output is None and began:
+        raise InputError(f"{file} is of the run's own data; give -o, a folder or a .json file for what others show")
+    for note in images.notes if others else ():
+        report({"data": note})
     state = State.read(folder) if folder and (folder / "state.json").is_file() else None
     alignment = RunConfig.read(began / "config.yaml").alignment if began else None
     every = config.images or len(images.held_out)
@@ -179,18 +183,16 @@ def evaluate(
     return results
 
 
-def evaluation_file(run: str | Path, output: str | Path | None = None, other_data: bool = False) -> Path:
+def evaluation_file(run: str | Path, output: str | Path | None = None) -> Path:
     """Where an evaluation goes.
 
     Raises:
-        InputError: if no place is given, and the flow is on the hub, or the data is not that of its run.
+        InputError: if no place is given, and the flow is on the hub.
     """
     if output is not None:
         return Path(output) if Path(output).suffix.lower() == ".json" else Path(output) / FILE
     if not Path(run).is_dir():
         raise InputError(f"{run} is no local folder; give -o, a folder or a .json file for what is measured")
-    if other_data and _run_of(run):
-        raise InputError(f"{run} has figures on its own data; with --data give -o, a folder or a .json file for others")
     return Path(run) / FILE
 
 
@@ -200,19 +202,27 @@ def _run_of(flow: str | Path) -> Path | None:
     return next((place for place in places if (place / "config.yaml").is_file()), None)
 
 
-def _data(source: str | Path, run: Path | None, flow: Flow, given: ImageSet | dict[str, Any] | None) -> ImageSet:
-    """The images to measure on, once it is sure that they fit the flow.
+def _data(
+    source: str | Path, run: Path | None, flow: Flow, given: ImageSet | dict[str, Any] | None
+) -> tuple[ImageSet, bool]:
+    """The images to measure on, once it is sure that they fit the flow, and whether they are others than those of its run.
 
     Raises:
         InputError: if there are none, or they are of another size or other classes.
     """
+    recipe, others = RunConfig.read(run / "config.yaml").data if run else None, True
     if isinstance(given, ImageSet):
         data = given
-    elif given is not None:
-        own = {"image_size": flow.image_size, "channels": flow.channels}
-        data = load_data(DataConfig(**(own | given)))
-    elif run is not None:
-        data = run_data(run, RunConfig.read(run / "config.yaml").data)
+    elif run is not None and recipe is not None and not given:
+        data, others = run_data(run, recipe), False
+    elif run is not None and recipe is not None and given and given.get("name", recipe.name) == recipe.name:
+        recipe = replace(recipe, **given)
+        try:
+            data, others = run_data(run, recipe), False  # what the run knows, elsewhere, keeps its split
+        except InputError:
+            data = load_data(recipe)
+    elif given:
+        data = load_data(DataConfig(**({"image_size": flow.image_size, "channels": flow.channels} | given)))
     else:
         raise InputError(f"{source} has no config.yaml that names its data; expected the folder of a run, or --data.name")
     levels = None if isinstance(flow, LatentFlow) else flow.levels
@@ -229,7 +239,7 @@ def _data(source: str | Path, run: Path | None, flow: Flow, given: ImageSet | di
     if names != data.classes and isinstance(names, list) and len(names) == len(data.classes):
         name, own = next(pair for pair in zip(data.classes, names, strict=True) if pair[0] != pair[1])
         raise InputError(f"the classes of the data {data.name} are not those of {known}: {name!r} in place of {own!r}")
-    return data
+    return data, others
 
 
 def _effort(config: EvaluationConfig, images: int, flow: Flow) -> Effort:

@@ -86,7 +86,8 @@ def draw_cost_accuracy(evaluation: dict[str, Any]) -> Figure:
     panel = figure.subplots()
     rows = sorted(evaluation["classification"], key=lambda row: row["passes"])
     for row in rows:
-        panel.plot(row["passes"], 100 * row["accuracy"], "o", label=row["rule"].replace("_", " "))
+        some = f" ({row['images']} images)" if row["images"] != rows[0]["images"] else ""
+        panel.plot(row["passes"], 100 * row["accuracy"], "o", label=row["rule"].replace("_", " ") + some)
     _finish(panel, f"accuracy, % of {rows[0]['images']} held-out images", "forward passes per image")
     return figure
 
@@ -97,7 +98,7 @@ def draw_probe(evaluation: dict[str, Any]) -> Figure:
     panel = figure.subplots()
     blocks: dict[int, list[tuple[int, float]]] = {}
     for place, row in enumerate(evaluation["probe"]):
-        blocks.setdefault(row["block"], []).append((place, 100 * row["accuracy"]))
+        blocks.setdefault(row["block"], []).append((place, math.nan if row["accuracy"] is None else 100 * row["accuracy"]))
     for points in blocks.values():
         panel.plot(*zip(*points, strict=True), "o-", ms=3)
         panel.axvline(points[-1][0] + 0.5, color="#e5e7eb", lw=0.8)

@@ -351,7 +351,7 @@ def shown_classes(flow: Flow) -> list[int]:
 
 def in_turn(classes: int, num: int) -> tuple[int, ...]:
     """Labels that `num` images take in turn: all classes, or an even spread of as many as there are images; -1 for none."""
-    return tuple(spread(classes, num)) if classes else (-1,)
+    return tuple(spread(classes, max(1, num))) if classes else (-1,)
 
 
 def class_grid(flow: Flow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0) -> Tensor:
