@@ -445,8 +445,8 @@ def test_features_of_another_shape_than_the_encoder_says_are_refused(grid):
     ("arguments", "message"),
     [
         ({"at": []}, "at must hold at least one pair"),
-        ({"at": [(9, 1)]}, "block 9 does not exist; expected 1 to 3"),
-        ({"at": [(0, 1)]}, "block 0 does not exist"),
+        ({"at": [(9, 1)]}, "block must be 1 to 3, got 9"),
+        ({"at": [(0, 1)]}, "block must be 1 to 3, got 0"),
         ({"at": [(1, 1), (2, 0)]}, "layer 0 does not exist in block 2; expected 1 to 2"),
         ({"at": [(2, 3)]}, "layer 3 does not exist in block 2"),
         ({"strategy": "backward"}, "strategy .*forward, detach, reverse, got 'backward'"),

@@ -589,7 +589,7 @@ def test_impossible_plans_are_refused(tmp_path, options, message):
 
 def test_impossible_requests_are_refused(tmp_path):
     for part in ((0, 2), (3, 2)):
-        with pytest.raises(InputError, match=rf"part {part[0]} of 2 does not exist"):
+        with pytest.raises(InputError, match=rf"part must be 1 to 2, .*, got {part[0]} of 2"):
             plan(tmp_path / "c").fill(split_of(23), quadrants, 17, part=part)
     with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
         plan(tmp_path / "c").fill(split_of(23), quadrants, 17, batch_size=0)

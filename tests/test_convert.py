@@ -377,7 +377,7 @@ PATCHES = "possible patch sizes, and their channels: 1 (12), 2 (3)"
     ("options", "message"),
     [
         ({"head_dim": 64}, "flow.head_dim 64 does not divide flow.width 16; expected 1, 2, 4, 8, 16"),
-        ({"noise_std": -1.0}, "flow.noise_std is -1.0; expected a number of at least 0"),
+        ({"noise_std": -1.0}, "flow.noise_std must be at least 0, got -1.0"),
         ({"patch_size": 3}, f"has tokens of 12 numbers, which do not fit patch size 3; {PATCHES}"),
         ({"patch_size": 0}, f"do not fit patch size 0; {PATCHES}"),
         ({"channels": 0}, f"do not fit channels 0; {PATCHES}"),

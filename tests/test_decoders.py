@@ -557,7 +557,7 @@ def test_what_known_images_hold_elsewhere_does_not_matter(method):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "newton"}, "decoding method 'newton' does not exist; expected auto, sequential, jacobi, gauss_seidel"),
+        ({"method": "newton"}, "decoding method must be one of auto, sequential, jacobi, gauss_seidel, got 'newton'"),
         ({"method": ["jacobi", "newton", "auto"]}, "decoding method 'newton'"),
         ({"method": ["jacobi", "auto"]}, "decoding methods must be one, or one for each of 3 blocks, got 2"),
         ({"method": ["jacobi"] * 4}, "3 blocks, got 4"),

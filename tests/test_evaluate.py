@@ -312,7 +312,8 @@ def test_figures_of_a_flow_with_numbers_that_are_none_are_of_the_others(tmp_path
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     statistics.save(tmp_path)
     known = ClassStatistics.load(tmp_path, 4)
-    assert known is not None and known.temperatures == statistics.temperatures
+    assert known is not None
+    assert known.temperatures == statistics.temperatures
     monkeypatch.setattr(type(flow), "log_prob", lambda *_: torch.full((4,), math.nan, requires_grad=True) * _[2].sum())
     with pytest.raises(InputError, match="at least 2 images with finite gradients, better some hundred, got 0"):
         fit_statistics(flow, images(flow, 4))

@@ -108,7 +108,7 @@ BROKEN = {
         OTHER,
     ),
     "unknown option": (lambda f: change_config(f, depth=3), r"no option 'depth'"),
-    "option of another type": (lambda f: change_config(f, width="16"), r"flow\.width is '16'"),
+    "option of another type": (lambda f: change_config(f, width="16"), r"flow\.width must be .*, got '16'"),
     "impossible option": (lambda f: change_config(f, head_dim=5), r"flow\.head_dim 5 does not divide"),
     "option of another flow": (lambda f: change_config(f, num_classes=5), r"class_embed of shape \[4, 16\]"),
     "more blocks than tensors": (lambda f: change_config(f, blocks=4), r"lacks the tensor blocks\.3\."),

@@ -35,7 +35,7 @@ def settle(config: RunConfig, data: Any = None, encoder: Encoder | None = None, 
     if encoder is not None:
         a, known = config.alignment, fingerprint(encoder)
         if a.strategy == "none":
-            raise InputError("alignment.strategy is 'none'; with an encoder it must be forward, detach or reverse")
+            raise InputError("alignment.strategy must be forward, detach or reverse with an encoder, got 'none'")
         cache = a.cache and known is not None
         config = replace(config, alignment=replace(a, encoder=OWN, encoder_weights=known, cache=cache))
     begun = config.folder / "config.yaml"
