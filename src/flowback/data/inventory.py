@@ -92,11 +92,14 @@ class Inventory:
                     raise InputError(f"the {name} images are others than when this run began; expected the same")
             return data
         source = data.train.source
-        names = _names(source)
         if not len(self.names):
             raise InputError("this run began with images in memory; expected the same")
-        place = {name: k for k, name in enumerate(self.names)}
-        was = np.array([place.get(name, -1) for name in names])  # of each image now, its number then
+        names = Texts.of(_names(source))
+        if names.same(self.names):
+            was = np.arange(len(names))  # of each image now, its number then
+        else:
+            place = {name: k for k, name in enumerate(self.names)}
+            was = np.array([place.get(name, -1) for name in names])
         number = {_composed(name): k for k, name in enumerate(classes)}
         labels = np.array([number.get(_composed(name), -1) for name in data.classes] or [0])[source.labels.numpy()]
         known = np.flatnonzero(was >= 0)
@@ -108,9 +111,8 @@ class Inventory:
         changed = known[_marks(source, known, bool(self.by_content)) != self.marks[was[known]]]
         if len(changed) <= unreadable * len(names):
             changed = np.array([k for k in changed.tolist() if _is_readable(source, k)], int)
-        gone = [
-            self.names[k].decode("utf-8", "replace") for k in sorted({*range(len(self.names))} - {*was[known].tolist()})
-        ]
+        missing = np.setdiff1d(np.arange(len(self.names)), was)
+        gone = [name.decode("utf-8", "replace") for name in self.names.select(missing.tolist())]
         new, others = ([source.where(k) for k in rows.tolist()] for rows in (np.flatnonzero(was < 0), changed))
         sayings = [_counted(gone, "gone"), _counted(new, "new"), _counted(others, "changed")]
         said = ", ".join(text for text in sayings if text)

@@ -57,6 +57,10 @@ class Texts:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def same(self, other: "Texts") -> bool:
+        """Whether the items are equal."""
+        return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.blob, other.blob)
+
     def __getitem__(self, index: int) -> bytes:
         return self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
