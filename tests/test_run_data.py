@@ -187,14 +187,16 @@ def test_images_that_a_limit_leaves_out_are_not_new(tmp_path):
     assert names(run_data(tmp_path / "run", one.data).train) == names(before.train)
 
 
-def test_a_run_that_kept_nothing_of_its_data_has_the_split_and_files_of_version_0_1_0(tmp_path):
+def test_a_run_that_kept_nothing_of_its_data_has_the_split_and_files_of_version_0_1_0(tmp_path, capsys):
     root = tree(tmp_path / "images")
     one = config(root, channels=3)
     before = load_data(one.data, earlier=True)
     begin(one)
     (tmp_path / "run" / DATA).unlink()
     Image.new("RGB", (8, 8)).save(root / "ant" / "moving.gif")  # which that version did not see
+    capsys.readouterr()
     assert names(run_data(tmp_path / "run", one.data).held_out) == names(before.held_out)
+    assert "run has no data.npz; its split is drawn as version 0.1.0 did" in " ".join(capsys.readouterr().out.split())
     assert names(resumed(one).held_out) == names(before.held_out)
     (root / "ant").rename(root / "zebra")
     with pytest.raises(InputError, match="class ant is now zebra"):

@@ -80,7 +80,7 @@ class Source(ABC):
     classes: list[str]  # empty where images have no label; all labels are 0 then
     held_out: Tensor  # bool [n], true for the images of a held-out part that the data has of its own
     sizes: np.ndarray  # int64 [n], bytes
-    left_aside: str | None = None  # what else lies there, a sentence
+    notes: list[str]  # sentences on what else lies there
 
     @abstractmethod
     def read(self, index: int) -> bytes:

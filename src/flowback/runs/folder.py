@@ -99,6 +99,8 @@ def _known(run: Path, config: DataConfig, data: ImageSet | None, exact: bool) ->
         data = load_data(config, earlier=begun is None)
     if begun is not None:
         return begun.split(data, exact, config.unreadable)
+    if isinstance(data.train, DiskSplit):
+        data = replace(data, notes=(f"{run} has no {DATA}; its split is drawn as version 0.1.0 did",))
     try:
         refuse_other_classes(read_json(run / CLASSES) if (run / CLASSES).is_file() else data.classes, data.classes)
     except (ValueError, TypeError) as error:
