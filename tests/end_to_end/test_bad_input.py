@@ -622,7 +622,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("FID=flows/code.pth", "code.pth | samples"),
         ("FID=images", "images/bomb.png"),
         ("FID=nowhere", "nowhere | samples"),
-        ("FID=sizes", "image sizes/9.png | 9, 9) pixels | 8, 8), as"),
+        ("FID=sizes", "image sizes/9.png | 9x9 pixels | 8x8, as"),
     ],
     "encoders": [
         ("ALIGNED --alignment.encoder=dino_v9", "encoder | 'dino_v9' | unknown | timm model name, like"),
@@ -727,7 +727,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ),
         ("evaluate run --data.name=paintings", "data.name | digits, fashion_mnist | 'paintings'"),
         ("evaluate run --data.holdout=0.5", "run/evaluation.json | of the run's own data | give -o"),
-        ("evaluate run --data.name=folder --data.path=trees", "trees | -o"),
+        ("evaluate run --data.name=folder --data.path=trees", "trees/locked/cat cannot be read"),
         ("evaluate nobody/flow --data.name=digits", "nobody/flow is no local folder | give -o"),
         ("evaluate run -o trees/file/a.json", "trees/file/a.json cannot be written"),
         ("evaluate run --reference=all", "reference | 'all' | train, held_out"),

@@ -384,7 +384,8 @@ class Fidelity:
             self.reference, self.name = fid.reference_of(data, count, config.reference == "train")
         else:
             self.reference, self.name = fid.open_reference(Path(config.reference), data.size), config.reference
-        fid.check(self.metrics, config.extractor, count, self.reference)
+        size = flow.image_size if self.samples is None else fid.size_of(self.samples)
+        fid.check(self.metrics, config.extractor, count, size, self.reference)
         fid.check_extractor(self.metrics, config.extractor, config.extractor_weights)
         if self.samples is None:
             labels = (data.held_out if config.reference == "held_out" else data.train).labels
