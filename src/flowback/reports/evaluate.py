@@ -32,7 +32,7 @@ from torch import Tensor
 
 from flowback.core.devices import machine
 from flowback.core.errors import InputError
-from flowback.core.files import read_json, write_whole
+from flowback.core.files import check_place, read_json, write_whole
 from flowback.data import DataConfig, ImageSet
 from flowback.data.splits import in_shares, spread
 from flowback.flow.guidance import Guidance
@@ -150,6 +150,7 @@ def evaluate(
         InputError: if the data is not named or does not fit the flow, or something that a metric needs cannot be had.
     """
     file, began = evaluation_file(run, output), _run_of(run)
+    check_place(file)
     flow, weights = load_flow(run, config.weights, device)
     folder = flow_folder(run) if Path(run).exists() else None
     images, others = _data(run, began, flow, data)
@@ -169,7 +170,6 @@ def evaluate(
     results["gradient"] = alignment.gradient if alignment and alignment.strategy == "reverse" else None
     results |= {"held_out_images": len(indices)}
     measures = _measures(config, flow, images, indices, affordable.exact, file.parent, folder)
-    _write(file, results)  # before long work
     density_or_classes = {"bpd", "accuracy"} & set(config.metrics)
     report(results | ({"effort": f"{affordable} (--passes {config.passes:,})"} if density_or_classes else {}))
     seconds = results["seconds_of_measuring"] = {}
@@ -384,7 +384,8 @@ class Fidelity:
             self.reference, self.name = fid.reference_of(data, count, config.reference == "train")
         else:
             self.reference, self.name = fid.open_reference(Path(config.reference), data.size), config.reference
-        fid.check(self.metrics, config.extractor, count, self.reference)
+        size = flow.image_size if self.samples is None else fid.size_of(self.samples)
+        fid.check(self.metrics, config.extractor, count, size, self.reference)
         fid.check_extractor(self.metrics, config.extractor, config.extractor_weights)
         if self.samples is None:
             labels = (data.held_out if config.reference == "held_out" else data.train).labels
