@@ -191,7 +191,7 @@ def test_what_a_metric_lacks_is_found_out_before_any_is_measured(run, monkeypatc
 def test_an_output_that_cannot_be_written_is_found_out_before_anything_is_measured(run, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_density", lambda *_: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/evaluation.json cannot be written .*; give -o"):
+    with pytest.raises(InputError, match=r"file/evaluation.json cannot be written"):
         evaluate(run, BPD, output=tmp_path / "file")
     shutil.move(run / "metrics.csv", tmp_path)
     with pytest.raises(InputError, match=r"metrics\.csv"):

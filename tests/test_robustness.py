@@ -34,7 +34,6 @@ from flowback.data import DataConfig, as_images, load_data, load_image
 from flowback.latents import load_autoencoder
 from flowback.runs import checkpoint
 from flowback.runs.config import load_yaml
-from flowback.runs.log import COLUMNS, read_metrics
 from flowback.tasks.editing import inpaint, interpolate, swap_class
 
 NAMES = st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=30)
@@ -171,6 +170,50 @@ def test_a_full_disk_is_one_sentence_and_an_earlier_output_stays(here, capsys, w
     assert {name: what for name, what in listing().items() if ".parts" not in name and ".flowback" not in name} == before
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="limits files as Linux does")
+@pytest.mark.parametrize("verb", [*EDITS, "export", "sample"])
+def test_a_disk_that_is_full_after_any_number_of_bytes(here, capsys, verb):
+    words, suffix = {**EDITS, "export": ("export flow", ""), "sample": ("sample flow --num=70", ".npz")}[verb]
+    output = Path(f"out{suffix}")
+    arguments = [*words.split(), *([str(output)] if verb == "export" else ["-o", str(output)])]
+    kept = listing()
+    for size in (int(1.5**k) for k in range(5, 45)):
+        if suffix:
+            output.write_text("earlier")
+        with small_disk(size):
+            try:
+                done = main(arguments) == 0
+            except SystemExit as stop:
+                done = stop.code != 2
+        if done:
+            break
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        if suffix:
+            assert output.read_text() == "earlier"
+            output.unlink()
+        assert {name: what for name, what in listing().items() if ".parts" not in name} == kept
+    assert output.exists()
+    assert size > 1000
+
+
+@pytest.mark.soak
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    TarFlow(image_size=32, patch_size=2, channels=3, width=64, blocks=2, layers=2).save_pretrained(tmp_path / "flow")
+    Image.new("RGB", (32, 32), (9, 8, 7)).save(tmp_path / "a.png")
+    code = "import resource, sys; from flowback.cli import main; main(sys.argv[1:]); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = {}
+    for verb, options in {"encode": ["-o", "z.safetensors"], "swap": [], "interpolate": ["--steps=2"]}.items():
+        for count in (16, 512):
+            words = [verb, "flow", *["a.png"] * count, "--batch-size=16", *options]
+            done = subprocess.run(
+                [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+            )
+            peaks[verb, count] = int(done.stdout.split()[-1]) / 1024
+        assert peaks[verb, 512] < peaks[verb, 16] + 100, peaks  # MiB; the images themselves take 6 to 30
+
+
 def test_a_folder_is_filled_at_once_or_not_at_all(tmp_path):
     for place in (tmp_path / "new", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
@@ -283,24 +326,35 @@ def test_names_are_printed_as_they_are_and_drive_no_terminal(capsys):
     assert "a  \\x1b[2Jb is neither" in capsys.readouterr().err
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(NAMES)
-@example("[run]")
-@example("-run")
-@example("1")
-def test_a_flow_and_its_images_may_be_called_anything(small_run, tmp_path, name):
+def check_name(flow, tmp_path, name):
     with pytest.MonkeyPatch.context() as patch:
-        folder = Path(os.fsdecode(os.fsencode(tmp_path))) / str(len(os.listdir(tmp_path)))
+        folder = tmp_path / str(len(os.listdir(tmp_path)))
         folder.mkdir()
         patch.chdir(folder)
-        shutil.copytree(checkpoint.newest(small_run), f"./{name}")
-        Image.new("L", (8, 8), 3).save(folder / "a.png")
-        (folder / "a.png").rename(folder / f"{name}.png")
+        shutil.copytree(flow, f"./{name}")
+        Image.new("L", (8, 8), 3).save("a.png")
+        os.rename("a.png", f"./{name}.png")
         run, image = f"./{name}", f"./{name}.png"
         assert main(["encode", run, image, "--labels=1", "-o", f"./{name}.safetensors"]) == 0
         assert main(["decode", run, f"./{name}.safetensors", "-o", f"./{name}.out"]) == 0
         assert main(["export", run, f"./{name}.export"]) == 0
         assert sorted(os.listdir()) == sorted([name, *(f"{name}.{end}" for end in ("png", "safetensors", "out", "export"))])
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(NAMES)
+@example("[run]")
+@example("-run")
+@example("1")
+def test_a_flow_and_its_images_may_be_called_anything(small_run, tmp_path, name):
+    check_name(checkpoint.newest(small_run), tmp_path, name)
+
+
+@pytest.mark.soak
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
+@given(NAMES)
+def test_a_flow_and_its_images_may_be_called_any_of_many_names(small_run, tmp_path, name):
+    check_name(checkpoint.newest(small_run), tmp_path, name)
 
 
 def test_a_name_that_is_no_text_is_one_sentence_where_a_library_takes_none(here, capsys):
@@ -403,28 +457,6 @@ def test_caches_of_a_user_without_a_home(tmp_path, monkeypatch):
         cache_folder()
 
 
-# ---- the log --------------------------------------------------------------------------------------------------------
-
-ROWS = st.lists(
-    st.dictionaries(st.sampled_from(COLUMNS[1:]), st.floats(allow_nan=False, allow_infinity=False)), min_size=1, max_size=6
-)
-
-
-@given(ROWS, st.integers(0, 10_000), st.binary(max_size=40))
-def test_a_damaged_log_has_the_rows_before_the_damage(tmp_path_factory, rows, cut, damage):
-    from flowback.runs.log import _write_rows
-
-    file = tmp_path_factory.mktemp("log") / "metrics.csv"
-    written = [{"step": float(k), **row} for k, row in enumerate(rows)]
-    _write_rows(file, "w", written)
-    assert read_metrics(file) == written
-    content = file.read_bytes()
-    cut %= len(content) + 1
-    file.write_bytes(content[:cut] + damage)
-    whole = max(0, content[:cut].count(b"\n") - 1)
-    assert read_metrics(file)[:whole] == written[:whole]
-
-
 # ---- the library ----------------------------------------------------------------------------------------------------
 
 
@@ -500,20 +532,31 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_any_config_is_a_flow_or_one_sentence(tmp_path, data):
-    if not (tmp_path / "model.safetensors").exists():
-        random_flow(torch.float32).save_pretrained(tmp_path)
-        (tmp_path / "kept.json").write_bytes((tmp_path / "config.json").read_bytes())
-    config = json.loads((tmp_path / "kept.json").read_text())
+def check_config(folder, data):
+    if not (folder / "model.safetensors").exists():
+        random_flow(torch.float32).save_pretrained(folder)
+        (folder / "kept.json").write_bytes((folder / "config.json").read_bytes())
+    config = json.loads((folder / "kept.json").read_text())
     name = data.draw(st.sampled_from([*config, "other"]))
-    (tmp_path / "config.json").write_text(json.dumps(config | {name: data.draw(VALUES)}))
+    (folder / "config.json").write_text(json.dumps(config | {name: data.draw(VALUES)}))
     try:
-        flow = from_pretrained(tmp_path)
+        flow = from_pretrained(folder)
     except InputError:
         return
     flow.encode(torch.zeros(1, *flow.data_shape))
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_config_is_a_flow_or_one_sentence(tmp_path, data):
+    check_config(tmp_path, data)
+
+
+@pytest.mark.soak
+@settings(max_examples=3000, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_thousands_of_configs_are_flows_or_one_sentence(tmp_path, data):
+    check_config(tmp_path, data)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "decoding.json", "classification.json"])

@@ -444,7 +444,7 @@ def test_z_of_another_shape_is_refused(shape):
 
 
 def test_unknown_decoder_is_refused():
-    with pytest.raises(InputError, match="decoding method must be one of auto, sequential.*, got 'newton'"):
+    with pytest.raises(InputError, match=r"decoding method must be one of auto, sequential.*, got 'newton'"):
         random_flow().decode(torch.zeros(1, 9, 8, dtype=torch.float64), method="newton")
 
 

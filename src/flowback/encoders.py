@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowback.core.errors import InputError, only_errors
+from flowback.core.files import check_zip
 
 
 class Encoder(Protocol):
@@ -104,6 +105,7 @@ KNOWN: dict[str, Known] = {
 }
 
 
+@torch.inference_mode(False)  # tensors that are made in it never get a gradient
 def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, int] | None = None) -> TimmEncoder:
     """Make a frozen encoder.
 
@@ -148,6 +150,7 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
             timm.create_model(known.timm, **options)
         allowed = "a reachable hub, or a local file of this model's weights"
         if source is not None and shipped is None:
+            check_zip(source)
             # read here and not by timm, some of whose versions unpickle whatever a file holds
             state = timm.models.load_state_dict(str(source), weights_only=True)
             if not state:
@@ -173,6 +176,7 @@ def load_by_order(model: nn.Module, file: Path) -> None:
     Raises:
         InputError: if the number of tensors or a shape differs.
     """
+    check_zip(file)
     found = [v for k, v in torch.load(file, weights_only=True).items() if not k.endswith("num_batches_tracked")]
     wanted = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     if len(found) != len(wanted):

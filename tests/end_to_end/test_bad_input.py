@@ -157,6 +157,10 @@ def write_tars(root: Path, picture: bytes) -> None:
     tar(root / "json" / "a.tar", {**numbered, "x.png": picture, "x.json": b"{"})
     tar(root / "deep_json" / "a.tar", {**numbered, "x.png": picture, "x.json": b"[" * 100_000})
     tar(root / "twice" / "a.tar", {**numbered, "x.png": picture, "x.jpg": picture, "x.cls": b"0"})
+    sparse = tarfile.TarInfo("hole.png")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    (root / "sparse").mkdir()
+    (root / "sparse" / "a.tar").write_bytes(sparse.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     tar(root / "names" / "a.tar", numbered)
     (root / "names" / "classes.json").write_text('["cat"]')
     tar(root / "no_names" / "a.tar", numbered)
@@ -182,6 +186,14 @@ def write_flows(root: Path, run: Path) -> None:
         change(content)
         save_file(content, file)
 
+    changed("wide", lambda c: c.update(width=10**9, head_dim=10**9))
+    changed("deep", lambda c: c.update(blocks=1000, layers=1000))
+    changed("large", lambda c: c.update(image_size=8 * 10**9, patch_size=2 * 10**9))
+    for name in ("config.json", "model.safetensors"):
+        file = copy(f"pipe_{name}") / name
+        file.unlink()
+        os.mkfifo(file)
+    os.truncate(copy("long_config") / "config.json", 2**40)  # sparse
     changed("version", lambda c: c.update(format=2))
     changed("foreign", lambda c: c.update(model="UNet"))
     changed("option", lambda c: c.update(colour="red"))
@@ -250,6 +262,10 @@ def write_models(root: Path) -> None:
     (root / "vae_code" / weights).unlink()
     torch.save(Code(), root / "vae_code" / "diffusion_pytorch_model.bin")
     save_file({"conv.weight": torch.ones(3)}, root / "vae_other" / weights)
+    for name, change in {"wide": {"block_out_channels": [2**40] * 2}, "scale": {"scaling_factor": 0}, "cut": {}}.items():
+        folder = Path(shutil.copytree(root / "vae", root / f"vae_{name}"))
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
+    (root / "vae_cut" / f"{weights}.index.json").write_text('{"weight_map": {"a": "../../text.safetensors"}}')
 
 
 def write_configs(root: Path) -> None:
@@ -269,6 +285,8 @@ def write_configs(root: Path) -> None:
         "deep": "[" * 20_000,
         "bytes": "\0\0",
         "tab": "train:\n\tsteps: 3",
+        "laughs": "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
+        "number": "train: {lr: fast}",
         "aliases": "a: &a [1, 2]\nb: &b [*a, *a]\ntrain: {steps: *b}",
     }
     for name, text in texts.items():
@@ -332,12 +350,14 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("train --config=configs/word.yaml", "train"),
         ("train --config=configs/syntax.yaml", "line 2, column 1"),
         ("train --config=configs/tag.yaml", "os.system"),
-        ("train --config=configs/null.yaml", "configs/null.yaml | train without options | some, or to leave"),
+        ("train --config=configs/null.yaml", "configs/null.yaml | train without options | give some, or leave"),
         ("train --config=configs/deep.yaml", "nesting depth"),
-        ("train --config=configs/bytes.yaml", "control characters | expected"),
+        ("train --config=configs/bytes.yaml", "control characters"),
         ("train --config=configs/binary.yaml", "configs/binary.yaml | text in UTF-8 | recipe, or the"),
         ("train --config=configs/tab.yaml", "line 2, column 1"),
         ("train --config=configs/aliases.yaml", "train.steps"),
+        ("train --config=configs/laughs.yaml", "aliases stand for more than 100000 values"),
+        ("train --config=configs/number.yaml", "train.lr | fast"),
         ("train --config=trees", "trees"),
         ("train --config=images/0.png", "images/0.png | text in UTF-8 | recipe, or the config.yaml of a"),
         ("train --train.lr=-1", "train.lr | -1.0 | above | 0"),
@@ -388,10 +408,10 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("train --flow.noise_std=-1", "flow.noise_std | -1.0 | at least 0"),
         ("train --flow.noise_std=nan", "flow.noise_std"),
         ("train --flow.log_scale_bound=0", "flow.log_scale_bound | 0.0 | above 0, or null"),
-        ("train --flow.image_size=16", "flow.image_size | 16 | data set digits: 8"),
-        ("train --flow.channels=3", "flow.channels | 3 | data set digits: 1"),
-        ("train --flow.num_classes=3", "flow.num_classes | 3 | 10, or 0 for no classes"),
-        ("train --flow.levels=256", "flow.levels | 256 | data set digits: 17"),
+        ("train --flow.image_size=16", "flow.image_size | 16 | 8 for the data set digits"),
+        ("train --flow.channels=3", "flow.channels | 3 | 1 for the data set digits"),
+        ("train --flow.num_classes=3", "flow.num_classes | 3 | 10 here, or 0 for no classes"),
+        ("train --flow.levels=256", "flow.levels | 256 | 17 for the data set digits"),
         ("train --flow.mlp_ratio=0", "flow.mlp_ratio | 0.0 | at least 1/width"),
         ("train --alignment.strategy=sideways", "alignment.strategy | 'sideways' | none, forward, detach"),
         ("train --alignment.strategy=reverse", "at | at least one pair of block and layer"),
@@ -463,8 +483,11 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("classify run images/loop.png", "image images/loop.png | Too many levels of symbolic links"),
         ("classify run images/folder.png", "image images/folder.png | file"),
         ("classify run images/nowhere.png", "image images/nowhere.png | No such file or directory"),
+        ("classify run images/text.png images/0.png images/zero.png", "images/text.png | image images/zero.png | none of"),
+        ("classify run images/0.png --batch-size=0", "batch-size | 0 | at least 1"),
+        ("encode run images/0.png images/zero.png", "image images/zero.png | none of PNG, JPEG"),
         ("classify run images/0.png images/zero.png", "image images/zero.png | none of PNG, JPEG"),
-        ("classify run images/text.png --rule=guess", "image images/text.png | none of PNG, JPEG"),
+        ("classify run images/text.png --rule=guess", "rule | 'guess' | single_gradient"),
         ("classify run images/0.png --rule=guess", "rule | 'guess' | single_gradient | z_score | exact"),
         ("classify run images/0.png --rule=shortlist_0", "rule | 'shortlist_0' | single_gradient | z_score | exact"),
         ("classify run images/0.png --top=0", "top | 0 | at least 1"),
@@ -524,6 +547,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("TARS=json", "sample x of tars/json/a.tar | b'{' in .json | JSON"),
         ("TARS=deep_json", "sample x of tars/deep_json/a.tar | b'[[[[[[[[[[[[[[[[[[[[' in .json | JSON"),
         ("TARS=twice", "sample x of tars/twice/a.tar | images png and jpg | one, of .apng"),
+        ("TARS=sparse", "shard tars/sparse/a.tar | hole.png has holes"),
         ("TARS=names", "image 1.png of tars/names/a.tar | class number 1 | at most 0"),
         ("TARS=no_names", "tars/no_names/classes.json | list of classes | their names in order, each once"),
     ],
@@ -532,6 +556,15 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample trees", "trees | checkpoint and no flow | run's folder, a checkpoint or a flow"),
         ("sample some/flow", "there is no folder some/flow | the hub did not give it"),
         ("sample trees/file", "trees/file | readable config.json of a flow ([Errno 20] Not a directory"),
+        ("sample runs/fashoin", "there is no folder runs/fashoin | revision"),
+        ("sample trees/goood", "there is no folder trees/goood | near it: trees/good"),
+        ("sample flows/wide", "flows/wide/config.json | impossible sizes"),
+        ("sample flows/deep", "flows/deep/model.safetensors | lacks tensors | 1000000 layers"),
+        ("sample flows/large", "flows/large/config.json | impossible sizes"),
+        ("sample flows/pipe_config.json", "flows/pipe_config.json | it is not a file"),
+        ("sample flows/pipe_model.safetensors", "flows/pipe_model.safetensors/model.safetensors | it is not a file"),
+        ("sample flows/long_config", "flows/long_config | larger than 268435456 bytes"),
+        ("decode run images/pipe.png", "images/pipe.png | it is not a file"),
         ("sample flows/version", "flows/version/config.json | TarFlow | format 1"),
         ("sample flows/foreign", "flows/foreign/config.json | TarFlow | format 1"),
         ("sample flows/option", "TarFlow | option | 'colour' | image_size, channels"),
@@ -589,7 +622,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("FID=flows/code.pth", "code.pth | samples"),
         ("FID=images", "images/bomb.png"),
         ("FID=nowhere", "nowhere | samples"),
-        ("FID=sizes", "image sizes/9.png | 9, 9) pixels | 8, 8), as"),
+        ("FID=sizes", "image sizes/9.png | 9x9 pixels | 8x8, as"),
     ],
     "encoders": [
         ("ALIGNED --alignment.encoder=dino_v9", "encoder | 'dino_v9' | unknown | timm model name, like"),
@@ -622,6 +655,9 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("VAE=vae_none", "models/vae_none | diffusion_pytorch_model.safetensors | autoencoder saved as"),
         ("VAE=vae_code", "models/vae_code | diffusion_pytorch_model.safetensors | autoencoder saved as"),
         ("VAE=vae_other", "models/vae_other | those of its config.json"),
+        ("VAE=vae_wide", "models/vae_wide | those of its config.json"),
+        ("VAE=vae_scale", "scale must be a finite number, of a scale not 0 | 0"),
+        ("VAE=vae_cut", "models/vae_cut | is cut into several files"),
         ("VAE=vae --flow.patch_size=3", "flow.patch_size | 3 | 4 | 1, 2, 4"),
         ("VAE=vae --flow.noise=uniform", "flow.noise | 'uniform' | gaussian"),
         ("VAE=vae --latents.posterior=mode", "latents.posterior | 'mode' | mean, sample"),
@@ -637,6 +673,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("encode run images/0.png --labels=cat", "label | 'cat' | 0, 1, 2, 3, 4, 5, 6, 7"),
         ("swap run images/0.png --to=cat", "label | 'cat' | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
         ("encode run images/0.png images/1.png --labels=1,2,3", "3 labels | 2 images | one for all, or"),
+        ("sample run --labels=٣", "label | '٣' | 0, 1, 2, 3"),
         ("swap run images/0.png --labels=1,2", "2 labels | 1 images | one for all, or one for each"),
     ],
     "seeds, counts, choices": [
@@ -703,6 +740,14 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample run --num=1 -o trees/file", "trees/file/.flowback | Not a directory"),
         ("sample run --num=1 -o full", "full holds other files | new or empty folder"),
         ("sample run --num=1 -o images/folder.png", "images/folder.png | folder | file"),
+        (f"sample run --num=1 -o {'x' * 300}", "cannot be written (File name too long)"),
+        (f"encode run images/0.png -o {'x' * 300}.safetensors", "cannot be written (File name too long)"),
+        ("swap run images/0.png images/1.png -o images/1.png", "output images/1.png | one of the files that are read"),
+        ("inpaint run images/0.png --mask=images/1.png -o images/1.png", "output images/1.png | one of the files"),
+        ("decode run flows/z_label.safetensors -o full", "full holds other files | new or empty folder"),
+        ("decode run flows/z_label.safetensors -o a.jpg", "output | a.jpg | .png file or a folder"),
+        ("export run trees/file/x", "output trees/file/x | Not a directory"),
+        ("import-tarflow flows/foreign.pth trees/file/x", "output trees/file/x | Not a directory"),
         ("encode run images/0.png -o z.npz", "output | z.npz | .safetensors file"),
         ("encode run images/0.png -o trees/file/z.safetensors", "trees/file/z.safetensors | Not a directory"),
         ("decode run images/text.png -o a.gif", "output | a.gif | .png file or a folder"),

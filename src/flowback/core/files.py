@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import unicodedata
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,6 +60,20 @@ def read_json(file: Path) -> Any:
     if file.stat().st_size > MAX_JSON:
         raise ValueError(f"it is larger than {MAX_JSON} bytes")
     return parse_json(file.read_bytes())
+
+
+def check_zip(file: Path) -> None:
+    """Find out, before it is unpacked, that a zip (an .npz, or what torch.save wrote) is no bomb; other files are none.
+
+    Raises:
+        ValueError: if it holds more than a GiB, and 20 times its size.
+        OSError: if it cannot be read.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > max(2**30, 20 * file.stat().st_size):
+            raise ValueError(f"it unpacks to {unpacked} bytes")
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flowback.core.errors import InputError
+from flowback.core.files import check_zip
 from flowback.flow.tarflow import TarFlow
 
 WRAPPERS = ("ema", "model", "state_dict")  # keys under which a larger checkpoint may hold the state_dict
@@ -100,6 +101,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are refused below
+            check_zip(file)
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except PermissionError:
         raise

@@ -13,6 +13,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 
 from flowback.core.devices import put
 from flowback.core.errors import InputError
+from flowback.core.files import check_zip
 from flowback.encoders import load_encoder
 
 SPATIAL_CHANNELS = 7  # of ADM's sFID (arXiv 2105.05233), at 17x17: as many numbers as pool3 has, nearly
@@ -148,6 +149,7 @@ def checked_weights(weights: str | None, extractor: str) -> str | None:
     reads_safetensors = own is not None and issubclass(own, TimmExtractor)
     if not (reads_safetensors and weights.endswith(".safetensors")):
         try:
+            check_zip(Path(weights))
             state = torch.load(weights, weights_only=True, map_location="cpu")
         except Exception as error:  # unpickling raises many kinds
             raise InputError(

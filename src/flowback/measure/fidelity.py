@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowback.core.errors import InputError
-from flowback.core.files import cache_folder
+from flowback.core.files import cache_folder, check_zip
 from flowback.core.units import from_levels, to_uint8
 from flowback.data import ImageSet, Split, load_image
 from flowback.data.images import IMAGE_SUFFIXES, decode
@@ -168,6 +168,7 @@ def open_reference(path: Path, size: tuple[int, int]) -> Images | Statistics:
 
 def _array(path: Path, name: str) -> np.ndarray:
     """An array in an .npz, mapped into memory unless it is compressed; nothing is unpickled."""
+    check_zip(path)
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as stream:

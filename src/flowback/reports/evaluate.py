@@ -32,7 +32,7 @@ from torch import Tensor
 
 from flowback.core.devices import machine
 from flowback.core.errors import InputError
-from flowback.core.files import read_json, write_whole
+from flowback.core.files import check_place, read_json, write_whole
 from flowback.data import DataConfig, ImageSet, load_data
 from flowback.data.splits import in_shares, spread
 from flowback.flow.guidance import Guidance
@@ -169,7 +169,7 @@ def evaluate(
     results["gradient"] = alignment.gradient if alignment and alignment.strategy == "reverse" else None
     results |= {"held_out_images": len(indices)}
     measures = _measures(config, flow, images, indices, affordable.exact, file.parent, folder)
-    _write(file, results)  # before long work
+    check_place(file)  # before long work; it is written once there is a figure
     density_or_classes = {"bpd", "accuracy"} & set(config.metrics)
     report(results | ({"effort": f"{affordable} (--passes {config.passes:,})"} if density_or_classes else {}))
     seconds = results["seconds_of_measuring"] = {}
