@@ -341,7 +341,7 @@ def check_name(flow, tmp_path, name):
         assert sorted(os.listdir()) == sorted([name, *(f"{name}.{end}" for end in ("png", "safetensors", "out", "export"))])
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(NAMES)
 @example("[run]")
 @example("-run")
@@ -546,7 +546,7 @@ def check_config(folder, data):
     flow.encode(torch.zeros(1, *flow.data_shape))
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_config_is_a_flow_or_one_sentence(tmp_path, data):
     check_config(tmp_path, data)
@@ -595,7 +595,7 @@ def test_checksums_lead_to_no_other_file(tmp_path, small_run):
         "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
         "a: &a [*a]",
         "a: &a {b: *a}",
-        "[" * 1500 + "*",
+        "[" * 600 + "*",
     ],
     ids=["lists", "merges", "itself", "itself, by name", "deep"],
 )

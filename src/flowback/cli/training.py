@@ -1,6 +1,5 @@
 """`flowback quickstart`, `flowback train` and `flowback cache`."""
 
-import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from jsonargparse import Namespace, set_loader
 
 from flowback.cli.common import add_output, say
 from flowback.cli.parser import Parser, Verb
-from flowback.core.console import console
+from flowback.core.console import command, console
 from flowback.core.distributed import is_first
 from flowback.core.errors import InputError
 from flowback.runs.config import RunConfig, load_yaml
@@ -61,7 +60,7 @@ def _quickstart(options: Namespace) -> int:
     config = _placed(replace(digits, run=options.run, train=replace(digits.train, **changes)), options.device)
     report = quickstart(config)
     if not report:
-        say(f"interrupted; to resume: {shlex.join(['flowback', 'quickstart', '--run', options.run])}")
+        say(f"interrupted; to resume: {command('flowback', 'quickstart', '--run', Path(options.run))}")
         return 130
     for name in ("plain", "aligned"):
         figures = report[name]
@@ -84,7 +83,7 @@ def _train(options: Namespace) -> int:
     result = train(config)
     ends_early = result.interrupted and result.state.step != config.train.until
     if is_first():
-        again = shlex.join(["flowback", "train", "--config", str(result.run / "config.yaml"), "--train.resume"])
+        again = command("flowback", "train", "--config", result.run / "config.yaml", "--train.resume")
         stopped = f"stopped at step {result.state.step} of {config.train.steps}; to resume: {again}"
         say(stopped if result.interrupted else f"finished {result.run} at step {result.state.step}")
     return 130 if ends_early else 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, MarkerSoftFileLock, Timeout, UnixFileLock, WindowsFileLock
 
-from flowback.core.console import console
+from flowback.core.console import say
 from flowback.core.distributed import is_first
 from flowback.core.errors import InputError
 from flowback.core.files import read_json, write_whole
@@ -99,7 +99,7 @@ def _tolerate(split: Split, unreadable: float) -> None:
 
 def _say(text: str) -> None:
     if is_first():
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(text)
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def _settle_steps(begun: int, now: int, found: Path) -> None:
     if now < done:
         raise InputError(f"train.steps must be at least {done}, which {found} has done, got {now}")
     if now != begun:
-        console.print(f"{now} steps in place of {begun}; the learning rate follows the schedule of these", highlight=False)
+        say(f"{now} steps in place of {begun}; the learning rate follows the schedule of these")
 
 
 def _newest_whole(run: Path) -> Path:
@@ -216,5 +216,5 @@ def _newest_whole(run: Path) -> Path:
         problem = checkpoint.damage(folder)
         if problem is None:
             return folder
-        console.print(f"passed over: {problem}", highlight=False, soft_wrap=True, markup=False)
+        say(f"passed over: {problem}")
     raise InputError(f"{run} has no whole checkpoint to resume from; use another --run")

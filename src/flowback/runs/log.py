@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from flowback.core.console import console
+from flowback.core.console import say
 from flowback.core.files import write_whole
 
 COLUMNS = [
@@ -77,7 +77,7 @@ class MetricsLog:
         except OSError as error:
             if not self.fails:
                 sentence = f"the log in {self.file.parent} cannot be written ({error}); training continues"
-                console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+                say(sentence)
             self.fails = True
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowback.alignment import Alignment
-from flowback.core.console import console
+from flowback.core.console import say
 from flowback.core.devices import autocast, put
 from flowback.core.units import from_levels
 from flowback.data import ImageSet, batches, step_generator
@@ -91,7 +91,7 @@ class Inputs:
         """Everything random in step `step`, from 0: mirrored images, samples of latents, noise, dropped labels."""
         indices, images, labels, unreadable = raw
         for sentence in self.tolerance.note(unreadable):
-            console.print(f"the next one is taken instead: {sentence}", highlight=False, soft_wrap=True, markup=False)
+            say(f"the next one is taken instead: {sentence}")
         c, first, count = self.config.train, self.share[0] * len(labels), len(labels)
         coins = torch.rand(2, c.batch_size, generator=step_generator(c.seed, step))[:, first : first + count]
         flipped, dropped = coins[0] < (0.5 if c.hflip else 0.0), coins[1] < c.class_dropout

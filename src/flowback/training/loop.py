@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowback.core.console import Bar, console
+from flowback.core.console import Bar, console, say
 from flowback.core.devices import autocast, deterministic, keep_freed_memory, pick_device
 from flowback.core.distributed import ENDING, any_says, in_all, is_first, shard_like, unshard, unsharded
 from flowback.core.errors import InputError
@@ -152,7 +152,7 @@ def train(
                 said = describe(config, trained_flow, data, autoencoder, fabric.world_size)
                 if flow is not None and resume_from is None:
                     said += f"\n{describe_start(what, flow, data.classes if trained_flow.num_classes else [])}"
-                console.print(said, highlight=False, soft_wrap=True, markup=False)
+                say(said)
             core = deepcopy(trained_flow).to(fabric.device).requires_grad_(False).eval()
             average = core if autoencoder is None else LatentFlow(core, autoencoder)
             state = _take_steps(config, inputs, average, fabric, resume_from)
@@ -178,7 +178,7 @@ def _take_steps(config: RunConfig, inputs: Inputs, average: Flow, fabric: Any, r
     if resume_from is not None:
         state = checkpoint.load(resume_from, average, trained, optimizer.optimizer)
         if writes:
-            console.print(f"resumed from step {state.step}", highlight=False)
+            say(f"resumed from step {state.step}")
     step, tally = GuardedStep(optimizer.optimizer, c.grad_clip), Tally(state, fabric.device)
     stop = min(c.steps, c.until or c.steps)
     last_log, last_seconds, waited = state.step, state.seconds, 0.0
