@@ -741,7 +741,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample run --num=1 -o full", "full holds other files | new or empty folder"),
         ("sample run --num=1 -o images/folder.png", "images/folder.png | folder | file"),
         (f"sample run --num=1 -o {'x' * 300}", "cannot be written (File name too long)"),
-        (f"encode run images/0.png -o {'x' * 300}.safetensors", "cannot be written (File name too long)"),
+        (f"encode run images/0.png -o {'x' * 300}.safetensors", "File name too long"),
         ("swap run images/0.png images/1.png -o images/1.png", "output images/1.png | one of the files that are read"),
         ("inpaint run images/0.png --mask=images/1.png -o images/1.png", "output images/1.png | one of the files"),
         ("decode run flows/z_label.safetensors -o full", "full holds other files | new or empty folder"),
