@@ -420,6 +420,7 @@ def test_what_is_left_aside_is_remembered_with_a_large_tree(tmp_path, monkeypatc
 FLAT = {
     "a folder": ["*.png"],
     "a folder with others": ["*.png", "annotations/note.txt"],
+    "a folder with images and a folder": ["*.png", "more/*.png"],
     "parts": ["train/*.png", "val/*.png"],
     "a part": ["train/*.png"],
     "one class": ["faces/*.png"],
@@ -620,3 +621,22 @@ def test_images_of_every_size_are_read_in_every_size(sizes, target, channels, ki
     pixels = load_image(stream.getvalue(), target, channels)
     assert pixels.shape == (channels, *target)
     assert (pixels.int() - 90).abs().max() < 4
+
+
+def test_where_nothing_is_left_what_was_left_aside_is_said(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "a.heic").write_bytes(b"x")
+    said = r"ant has 0 images; expected at least 2; left aside: 2 files that are no images \(2 \.heic\)$"
+    with pytest.raises(InputError, match=said):
+        load_data(config("folder", tmp_path / "images"))
+    with pytest.raises(
+        InputError, match=r"0 class folders and no images; .*; left aside: 1 file that is no image \(1 \.heic\)$"
+    ):
+        load_data(config("folder", tmp_path / "images" / "ant"))
+
+
+def test_a_folder_around_all_others_is_named(tmp_path):
+    root = files(tmp_path / "images", "data/ant/*.png", "data/bee/*.png")
+    said = f"all images lie in folders of {root / 'data'}; if these are classes or parts, give data.path {root / 'data'}"
+    assert said in load_data(config("folder", root)).notes

@@ -18,7 +18,7 @@ from flowback.data.splits import MemorySplit
 from flowback.flow.config import FlowConfig
 from flowback.reports.evaluate import EvaluationConfig, evaluate
 from flowback.runs.config import RunConfig, TrainConfig
-from flowback.runs.folder import DATA, open_run, run_data, training_data
+from flowback.runs.folder import DATA, open_run, other_data, run_data, training_data
 from flowback.training import train
 
 
@@ -187,14 +187,16 @@ def test_images_that_a_limit_leaves_out_are_not_new(tmp_path):
     assert names(run_data(tmp_path / "run", one.data).train) == names(before.train)
 
 
-def test_a_run_that_kept_nothing_of_its_data_has_the_split_and_files_of_version_0_1_0(tmp_path):
+def test_a_run_that_kept_nothing_of_its_data_has_the_split_and_files_of_version_0_1_0(tmp_path, capsys):
     root = tree(tmp_path / "images")
     one = config(root, channels=3)
     before = load_data(one.data, earlier=True)
     begin(one)
     (tmp_path / "run" / DATA).unlink()
     Image.new("RGB", (8, 8)).save(root / "ant" / "moving.gif")  # which that version did not see
+    capsys.readouterr()
     assert names(run_data(tmp_path / "run", one.data).held_out) == names(before.held_out)
+    assert "run has no data.npz; its split is drawn as version 0.1.0 did" in " ".join(capsys.readouterr().out.split())
     assert names(resumed(one).held_out) == names(before.held_out)
     (root / "ant").rename(root / "zebra")
     with pytest.raises(InputError, match="class ant is now zebra"):
@@ -320,3 +322,39 @@ def test_the_next_image_of_the_class_stands_for_an_unreadable_one(tmp_path):
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[3], images[1])  # the next ones, around the end of the class
     assert torch.equal(images[7], images[4])
+
+
+# ---- other data, other forms of names ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_content", [True, False])
+def test_images_that_were_trained_on_are_not_held_out_of_other_data(tmp_path, monkeypatch, capsys, by_content):
+    if not by_content:
+        monkeypatch.setattr("flowback.data.inventory.CONTENT_BYTES", 0)
+    one = config(tree(tmp_path / "images"))
+    before = begin(one)
+    again = other_data(tmp_path / "run", replace(one.data, holdout=0.7))
+    assert names(again.held_out)
+    assert not names(again.held_out) & names(before.train)
+    assert "held-out images were trained on, and are left out" in capsys.readouterr().out
+    if by_content:  # under other names, too
+        for name in ("ant", "bee"):
+            (tmp_path / "images" / name).rename(tmp_path / "images" / f"{name}s")
+        renamed = other_data(tmp_path / "run", replace(one.data, holdout=0.7))
+        assert {name.replace(b"s/", b"/") for name in names(renamed.held_out)} <= names(before.held_out)
+    assert len(other_data(None, replace(one.data, holdout=0.7)).held_out) == 12
+
+
+def test_a_move_between_file_systems_that_write_accents_differently_changes_nothing(tmp_path):
+    accents = "e\u0301a\u0308", "\u00e9\u00e4"  # as letters with marks, and as one character each
+    one = config(tree(tmp_path / "images"))
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).rename(tmp_path / "images" / f"{name} {accents[0]}")
+    add(tmp_path / "images" / f"ant {accents[0]}" / f"{accents[0]}.png", 77)
+    before = begin(one)
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / f"{name} {accents[0]}").rename(tmp_path / "images" / f"{name} {accents[1]}")
+    (tmp_path / "images" / f"ant {accents[1]}" / f"{accents[0]}.png").rename(
+        tmp_path / "images" / f"ant {accents[1]}" / f"{accents[1]}.png"
+    )
+    assert len(resumed(one).train) == len(before.train)

@@ -218,7 +218,7 @@ def _on_disk(config: DataConfig, report: Report | None, earlier: bool) -> ImageS
     source, size = kind(config.path, report, earlier), config.image_size
     grey = config.channels != 1 and not earlier and source.grey()
     channels = config.channels or (1 if grey else 3)
-    notes = [source.left_aside] if source.left_aside else []
+    notes = [*source.notes]
     if grey:
         does = "data.channels is 1" if channels == 1 else "data.channels 1 fits better than 3 that are equal"
         notes.append(f"the images that were looked at are all grey: {does}")

@@ -79,13 +79,14 @@ class FolderSource(Source):
         root = Path(path)
         if not root.is_dir():
             raise InputError(f"data.path {root} is not a folder; expected a tree of class/image files")
-        self.root = root
+        self.root, self.notes = root, []
         listing = _remembered(root) or _scanned(root, report)
         self.files, self.sizes, unit_of = listing.files, listing.sizes, np.arange(len(listing.units)).repeat(listing.counts)
         if earlier:
             seen = [os.path.splitext(file)[1].lower().decode("latin-1") in EARLIER_SUFFIXES for file in self.files]
             kept = np.flatnonzero(seen)
             self.files, self.sizes, unit_of = Texts.of(self.files.select(kept)), self.sizes[kept], unit_of[kept]
+        aside = "; ".join(text.decode() for text in listing.left_aside)
         names = [os.fsdecode(name) for name in listing.classes]
         classes = sorted({name for name, held in zip(names, listing.held_out, strict=True) if name and not held})
         number = {"": 0, **{name: k for k, name in enumerate(classes)}}
@@ -94,15 +95,19 @@ class FolderSource(Source):
             least = 1 if listing.held_out.any() else 2
             if count < least:
                 what = "class folder" if name else "folder"
-                raise InputError(f"{what} {root / os.fsdecode(unit)} has {count} images; expected at least {least}")
+                found = f"{what} {root / os.fsdecode(unit)} has {count} images; expected at least {least}"
+                raise InputError(f"{found}; left aside: {aside}" if aside else found)
             if name not in number:
                 train = root / os.fsdecode(listing.units[0]).partition("/")[0]
                 raise InputError(f"class folder {root / os.fsdecode(unit)} is not in {train}; expected its classes")
         self.classes = [shown(name) for name in classes]
         self.labels = torch.from_numpy(np.array([number[name] for name in names], np.int64)[unit_of])
         self.held_out = torch.from_numpy(listing.held_out[unit_of])
-        if len(listing.left_aside):
-            self.left_aside = f"left aside in {root}: {'; '.join(text.decode() for text in listing.left_aside)}"
+        if aside:
+            self.notes.append(f"left aside in {root}: {aside}")
+        if len(names) == 1 and self.files[0].count(b"/") > 1:
+            only = root / names[0]
+            self.notes.append(f"all images lie in folders of {only}; if these are classes or parts, give data.path {only}")
 
     def read(self, index: int) -> bytes:
         """The whole file of an image."""
@@ -140,15 +145,14 @@ def _scanned(root: Path, report: Report | None) -> Listing:
     try:
         layout = _layout(base)
         found = in_threads(lambda unit: _scan(base, unit), layout.units, report)
-        if not any(members for _, members, _ in found) and layout.loose[0][1]:  # its folders are of something else
-            layout = Layout(layout.seen, [(b"", b"", False)], [], [name for _, name, _ in layout.units])
+        few = len(found) == 1 or not any(members for _, members, _ in found)
+        if few and layout.loose[0][1] and not layout.aside:  # its images are what counts, and folders are no classes
+            layout = Layout(layout.seen, [(b"", b"", False)], [], [])
             found = [_scan(base, layout.units[0])]
     except OSError as error:
         raise InputError(f"folder {os.fsdecode(error.filename)} cannot be read ({error.strerror})") from error
     seen = dict([*layout.seen, *(folder for folders, _, _ in found for folder in folders)])
     files = [file for _, members, _ in found for file in members]
-    if not files and not any(name for _, name, _ in layout.units):
-        raise InputError(f"data.path {root} has 0 class folders and no images; expected at least 2 classes, or images")
     other = sum((kinds for _, _, kinds in found), Counter())
     aside = [counted(other)] if other else []
     for folder, count in ((folder, count) for folder, count in layout.loose if count):
@@ -156,6 +160,9 @@ def _scanned(root: Path, report: Report | None) -> Listing:
         aside.append(f"{count} image{'s' * (count != 1)} in {where}, beside its folders")
     if layout.aside:
         aside.append(listed("folder", [shown(os.fsdecode(name)) for name in layout.aside]))
+    if not files and not any(name for _, name, _ in layout.units):
+        none = f"data.path {root} has 0 class folders and no images; expected at least 2 classes, or images"
+        raise InputError("; left aside: ".join([none, *aside]))
     units, classes, held_out = zip(*layout.units, strict=True)
     listing = Listing(
         folders=Texts.of(list(seen)),
@@ -240,7 +247,7 @@ def _scan(base: bytes, unit: Unit) -> tuple[list[tuple[bytes, int]], list[tuple[
 
     Args:
         base: the root.
-        unit: the class folder, relative to it, and its class: a folder of images without one is not looked into deeper.
+        unit: the class folder, relative to it.
     """
     folders, files, kinds, waiting = [], [], Counter(), [unit[0]]
     while waiting:
@@ -253,7 +260,7 @@ def _scan(base: bytes, unit: Unit) -> tuple[list[tuple[bytes, int]], list[tuple[
                     continue
                 name = folder + b"/" + entry.name if folder else entry.name
                 if entry.is_dir(follow_symlinks=False):
-                    waiting += [name] * bool(unit[1])
+                    waiting.append(name)
                 elif (size := _size(entry)) is None:
                     continue
                 elif kind := _other_kind(entry):

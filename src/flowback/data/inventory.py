@@ -1,6 +1,8 @@
 """What the data of a run was when it began, by which it is known again, and its split kept."""
 
 import hashlib
+import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -90,13 +92,16 @@ class Inventory:
                     raise InputError(f"the {name} images are others than when this run began; expected the same")
             return data
         source = data.train.source
-        names = _names(source)
         if not len(self.names):
             raise InputError("this run began with images in memory; expected the same")
-        place = {name: k for k, name in enumerate(self.names)}
-        was = np.array([place.get(name, -1) for name in names])  # of each image now, its number then
-        number = {name: k for k, name in enumerate(classes)}
-        labels = np.array([number.get(name, -1) for name in data.classes] or [0])[source.labels.numpy()]
+        names = Texts.of(_names(source))
+        if names.same(self.names):
+            was = np.arange(len(names))  # of each image now, its number then
+        else:
+            place = {name: k for k, name in enumerate(self.names)}
+            was = np.array([place.get(name, -1) for name in names])
+        number = {_composed(name): k for k, name in enumerate(classes)}
+        labels = np.array([number.get(_composed(name), -1) for name in data.classes] or [0])[source.labels.numpy()]
         known = np.flatnonzero(was >= 0)
         for k in known[labels[known] != self.labels[was[known]]][:1].tolist():
             before, now = classes[self.labels[was[k]]], data.classes[source.labels[k]]
@@ -106,9 +111,8 @@ class Inventory:
         changed = known[_marks(source, known, bool(self.by_content)) != self.marks[was[known]]]
         if len(changed) <= unreadable * len(names):
             changed = np.array([k for k in changed.tolist() if _is_readable(source, k)], int)
-        gone = [
-            self.names[k].decode("utf-8", "replace") for k in sorted({*range(len(self.names))} - {*was[known].tolist()})
-        ]
+        missing = np.setdiff1d(np.arange(len(self.names)), was)
+        gone = [name.decode("utf-8", "replace") for name in self.names.select(missing.tolist())]
         new, others = ([source.where(k) for k in rows.tolist()] for rows in (np.flatnonzero(was < 0), changed))
         sayings = [_counted(gone, "gone"), _counted(new, "new"), _counted(others, "changed")]
         said = ", ".join(text for text in sayings if text)
@@ -126,6 +130,31 @@ class Inventory:
         notes = (f"since this run began: {said}; only what was there then and has not changed is used",) if said else ()
         return replace(data, train=train, held_out=held_out, classes=source.classes, notes=notes)
 
+    def unseen(self, data: ImageSet) -> ImageSet:
+        """Data of any kind without those held-out images that were trained on: of the same content, or name and size.
+
+        Raises:
+            InputError: if no image is left.
+        """
+        held_out = data.held_out
+        if not isinstance(held_out, DiskSplit) or not len(self.names):
+            return data
+        rows, by_content = held_out.indices.numpy(), bool(self.by_content)
+        names, trained = _names(held_out.source), self.parts == TRAINED
+        marks = _marks(held_out.source, rows, by_content).tolist()
+        here = marks if by_content else [(names[k], mark) for k, mark in zip(rows.tolist(), marks, strict=True)]
+        seen = set(self.marks[trained].tolist())
+        if not by_content:
+            seen = set(zip(self.names.select(np.flatnonzero(trained).tolist()), self.marks[trained].tolist(), strict=True))
+        left = [k for k, mark in zip(rows.tolist(), here, strict=True) if mark not in seen]
+        if len(left) == len(rows):
+            return data
+        if not left:
+            raise InputError("all of the held-out images were trained on; expected others")
+        note = f"{len(rows) - len(left)} of {len(rows)} held-out images were trained on, and are left out"
+        split = DiskSplit(held_out.source, torch.tensor(left), data.image_size, data.channels)
+        return replace(data, held_out=split, notes=(*data.notes, note))
+
 
 def refuse_other_classes(before: Sequence[str], now: Sequence[str]) -> None:
     """Refuse data that lacks classes that there were.
@@ -133,7 +162,8 @@ def refuse_other_classes(before: Sequence[str], now: Sequence[str]) -> None:
     Raises:
         InputError: if it does; names what is in their place.
     """
-    gone, new = sorted({*before} - {*now}), sorted({*now} - {*before})
+    was, found = {*map(_composed, before)}, {*map(_composed, now)}
+    gone, new = sorted(was - found), sorted(found - was)
     if not gone:
         return
     said = f"{some(gone)} of the classes {'is' if len(gone) == 1 else 'are'} gone" + f", {some(new)} new" * bool(new)
@@ -142,13 +172,21 @@ def refuse_other_classes(before: Sequence[str], now: Sequence[str]) -> None:
     raise InputError(f"{said}; expected the {len(before)} classes of when this run began")
 
 
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
 def _hash(split: Split) -> bytes:
     return f"{split.fingerprint()} {hashlib.sha256(split.labels.numpy().tobytes()).hexdigest()[:16]}".encode()
 
 
 def _names(source: Source) -> list[bytes]:
-    """The names of all images; one that occurs again has its number added, as in tars of the same name."""
+    """The names of all images; one that occurs again has its number added, as in tars of the same name.
+
+    Letters with accents are as one character, whatever file system they come from.
+    """
     names, seen = source.names(range(len(source.sizes))), Counter[bytes]()
+    names = [name if name.isascii() else os.fsencode(_composed(os.fsdecode(name))) for name in names]
     if len(set(names)) == len(names):
         return names
     unique = []

@@ -83,8 +83,7 @@ class ShardSource(Source):
                 other[kind.decode()] += count
         left = [counted(other)] * bool(other)
         left += [listed("shard", [shard.name for shard in aside])] * bool(aside)
-        if left:
-            self.left_aside = f"left aside in {path}: {'; '.join(left)}"
+        self.notes = [f"left aside in {path}: {'; '.join(left)}"] * bool(left)
 
     def _numbered(self, indices: list[dict[str, Any]], given: list[str] | None) -> tuple[Tensor, list[str]]:
         """Labels and classes where samples carry numbers."""
@@ -261,8 +260,8 @@ def _samples(shard: Path, stream: BinaryIO, members: list[tarfile.TarInfo]) -> d
         numbers.append(_class_number(stream, files, f"sample {key} of {shard}"))
         folders.append(os.fsencode(key.rpartition("/")[0]))
         kinds.update(f".{kind}" for kind, file in files.items() if file is not image and kind not in ("cls", "json"))
-    kinds.update({"without a suffix": len(members) - sum(len(files) for _, files in samples.values())})
-    kinds = +kinds
+    bare = sum("." not in (base := member.name.rpartition("/")[2]) or base.endswith(".") for member in members)
+    kinds.update(["without a suffix"] * bare)
     different = sorted(set(folders))
     place = {folder: k for k, folder in enumerate(different)}
     return {

@@ -57,6 +57,10 @@ class Texts:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def same(self, other: "Texts") -> bool:
+        """Whether the items are equal."""
+        return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.blob, other.blob)
+
     def __getitem__(self, index: int) -> bytes:
         return self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
@@ -76,7 +80,7 @@ class Source(ABC):
     classes: list[str]  # empty where images have no label; all labels are 0 then
     held_out: Tensor  # bool [n], true for the images of a held-out part that the data has of its own
     sizes: np.ndarray  # int64 [n], bytes
-    left_aside: str | None = None  # what else lies there, a sentence
+    notes: list[str]  # sentences on what else lies there
 
     @abstractmethod
     def read(self, index: int) -> bytes:

@@ -33,7 +33,7 @@ from torch import Tensor
 from flowback.core.devices import machine
 from flowback.core.errors import InputError
 from flowback.core.files import check_place, read_json, write_whole
-from flowback.data import DataConfig, ImageSet, load_data
+from flowback.data import DataConfig, ImageSet
 from flowback.data.splits import in_shares, spread
 from flowback.flow.guidance import Guidance
 from flowback.latents import Flow, LatentFlow
@@ -43,7 +43,7 @@ from flowback.measure.probe import probe_layers
 from flowback.reports.classification import PASSES, UNLABELLED, cost_accuracy, judged
 from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
-from flowback.runs.folder import run_data
+from flowback.runs.folder import other_data, run_data
 from flowback.tasks.classify import Effort, effort
 from flowback.tasks.sampling import Request, checked_store, sample_to_disk
 
@@ -220,9 +220,9 @@ def _data(
         try:
             data, others = run_data(run, recipe), False  # what the run knows, elsewhere, keeps its split
         except InputError:
-            data = load_data(recipe)
+            data = other_data(run, recipe)
     elif given:
-        data = load_data(DataConfig(**({"image_size": flow.image_size, "channels": flow.channels} | given)))
+        data = other_data(run, DataConfig(**({"image_size": flow.image_size, "channels": flow.channels} | given)))
     else:
         raise InputError(f"{source} has no config.yaml that names its data; expected the folder of a run, or --data.name")
     levels = None if isinstance(flow, LatentFlow) else flow.levels

@@ -73,6 +73,23 @@ def run_data(run: Path, config: DataConfig) -> ImageSet:
     return data
 
 
+def other_data(run: Path | None, config: DataConfig) -> ImageSet:
+    """Data to measure a flow on that is not its run's; what that was trained on is not held out.
+
+    Args:
+        run: the run's folder, if there is one.
+        config: of the data.
+
+    Raises:
+        InputError: if there is none, or all was trained on.
+    """
+    data, begun = load_data(config), Inventory.read(run / DATA) if run else None
+    data = data if begun is None else begun.unseen(data)
+    for note in data.notes:
+        _say(note)
+    return data
+
+
 def _known(run: Path, config: DataConfig, data: ImageSet | None, exact: bool) -> ImageSet:
     """The data of a run that began; those of version 0.1.0 kept the names of the classes alone, if `classes.json`."""
     begun = Inventory.read(run / DATA)
@@ -82,6 +99,8 @@ def _known(run: Path, config: DataConfig, data: ImageSet | None, exact: bool) ->
         data = load_data(config, earlier=begun is None)
     if begun is not None:
         return begun.split(data, exact, config.unreadable)
+    if isinstance(data.train, DiskSplit):
+        data = replace(data, notes=(f"{run} has no {DATA}; its split is drawn as version 0.1.0 did",))
     try:
         refuse_other_classes(read_json(run / CLASSES) if (run / CLASSES).is_file() else data.classes, data.classes)
     except (ValueError, TypeError) as error:

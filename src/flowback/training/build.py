@@ -193,7 +193,8 @@ def build_flow(
     if autoencoder is not None:
         if autoencoder.image_channels != data.channels:
             raise InputError(
-                f"images of {data.channels} channels do not fit {autoencoder.name}; expected {autoencoder.image_channels}"
+                f"images of {data.channels} channels do not fit {autoencoder.name}; expected {autoencoder.image_channels}, "
+                "data.channels"
             )
         if flow.noise != "gaussian":
             raise InputError(f"flow.noise must be gaussian in latents, which have no bins, got {flow.noise!r}")
