@@ -11,8 +11,10 @@ import sys
 import tarfile
 import unicodedata
 import warnings
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +33,11 @@ from flowback.core import console
 from flowback.core.console import command, say
 from flowback.core.files import cache_folder, check_place, names_folder, new_folder, read_json, typed_path, write_whole
 from flowback.data import DataConfig, as_images, load_data, load_image
+from flowback.encoders import load_encoder
+from flowback.flow.convert import read_tensors
 from flowback.latents import load_autoencoder
+from flowback.measure.extractors import checked_weights
+from flowback.measure.fidelity import open_images
 from flowback.runs import checkpoint
 from flowback.runs.config import load_yaml
 from flowback.tasks.editing import inpaint, interpolate, swap_class
@@ -642,6 +648,22 @@ def test_an_index_of_an_autoencoder_names_no_other_weights(tmp_path):
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}')
     with pytest.raises(InputError, match="is cut into several files; expected"):
         load_autoencoder(str(folder))
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pth")
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", lambda _: [SimpleNamespace(file_size=2**31)])
+    with pytest.raises(InputError, match="it unpacks to 2147483648 bytes"):
+        open_images(tmp_path / "a.npz")
+    for load in (
+        lambda: load_encoder("efficientnet_lite0", tmp_path / "a.pth"),
+        lambda: read_tensors(tmp_path / "a.pth"),
+        lambda: checked_weights(str(tmp_path / "a.pth"), "inception"),
+    ):
+        with pytest.raises(InputError) as refused:
+            load()
+        assert "it unpacks to 2147483648 bytes" in str(refused.value.__cause__)
 
 
 def test_downloads_are_of_named_files_only(monkeypatch):

@@ -271,6 +271,8 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
     """
     if weights not in ("ema", "raw"):
         raise InputError(f"weights {weights!r} do not exist; expected ema, raw")
+    if not str(run):
+        raise InputError("the flow must be a run's folder, a checkpoint, a folder or hub id of a flow, got ''")
     source = newest(Path(run)) or run
     if Path(run).is_dir() and source == run and not (Path(run) / "config.json").exists():
         raise InputError(f"{run} holds no checkpoint and no flow; expected a run's folder, a checkpoint or a flow")
