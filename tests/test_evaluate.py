@@ -243,6 +243,9 @@ def test_a_checkpoint_and_a_folder_of_a_flow_are_evaluated_where_they_lie(run, t
     assert found["nats_per_dim"] == expected["nats_per_dim"]
     assert (found["steps"], found["strategy"]) == (None, None)
     assert (tmp_path / "flow" / "evaluation.json").is_file()
+    (tmp_path / "flow" / "classes.json").write_text("[")
+    with pytest.raises(InputError, match=r"classes\.json cannot be read .*; expected a list of names"):
+        evaluate(tmp_path / "flow", BPD, data={"name": "digits"})
     with pytest.raises(InputError, match="nobody/flow is no local folder; give -o"):
         evaluate("nobody/flow", BPD, data={"name": "digits"})
 

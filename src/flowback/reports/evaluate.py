@@ -156,8 +156,6 @@ def evaluate(
     images, others = _data(run, began, flow, data)
     if others and output is None and began:
         raise InputError(f"{file} is of the run's own data; give -o, a folder or a .json file for what others show")
-    for note in images.notes if others else ():
-        report({"data": note})
     state = State.read(folder) if folder and (folder / "state.json").is_file() else None
     alignment = RunConfig.read(began / "config.yaml").alignment if began else None
     every = config.images or len(images.held_out)
@@ -235,7 +233,10 @@ def _data(
     known = next(
         (place / "classes.json" for place in (run, flow.core.folder) if place and (place / "classes.json").is_file()), None
     )
-    names = read_json(known) if known and flow.num_classes else data.classes
+    try:
+        names = read_json(known) if known and flow.num_classes else data.classes
+    except (OSError, ValueError) as error:
+        raise InputError(f"{known} cannot be read ({error}); expected a list of names, or no such file") from error
     if names != data.classes and isinstance(names, list) and len(names) == len(data.classes):
         name, own = next(pair for pair in zip(data.classes, names, strict=True) if pair[0] != pair[1])
         raise InputError(f"the classes of the data {data.name} are not those of {known}: {name!r} in place of {own!r}")
