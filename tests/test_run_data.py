@@ -342,6 +342,11 @@ def test_images_that_were_trained_on_are_not_held_out_of_other_data(tmp_path, mo
             (tmp_path / "images" / name).rename(tmp_path / "images" / f"{name}s")
         renamed = other_data(tmp_path / "run", replace(one.data, holdout=0.7))
         assert {name.replace(b"s/", b"/") for name in names(renamed.held_out)} <= names(before.held_out)
+    begins = replace(one, run=str(tmp_path / "fine"), data=replace(one.data, holdout=0.7))
+    for start in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000002"):
+        fine = training_data(replace(begins, train=replace(begins.train, init=str(start))))
+        assert names(fine.held_out) <= names(before.held_out) or by_content
+        assert not {name.replace(b"s/", b"/") for name in names(fine.held_out)} & names(before.train)
     assert len(other_data(None, replace(one.data, holdout=0.7)).held_out) == 12
 
 

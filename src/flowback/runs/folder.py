@@ -49,6 +49,8 @@ def training_data(config: RunConfig, given: ImageSet | None = None) -> ImageSet:
         data = _known(config.folder, config.data, given, exact=True)
     else:
         data = given or load_data(config.data)
+        if config.train.init is not None:
+            data = _unseen(data, Path(os.path.expanduser(config.train.init)))
     for note in data.notes:
         _say(note)
     _tolerate(data.held_out, config.data.unreadable)
@@ -83,10 +85,17 @@ def other_data(run: Path | None, config: DataConfig) -> ImageSet:
     Raises:
         InputError: if there is none, or all was trained on.
     """
-    data, begun = load_data(config), Inventory.read(run / DATA) if run else None
-    data = data if begun is None else begun.unseen(data)
+    data = load_data(config) if run is None else _unseen(load_data(config), run)
     for note in data.notes:
         _say(note)
+    return data
+
+
+def _unseen(data: ImageSet, start: Path) -> ImageSet:
+    """Data without those held-out images that a flow was trained on: of a run, or of a checkpoint of one."""
+    for place in (start, start.absolute().parent.parent):
+        begun = Inventory.read(place / DATA) if (place / DATA).is_file() else None
+        data = data if begun is None else begun.unseen(data)
     return data
 
 
