@@ -45,8 +45,8 @@ def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Ten
 
     Args:
         images: one or several PIL images or paths, which are cropped and resized; uint8 arrays `[H, W]`, `[H, W, C]`,
-            `[B, H, W]` (if channels is 1) or `[B, H, W, C]`, which are too; a uint8 tensor `[B, C, H, W]` of pixel values; or a
-            floating-point tensor, which passes unchanged. The batch dimension of tensors is added where it is missing.
+            `[B, H, W]` (if channels is 1) or `[B, H, W, C]`, which are too; a uint8 tensor `[B, C, H, W]` of pixel values;
+            or a floating-point tensor, which passes unchanged. The batch dimension of tensors is added where it is missing.
         size: height and width, or one number for both, pixels.
         channels: C: 3 for color, 1 for grey.
 
