@@ -159,6 +159,9 @@ def test_a_smaller_memory_takes_more_pieces_and_a_larger_batch_more_of_all():
     assert small.steps[0].bytes < 5e8 < large.steps[0].bytes
     assert small.steps[0].flops == large.steps[0].flops == 8 * large.steps[1].flops
     assert large.caches == {"features": 1_281_167 * 2 * 256 * 768 * 2}
+    assert (large.evaluations, large.evaluation.images, large.evaluation.exact) == (100, 500, 97)
+    assert large.pass_flops == pytest.approx(large.steps[2].flops / 4, rel=0.35)  # which has an alignment, too
+    assert "exact likelihoods of 1,000 classes for 97 of them, 99,500 forward passes; 100 times" in str(large)
     assert large.seconds(large.steps[0]) == pytest.approx(large.steps[0].flops / (989e12 * 0.4))
     shared = plan(recipe_config("imagenet64", *narrow, "--train.strategy=fsdp"), Device(gigabytes=1e6))
     assert shared.steps[0] == large.steps[0]

@@ -328,7 +328,9 @@ def found(split) -> set[str]:
 
 
 @pytest.mark.parametrize("train", ["train", "Train", "TRAIN", "training"])
-@pytest.mark.parametrize("held_out", ["val", "Val", "valid", "VALID", "validation", "test", "Test", "eval", "testing"])
+@pytest.mark.parametrize(
+    "held_out", ["val", "Val", "valid", "VALID", "validation", "Dev", "test", "Test", "eval", "testing"]
+)
 def test_parts_of_a_tree_are_told_by_their_names(tmp_path, train, held_out):
     root = files(
         tmp_path / "images", f"{train}/ant/*.png", f"{train}/bee/*.png", f"{held_out}/ant/*.png", f"{held_out}/bee/0.png"
@@ -352,7 +354,7 @@ def test_a_test_beside_both_parts_is_left_aside_and_said(tmp_path):
     )
 
 
-@pytest.mark.parametrize("others", [[], ["test/*.png"], ["test/note.txt"]], ids=["alone", "flat test", "empty test"])
+@pytest.mark.parametrize("others", [[], ["test/*.png"], ["test/note.txt"], ["test/unknown/*.png"]])
 def test_a_share_of_train_is_held_out_where_no_other_part_has_classes(tmp_path, others):
     root = files(tmp_path / "images", "train/ant/*.png", "train/bee/*.png", *others, count=4)
     data = load_data(config("folder", root))

@@ -178,12 +178,15 @@ BPD = EvaluationConfig(metrics=("bpd",), images=8)
         ({"metrics": ("bpd", "is"), "samples": 9}, "is needs at least 10 samples, got 9"),
         ({"metrics": ("bpd", "fid"), "extractor_weights": "nowhere"}, "extractor weights nowhere are not a file"),
         ({"metrics": ("bpd", "fid"), "samples_from": "nowhere.npz"}, "nowhere.npz holds no samples"),
+        ({"metrics": ("bpd", "fid"), "samples_from": "other_size.npz"}, "samples are of 9x9 pixels; expected 8x8"),
         ({"metrics": ("bpd",), "sweep": (0.0,), "samples": 1}, "fid needs at least 2 samples, got 1"),
         ({"metrics": ("bpd", "accuracy"), "images": 3}, "an accuracy needs at least 4 held-out images, got 3"),
     ],
 )
 def test_what_a_metric_lacks_is_found_out_before_any_is_measured(run, monkeypatch, change, message):
     monkeypatch.setattr(module, "_density", lambda *_: pytest.fail("measured"))
+    monkeypatch.chdir(run)
+    np.savez("other_size.npz", np.full((4, 9, 9, 3), 9, np.uint8))
     with pytest.raises(InputError, match=message):
         evaluate(run, EvaluationConfig(**change))
 
@@ -191,10 +194,11 @@ def test_what_a_metric_lacks_is_found_out_before_any_is_measured(run, monkeypatc
 def test_an_output_that_cannot_be_written_is_found_out_before_anything_is_measured(run, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_density", lambda *_: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/evaluation.json cannot be written"):
+    with pytest.raises(InputError, match=r"output .*file/evaluation\.json cannot be written"):
         evaluate(run, BPD, output=tmp_path / "file")
-    shutil.move(run / "metrics.csv", tmp_path)
-    with pytest.raises(InputError, match=r"metrics\.csv"):
+    monkeypatch.setattr("flowback.reports.compare.load_record", lambda *_: None)
+    monkeypatch.setattr("flowback.reports.compare.crossings", lambda *_: pytest.fail("worked"))
+    with pytest.raises(InputError, match=r"output .*file/report\.html cannot be written"):
         write_comparison([run], tmp_path / "file")
 
 
@@ -239,6 +243,9 @@ def test_a_checkpoint_and_a_folder_of_a_flow_are_evaluated_where_they_lie(run, t
     assert found["nats_per_dim"] == expected["nats_per_dim"]
     assert (found["steps"], found["strategy"]) == (None, None)
     assert (tmp_path / "flow" / "evaluation.json").is_file()
+    (tmp_path / "flow" / "classes.json").write_text("[")
+    with pytest.raises(InputError, match=r"classes\.json cannot be read .*; expected a list of names"):
+        evaluate(tmp_path / "flow", BPD, data={"name": "digits"})
     with pytest.raises(InputError, match="nobody/flow is no local folder; give -o"):
         evaluate("nobody/flow", BPD, data={"name": "digits"})
 

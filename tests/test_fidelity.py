@@ -232,7 +232,7 @@ def test_impossible_requests_are_named(options, message):
 )
 def test_too_few_images_for_a_metric_are_refused_before_any_work(metric, samples, real, message):
     with pytest.raises(InputError, match=message):
-        check((metric,), "efficientnet_lite0", samples, TensorImages(pictures(real, 1)))
+        check((metric,), "efficientnet_lite0", samples, (16, 16), TensorImages(pictures(real, 1)))
 
 
 @given(st.integers(4, 30), st.integers(10, 30))
@@ -319,11 +319,11 @@ def test_adms_statistics_give_the_figures_of_their_images(inception, tmp_path, m
     assert np.allclose(sfid, spatial.mean(0))
     for metric in ("kid", "prc"):
         with pytest.raises(InputError, match=f"{metric} needs real images; the file of statistics has none"):
-            check((metric,), "inception", 12, reference)
+            check((metric,), "inception", 12, (16, 16), reference)
     with pytest.raises(InputError, match="statistics of the reference are of inception, not of dinov2"):
-        check(("fid",), "dinov2", 12, reference)
+        check(("fid",), "dinov2", 12, (16, 16), reference)
     del statistics["mu_s"]
     with pytest.raises(InputError, match="sfid needs mu_s and sigma_s"):
-        check(("sfid",), "inception", 12, open_reference(saved(tmp_path, **statistics), (16, 16)))
+        check(("sfid",), "inception", 12, (16, 16), open_reference(saved(tmp_path, **statistics), (16, 16)))
     with pytest.raises(InputError, match="holds no statistics of ADM's"):
         open_reference(saved(tmp_path, mu=np.zeros(3), sigma=np.zeros((3, 3))), (16, 16))

@@ -43,7 +43,7 @@ VERBS = {  # the module of each verb, and its help
     "classify": ("classifying", "Classify image files with the flow's own likelihood. No classifier is trained."),
     "evaluate": (
         "measuring",
-        "Measure a run on its data: density, classes, probes, fidelity. Writes evaluation.json.",
+        "Measure a flow on its run's data, or on other: density, classes, probes, fidelity. Writes evaluation.json.",
     ),
     "compare": ("measuring", "Compare evaluated runs side by side. Writes report.html and report.json."),
     "import-tarflow": ("importing", "Convert a checkpoint of the published TARFlow code to a flow. Its outputs are equal."),

@@ -25,7 +25,7 @@ SETTLED = 2.0  # seconds; a folder that changed this shortly before a scan may c
 SUFFIXES = {suffix.encode() for suffix in IMAGE_SUFFIXES}
 KIND = re.compile(rb"\.[a-z]\w{0,7}")  # of a file; what else stands after a dot, as in `cat.0001`, says nothing
 TRAIN = (b"train", b"training")
-VALIDATION = (b"val", b"valid", b"validation")
+VALIDATION = (b"val", b"valid", b"validation", b"dev")
 HELD_OUT = (*VALIDATION, b"test", b"testing", b"eval", b"evaluation")  # the first of them that is there
 Unit = tuple[bytes, bytes, bool]  # path, class (empty for none) and whether it is held out
 LEFTOVERS = {
@@ -55,9 +55,10 @@ class Listing:
 class FolderSource(Source):
     """A tree `class/image.jpg`, or `train/class/image.jpg` beside `val/class/image.jpg`, or a folder of images alone.
 
-    The parts are `train` or `training`, and the first of `val`, `valid`, `validation`, `test`, `testing`, `eval`,
-    `evaluation`, in any case, which is held out; folders of these names are classes where there is no `train` with class
-    folders. Images may lie deeper inside their class folder. A folder without class folders has images of no class.
+    The parts are `train` or `training`, and the first of `val`, `valid`, `validation`, `dev`, `test`, `testing`,
+    `eval`, `evaluation`, in any case, which is held out (of the last four, if they have no other classes); folders of
+    these names are classes where there is no `train` with class folders. Images may lie deeper inside their class
+    folder. A folder without class folders has images of no class.
 
     Images are told by their suffix, or by their first bytes where they have none. What else lies there is counted. Hidden
     files and folders are skipped; links to folders are followed where they stand for a class.
@@ -202,9 +203,11 @@ def _layout(base: bytes) -> Layout:
     others = set(folders) - {*train, *held_out}
     looked = {part: _look(os.path.join(base, part)) for part in (*train, *held_out)} if train else {}
     seen = [(b"", modified), *((part, time) for part, (time, _, _) in looked.items())]
-    with_classes = [part for part in held_out if looked and looked[part][1]]
     trained = [part for part in train if looked[part][1]]
     validation = [part for part in held_out if part.lower() in VALIDATION]
+    classes = {name for part in trained for name in looked[part][1]}  # a test may have others, or one folder `unknown`
+    inside = {part: looked[part][1] for part in held_out if looked}
+    with_classes = [part for part in inside if inside[part] and (part in validation or classes.issuperset(inside[part]))]
     if (trained and (with_classes or validation)) or (train and (not others or {*with_classes} & {*validation})):
         if len(train) > 1:
             raise InputError(

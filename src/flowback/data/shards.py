@@ -27,7 +27,7 @@ from flowback.data.sources import Report, Source, Texts, counted, in_threads, li
 
 TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])")
-TEST = re.compile(r"(?<![a-z])(test|testing|eval|evaluation)(?![a-z])")
+TEST = re.compile(r"(?<![a-z])(dev|test|testing|eval|evaluation)(?![a-z])")
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MAX_CLASSES = MAX_SHARDS = 1_000_000
@@ -47,7 +47,7 @@ class ShardSource(Source):
     no class. `classes.json` (a list) or `classes.txt` (one a line) beside the tars names the classes in order.
 
     Tars with the word `train` in their names are for training, those with `val`, `valid` or `validation`, or, if there is
-    none, `test` or `eval`, held out, and others left aside; if none has `train`, all count and none is held out.
+    none, `dev`, `test` or `eval`, held out, and others left aside; if none has `train`, all count and none is held out.
 
     Args:
         path: a folder of .tar files, or a pattern of them with `*`, `?`, `[…]`, `{a,b}` or `{000..146}`.

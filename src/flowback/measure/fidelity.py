@@ -205,7 +205,7 @@ def _on_white(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def _size(images: Images) -> tuple[int, ...]:
+def size_of(images: Images) -> tuple[int, ...]:
     """Height and width of images, by the first one."""
     first = images.split[images.indices[:1]][0][0] if isinstance(images, SplitImages) else images[0]
     return tuple(first.shape[1:])
@@ -244,12 +244,8 @@ def fidelity(
         InputError: if a metric or extractor does not exist, its weights cannot be had, its features are not finite, or
             there are too few images, or of different sizes.
     """
-    check(metrics, extractor, len(samples), reference)
+    check(metrics, extractor, len(samples), size_of(samples), reference)
     real = reference.images if isinstance(reference, Statistics) else reference
-    sizes = [_size(images) for images in (samples, real) if images is not None]
-    if len(set(sizes)) > 1:
-        own, others = (f"{width}x{height}" for height, width in sizes)
-        raise InputError(f"the samples are of {own} pixels; expected {others}, as the reference is")
     options: dict[str, Any] = {
         "input1": samples,
         "input2": real,
@@ -277,8 +273,10 @@ def fidelity(
     return figures | {"extractor": extractor, "samples": len(samples), "reference_images": real_images}
 
 
-def check(metrics: Collection[str], extractor: str, samples: int, reference: Images | Statistics) -> None:
-    """Refuse metrics that do not exist, or for which there is too little.
+def check(
+    metrics: Collection[str], extractor: str, samples: int, size: tuple[int, ...], reference: Images | Statistics
+) -> None:
+    """Refuse metrics that do not exist, or for which there is too little, or another size than that of the samples.
 
     Raises:
         InputError: naming the metric and what it needs.
@@ -297,6 +295,9 @@ def check(metrics: Collection[str], extractor: str, samples: int, reference: Ima
             raise InputError(
                 "sfid needs mu_s and sigma_s in the file of statistics; expected them, or a reference of images"
             )
+    if real is not None and len(real) and size_of(real) != tuple(size):
+        own, others = (f"{width}x{height}" for height, width in (size, size_of(real)))
+        raise InputError(f"the samples are of {own} pixels; expected {others}, as the reference is")
     for name in metrics:
         if samples < LEAST[name]:
             raise InputError(f"{name} needs at least {LEAST[name]} samples, got {samples}")

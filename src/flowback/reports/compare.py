@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from flowback.core.errors import InputError
-from flowback.core.files import read_json, write_whole
+from flowback.core.files import check_place, read_json, write_whole
 from flowback.core.units import from_levels
 from flowback.data import ImageSet
 from flowback.data.pictures import grid_array
@@ -215,9 +214,7 @@ def write_comparison(runs: Sequence[str | Path], folder: Path, device: torch.dev
     from jinja2 import Environment, PackageLoader
 
     records = [load_record(run, name, device) for run, name in zip(runs, names_of(runs), strict=True)]
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder):  # which fails now, not after the drawing, if nothing can be written there
-        pass
+    check_place(folder / "report.html")
     facts: dict[str, Any] = {
         **{name: _common(record.evaluation.get(name) for record in records) for name in ("data", "machine")},
         **{record.name: record.evaluation for record in records},

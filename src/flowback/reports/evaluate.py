@@ -150,13 +150,12 @@ def evaluate(
         InputError: if the data is not named or does not fit the flow, or something that a metric needs cannot be had.
     """
     file, began = evaluation_file(run, output), _run_of(run)
+    check_place(file)
     flow, weights = load_flow(run, config.weights, device)
     folder = flow_folder(run) if Path(run).exists() else None
     images, others = _data(run, began, flow, data)
     if others and output is None and began:
         raise InputError(f"{file} is of the run's own data; give -o, a folder or a .json file for what others show")
-    for note in images.notes if others else ():
-        report({"data": note})
     state = State.read(folder) if folder and (folder / "state.json").is_file() else None
     alignment = RunConfig.read(began / "config.yaml").alignment if began else None
     every = config.images or len(images.held_out)
@@ -169,7 +168,6 @@ def evaluate(
     results["gradient"] = alignment.gradient if alignment and alignment.strategy == "reverse" else None
     results |= {"held_out_images": len(indices)}
     measures = _measures(config, flow, images, indices, affordable.exact, file.parent, folder)
-    check_place(file)  # before long work; it is written once there is a figure
     density_or_classes = {"bpd", "accuracy"} & set(config.metrics)
     report(results | ({"effort": f"{affordable} (--passes {config.passes:,})"} if density_or_classes else {}))
     seconds = results["seconds_of_measuring"] = {}
@@ -235,7 +233,10 @@ def _data(
     known = next(
         (place / "classes.json" for place in (run, flow.core.folder) if place and (place / "classes.json").is_file()), None
     )
-    names = read_json(known) if known and flow.num_classes else data.classes
+    try:
+        names = read_json(known) if known and flow.num_classes else data.classes
+    except (OSError, ValueError) as error:
+        raise InputError(f"{known} cannot be read ({error}); expected a list of names, or no such file") from error
     if names != data.classes and isinstance(names, list) and len(names) == len(data.classes):
         name, own = next(pair for pair in zip(data.classes, names, strict=True) if pair[0] != pair[1])
         raise InputError(f"the classes of the data {data.name} are not those of {known}: {name!r} in place of {own!r}")
@@ -384,7 +385,8 @@ class Fidelity:
             self.reference, self.name = fid.reference_of(data, count, config.reference == "train")
         else:
             self.reference, self.name = fid.open_reference(Path(config.reference), data.size), config.reference
-        fid.check(self.metrics, config.extractor, count, self.reference)
+        size = flow.image_size if self.samples is None else fid.size_of(self.samples)
+        fid.check(self.metrics, config.extractor, count, size, self.reference)
         fid.check_extractor(self.metrics, config.extractor, config.extractor_weights)
         if self.samples is None:
             labels = (data.held_out if config.reference == "held_out" else data.train).labels

@@ -94,7 +94,8 @@ class ClassStatistics:
                 raise ValueError(f"it has {len(statistics.mean)} classes, the flow {classes}")
             numbers = [*statistics.mean, *statistics.std, *statistics.temperatures.values()]
             numbers += [number for intercept, slope in statistics.left_out.values() for number in (intercept, slope)]
-            torch.tensor(numbers, dtype=torch.float64)
+            if not torch.tensor(numbers, dtype=torch.float64).isfinite().all():
+                raise ValueError("it has numbers that are not finite")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{file} cannot be used ({error}); delete it and run `flowback evaluate` again") from error
         return statistics
