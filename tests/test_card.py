@@ -433,7 +433,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub):
 def test_offline_is_one_sentence_and_the_folder_stays(run, tmp_path, capsys):
     line = refuse(["export", str(run), str(tmp_path / "flow"), "--push=some/flow"], capsys)
     assert "the hub did not take some/flow (Cannot reach https://huggingface.co" in line
-    assert f"`hf upload some/flow {tmp_path / 'flow'}` sends the folder later" in line
+    assert f"this sends the folder later: hf upload some/flow {tmp_path / 'flow'}" in line
     assert TarFlow.from_pretrained(tmp_path / "flow").num_classes == 10
     with pytest.raises(InputError, match="did not take some/flow") as caught:
         random_flow().push_to_hub("some/flow")

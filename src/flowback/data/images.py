@@ -45,8 +45,8 @@ def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Ten
 
     Args:
         images: one or several PIL images or paths, which are cropped and resized; uint8 arrays `[H, W]`, `[H, W, C]`,
-            `[B, H, W]` (grey) or `[B, H, W, C]`, which are too; a uint8 tensor `[B, C, H, W]` of pixel values; or a
-            floating-point tensor, which passes unchanged. The batch dimension of tensors is added where it is missing.
+            `[B, H, W]` (if channels is 1) or `[B, H, W, C]`, which are too; a uint8 tensor `[B, C, H, W]` of pixel values;
+            or a floating-point tensor, which passes unchanged. The batch dimension of tensors is added where it is missing.
         size: height and width, or one number for both, pixels.
         channels: C: 3 for color, 1 for grey.
 
@@ -61,7 +61,9 @@ def as_images(images: Images, size: int | tuple[int, int], channels: int) -> Ten
             )
         images = images if images.dim() == 4 else images[None]
         return images if images.is_floating_point() else from_levels(images)
-    if isinstance(images, np.ndarray) and (images.ndim == 4 or (images.ndim == 3 and _is_grey_batch(images, size))):
+    if isinstance(images, np.ndarray) and (
+        images.ndim == 4 or (images.ndim == 3 and channels == 1 and _is_grey_batch(images, size))
+    ):
         images = list(images)
     if isinstance(images, str | Path | Image.Image | np.ndarray):
         images = [images]

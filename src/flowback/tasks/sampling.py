@@ -186,12 +186,12 @@ class Store:
         begun = file.read_text() if file.exists() else None
         if begun == text:
             return
-        if begun is not None or self.folder.is_dir():
+        if begun is not None or any(self.folder.glob("part_*")):  # without either it ended before it began
             said = "was begun by another request or with other weights; choose another output, or delete it"
             raise InputError(f"{self.folder} {said}")
         if not self.is_folder and self.output.is_dir():
             raise InputError(f"output must be a file, but {self.output} is a folder")
-        if self.is_folder and self.output.is_dir() and any(self.output.iterdir()):
+        if self.is_folder and self.output.is_dir() and set(self.output.iterdir()) - {self.folder}:
             raise InputError(f"output must be a new or empty folder, but {self.output} holds other files")
         there = next(place for place in self.folder.absolute().parents if place.exists())
         free, needed = shutil.disk_usage(there).free, self.request.num * math.prod(self.flow.data_shape)
