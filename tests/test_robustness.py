@@ -253,6 +253,16 @@ def test_a_class_is_printed_for_each_file_that_can_be_read(here, capsys):
     assert "nowhere.png cannot be read" in said.err
 
 
+def test_scores_that_are_not_finite_name_no_class(here, capsys):
+    flow = TarFlow.from_pretrained("flow")
+    with torch.no_grad():
+        flow.blocks[0].proj_in.weight.fill_(torch.nan)
+    flow.save_pretrained("broken")
+    for rule in ("exact", "single_gradient"):
+        assert main(["classify", "broken", "0.png", f"--rule={rule}"]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == "0.png: no score is a finite number"
+
+
 @pytest.mark.parametrize("number", [5, 28, 32])
 def test_a_verb_ends_its_work_though_nobody_listens(here, monkeypatch, capsys, number):
     class Gone(io.StringIO):

@@ -8,7 +8,7 @@ from flowback.cli.parser import Verb
 from flowback.core.errors import InputError
 from flowback.data import as_images
 from flowback.runs.checkpoint import load_flow
-from flowback.tasks.classify import RULES, ClassStatistics, classify, rule_named
+from flowback.tasks.classify import RULES, ClassStatistics, classify, likeliest, listed_only, rule_named
 
 SHOWN = 5  # files that cannot be read and are named
 
@@ -46,11 +46,17 @@ def _classify(options: Namespace) -> int:
         if not images:
             continue
         scores = classify(flow, torch.cat(images), rule=rule, draws=options.draws, batch_size=options.batch_size).cpu()
+        scores = listed_only(scores)
         shown = scores.softmax(dim=1) if likely else scores
         if calibrated and statistics is not None:
             shown = statistics.probabilities(rule, scores)
         top = shown.topk(min(options.top, flow.num_classes), dim=1)
-        for file, values, classes in zip(files, top.values.tolist(), top.indices.tolist(), strict=True):
+        for file, best, values, classes in zip(
+            files, likeliest(scores).tolist(), top.values.tolist(), top.indices.tolist(), strict=True
+        ):
+            if best < 0:
+                say(f"{file}: no score is a finite number")
+                continue
             say(f"{file}: {', '.join(form.format(names[k], value) for k, value in zip(classes, values, strict=True))}")
     if len(unread) < len(options.images):
         what = "calibrated probabilities" if calibrated else "probabilities, not calibrated" if likely else "scores"

@@ -20,7 +20,7 @@ from flowback.core.files import check_place, names_folder, read_json, write_whol
 from flowback.data import as_images
 from flowback.flow.io import find_folder
 from flowback.latents import Flow
-from flowback.tasks.classify import classify
+from flowback.tasks.classify import classify, likeliest
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ def labelled_batches(options: Namespace, flow: Flow, size: int, overlap: int = 0
             if given is not None:
                 y = given[part]
             elif flow.num_classes:
-                y = classify(flow, x, rule="exact").argmax(dim=1).cpu()
+                y = likeliest(classify(flow, x, rule="exact")).cpu()
             else:
                 y = torch.full((len(x),), -1)
             yield x, y

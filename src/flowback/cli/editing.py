@@ -27,6 +27,7 @@ from flowback.data import load_image
 from flowback.data.pictures import save_grid, save_images
 from flowback.runs.checkpoint import load_flow
 from flowback.tasks.editing import BATCH, inpaint, interpolate, swap_class
+from flowback.tasks.sampling import shown_classes
 
 
 def add(verb: Verb) -> None:
@@ -48,7 +49,7 @@ def add(verb: Verb) -> None:
 
     command = verb("swap", _swap)
     _add_flow_and_images(command)
-    command.add_argument("--to", type=str, default=None, help="classes, by number or name (default: all)")
+    command.add_argument("--to", type=str, default=None, help="classes, by number or name (default: up to 20)")
     add_output(command, "swapped.png", "a .png file")
 
     command = verb("inpaint", _inpaint)
@@ -132,7 +133,8 @@ def _interpolate(options: Namespace) -> int:
 def _swap(options: Namespace) -> int:
     output = checked_output(options, ".png")
     flow, _ = load_flow(options.run, options.weights, options.device)
-    targets = chosen_labels(options.to, class_names(options.run, flow), flow)
+    names = class_names(options.run, flow)
+    targets = (options.to is None and shown_classes(flow)) or chosen_labels(options.to, names, flow)
     batches = labelled_batches(options, flow, options.batch_size)
     with kept(output, partial(_grid, columns=1 + len(targets))) as rows:
         for x, y in batches:
