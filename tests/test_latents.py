@@ -455,8 +455,8 @@ def run_config(run, vae, aligned=False, latents=None, **train_options):
     [
         (lambda c: replace(c, flow=replace(c.flow, patch_size=3)), r"patch_size 3 does not divide the image size 4"),
         (lambda c: replace(c, flow=replace(c.flow, noise="uniform")), r"flow\.noise .*latents"),
-        (lambda c: replace(c, flow=replace(c.flow, channels=1)), r"flow\.channels is 1; .*latents: 3"),
-        (lambda c: replace(c, flow=replace(c.flow, image_size=8)), r"flow\.image_size is 8; .*latents: 4"),
+        (lambda c: replace(c, flow=replace(c.flow, channels=1)), r"flow\.channels must be 3 for these latents, got 1"),
+        (lambda c: replace(c, flow=replace(c.flow, image_size=8)), r"flow\.image_size must be 4 for these latents, got 8"),
         (lambda c: replace(c, latents=LatentConfig(autoencoder="/not/here")), "neither a folder nor a hub id"),
     ],
 )

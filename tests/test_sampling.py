@@ -219,7 +219,7 @@ def test_decoding_undoes_the_patches_last():
         ({"num": 2, "guidance": -1.0}, r"guidance.* -1\.0"),
         ({"y": [-1, -1], "guidance": 1.0}, r"guidance 1\.0 needs labels"),
         ({"num": 2, "batch_size": 0}, "batch_size must be .* got 0"),
-        ({"num": 2, "method": "newton"}, "method 'newton'"),
+        ({"num": 2, "method": "newton"}, "method must be .*, got 'newton'"),
         ({"num": 2, "seed": 1, "generator": torch.Generator()}, "seed or generator"),
     ],
 )

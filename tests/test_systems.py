@@ -157,7 +157,7 @@ def test_a_mark_that_cannot_be_taken_over_is_named_and_may_be_deleted(options, t
     assert said == ""
     complaint = kill(second)
     assert f"{tmp_path / '.lock.process'} says that process {first.pid} on {options.get('host', '')}" in complaint
-    assert "to delete that file if the process is gone" in complaint
+    assert "delete that file if the process is gone" in complaint
     (tmp_path / ".lock.process").unlink()
     third, said = start(tmp_path, errno.ENOSYS, **here)
     assert said == "held\n"

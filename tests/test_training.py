@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from builders import refuse, tiny_autoencoder
 from flowback.cli import main
+from flowback.core.console import output
 from flowback.core.devices import autocast
 from flowback.core.distributed import ENDING
 from flowback.core.errors import InputError
@@ -226,8 +227,10 @@ def test_a_run_goes_on_when_nobody_can_be_told(tmp_path, monkeypatch, number):
 
     send(monkeypatch, [signal.SIGHUP])
     with monkeypatch.context() as patch:
+        patch.setattr(output, "lost", None)  # and back, when the test ends
         patch.setattr("sys.stdout", Closed())
         result = train(config(tmp_path))
+        assert output.lost is not None
     assert result.state.step == 4
     assert checkpoint.damage(checkpoint.newest(tmp_path)) is None
 

@@ -12,12 +12,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from torch import Tensor
-
 from flowback.core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PICTURES = "png jpg jpeg jfif gif webp avif bmp tif tiff ppm pgm svg pdf mp4"
 KINDS = frozenset(f"{PICTURES} npz npy safetensors pt pth zip tar gz json csv yaml txt html".split())  # suffixes of files
@@ -111,7 +112,7 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(tensors: dict[str, "Tensor"], file: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, by `write_whole`; tensors may be anywhere, in any layout.
 
     Raises:

@@ -6,6 +6,7 @@ an unreachable hub into a warning.
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -216,19 +217,21 @@ def build_checked(make: Callable[[FlowConfig], Any], options: Any, folder: Path)
         InputError: if the options are impossible, or the weights are not theirs.
     """
     config, file = FlowConfig.complete(None, options), folder / WEIGHTS
-    held = len(tensor_shapes(file))
-    if sum(config.depths) > held:
-        raise InputError(f"{file} lacks tensors: it has {held}, of {sum(config.depths)} layers")
-    try:
-        with torch.device("meta"):
-            skeleton = make(config)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder / 'config.json'} describes a flow of impossible sizes ({reason})") from error
-    check_shapes(skeleton, file)
-    height, width = config.size
-    if (tokens := height * width // config.patch_size**2) > MOST_TOKENS:  # tables of rotary positions are in no file
+    shapes = tensor_shapes(file)
+    if sum(config.depths) > len(shapes):
+        raise InputError(f"{file} lacks tensors: it has {len(shapes)}, of {sum(config.depths)} layers")
+    (height, width), p, C = config.size, config.patch_size, config.width
+    if (tokens := height * width // p**2) > MOST_TOKENS:  # tables of rotary positions are in no file
         raise InputError(f"{folder / 'config.json'} describes images of {tokens} tokens; expected at most {MOST_TOKENS}")
+    outside = (
+        3 * (config.channels or 0) * p**2 + (config.num_classes or 0) + (tokens if config.positions == "learned" else 0)
+    )
+    try:
+        wanted = C * (sum(config.depths) * C * (4 + 2 * config.mlp_ratio) + config.blocks * outside)  # without biases
+    except OverflowError:
+        wanted = math.inf
+    if wanted > 2 * (held := sum(math.prod(shape) for shape in shapes.values())):
+        raise InputError(f"{folder / 'config.json'} describes a flow of {wanted:.3g} numbers, of which {file} has {held}")
     return make(config)
 
 
