@@ -570,7 +570,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample flows/option", "TarFlow | option | 'colour' | image_size, channels"),
         ("sample flows/type", "flow.width | 'wide' | at least 1"),
         ("sample flows/shape", "flows/shape/model.safetensors | blocks.0.class_embed | [10, 32] | [10"),
-        ("sample flows/size", "flows/size/model.safetensors | blocks.0 | [128]"),
+        ("sample flows/size", "flows/size/config.json | describes a flow of | flows/size/model.safetensors"),
         ("sample flows/patch", "flow.patch_size | 3 | size | 8 | 1, 2, 4, 8"),
         ("sample flows/classes", "flows/classes/model.safetensors | blocks.0.class_embed | [10, 32]"),
         ("sample flows/missing", "flows/missing/model.safetensors | tensor blocks.1.proj_out.bias"),

@@ -27,6 +27,7 @@ from flowback.flow.config import FlowConfig
 FORMAT = 1
 CARD = "README.md"
 MOST_TOKENS = 2**20
+MOST_UNSEEN = 10**8  # numbers of a flow that are made on the word of a config.json
 WEIGHTS = "model.safetensors"
 AUTOENCODER = ("autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors")
 FILES = ("config.json", WEIGHTS, AUTOTUNE, "classification.json", "classes.json", *AUTOENCODER)  # all that is downloaded
@@ -230,7 +231,8 @@ def build_checked(make: Callable[[FlowConfig], Any], options: Any, folder: Path)
         wanted = C * (sum(config.depths) * C * (4 + 2 * config.mlp_ratio) + config.blocks * outside)  # without biases
     except OverflowError:
         wanted = math.inf
-    if wanted > 2 * (held := sum(math.prod(shape) for shape in shapes.values())):
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if wanted > max(MOST_UNSEEN, 2 * held):  # below, the tensors are made, and the first that differs is named
         raise InputError(f"{folder / 'config.json'} describes a flow of {wanted:.3g} numbers, of which {file} has {held}")
     return make(config)
 
