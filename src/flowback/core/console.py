@@ -40,9 +40,8 @@ class Output:
             pass
         except (OSError, ValueError) as error:  # it is full, gone or closed
             self.lost = self.lost or error
-            with suppress(
-                OSError, ValueError, AttributeError
-            ):  # what is left in its buffer would fail once more as the process ends
+            # what is left in its buffer would fail once more as the process ends
+            with suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
     @property
