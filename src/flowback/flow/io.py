@@ -204,7 +204,7 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
         if file.exists() and not file.is_file():
             raise OSError("it is not a file")  # a pipe would be waited for
         with safe_open(file, "pt") as opened:
-            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118  (not a dictionary)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error})") from error
 
