@@ -42,7 +42,7 @@ from flowback.runs import checkpoint
 from flowback.runs.config import load_yaml
 from flowback.tasks.editing import inpaint, interpolate, swap_class
 
-NAMES = st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=30)
+NAMES = st.text(st.characters(codec="utf-8", blacklist_characters="/\0"), min_size=1, max_size=30)
 NAMES = NAMES.filter(lambda name: name not in (".", "..") and len(os.fsencode(name)) < 200)
 
 
