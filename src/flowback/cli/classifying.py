@@ -3,11 +3,11 @@
 import torch
 from jsonargparse import Namespace
 
-from flowback.cli.common import add_flow, add_images, class_names, say
+from flowback.cli.common import add_flow, add_images, say
 from flowback.cli.parser import Verb
 from flowback.core.errors import InputError
 from flowback.data import as_images
-from flowback.runs.checkpoint import load_flow
+from flowback.runs.checkpoint import class_names, load_flow
 from flowback.tasks.classify import RULES, ClassStatistics, classify, likeliest, listed_only, rule_named
 
 SHOWN = 5  # files that cannot be read and are named

@@ -16,10 +16,10 @@ from torch import Tensor
 from flowback.cli.parser import Parser
 from flowback.core.console import say
 from flowback.core.errors import InputError
-from flowback.core.files import check_place, names_folder, read_json, write_whole
+from flowback.core.files import check_place, names_folder, write_whole
 from flowback.data import as_images
-from flowback.flow.io import find_folder
 from flowback.latents import Flow
+from flowback.runs.checkpoint import class_names
 from flowback.tasks.classify import classify, likeliest
 
 T = TypeVar("T")
@@ -163,17 +163,6 @@ def checked_output(options: Namespace, *suffixes: str) -> Path:
             raise InputError(f"output {output} is one of the files that are read; use another place")
     check_place(output)
     return output
-
-
-def class_names(run: str, flow: Flow) -> list[str]:
-    """The class names that training left in the run's folder, or that lie with a flow of the hub; or else the numbers."""
-    file = find_folder(run) / "classes.json"
-    try:
-        names = read_json(file) if file.is_file() else []
-    except ValueError as error:
-        raise InputError(f"{file} cannot be read ({error}); expected a list of names, or no such file") from error
-    known = isinstance(names, list) and len(names) == flow.num_classes
-    return [str(name) for name in names] if known else [str(k) for k in range(flow.num_classes)]
 
 
 def chosen_labels(text: str | None, names: list[str], flow: Flow) -> list[int]:

@@ -13,7 +13,6 @@ from flowback.cli.common import (
     add_output,
     checked_output,
     chosen_labels,
-    class_names,
     kept,
     labelled_batches,
     one_each,
@@ -25,7 +24,7 @@ from flowback.core.files import names_folder, save_tensors
 from flowback.core.units import to_uint8
 from flowback.data import load_image
 from flowback.data.pictures import save_grid, save_images
-from flowback.runs.checkpoint import load_flow
+from flowback.runs.checkpoint import class_names, load_flow
 from flowback.tasks.editing import BATCH, inpaint, interpolate, swap_class
 from flowback.tasks.sampling import shown_classes
 

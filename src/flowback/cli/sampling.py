@@ -15,7 +15,6 @@ from flowback.cli.common import (
     add_output,
     checked_output,
     chosen_labels,
-    class_names,
     number_list,
     read_options,
     say,
@@ -27,7 +26,7 @@ from flowback.core.errors import InputError
 from flowback.core.files import check_place
 from flowback.flow.autotune import FILE
 from flowback.flow.decoding import DECODERS
-from flowback.runs.checkpoint import flow_folder, load_flow
+from flowback.runs.checkpoint import class_names, flow_folder, load_flow
 from flowback.tasks.autotune import ROWS, autotune
 from flowback.tasks.sampling import Request, checked_store, in_turn, sample_to_disk
 

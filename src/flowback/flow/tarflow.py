@@ -5,7 +5,7 @@ space, that of its images `x [B, C, H, W]`; these may be the latents of an autoe
 Noise is `z [B, N, D]`, likelihoods are nats summed per image, and blocks and layers count from 1.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, overload
@@ -242,6 +242,21 @@ class TarFlow(io.Pretrained, nn.Module):
         compile: bool = False,
     ) -> tuple[Tensor, list[Solved]]:
         """`decode`, and how each block was decoded, block 1 first, with its residual."""
+        *_, (tokens, _) = steps = list(self.decode_by_block(z, y, guidance, method, tolerance, known, compile))
+        report = [solved for _, solved in reversed(steps)]
+        return unpatchify(tokens, self.config.patch_size, self.image_size), report
+
+    def decode_by_block(
+        self,
+        z: Tensor,
+        y: Labels = None,
+        guidance: float | Guidance = 0.0,
+        method: str | Sequence[str] = "auto",
+        tolerance: float | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+        compile: bool = False,
+    ) -> Iterator[tuple[Tensor, Solved]]:
+        """`decode`, block by block, the last one first: the tokens `[B, N, D]` that it made, and how it was decoded."""
         if not isinstance(z, Tensor) or z.dim() != 3 or z.shape[1:] != self.token_shape:
             N, D = self.token_shape
             raise InputError(f"z must have the shape [B, {N}, {D}], got {list(getattr(z, 'shape', ()))}")
@@ -251,13 +266,12 @@ class TarFlow(io.Pretrained, nn.Module):
         classes, guidance = self.class_weights(y, len(z)), checked(guidance, y, self.num_classes)
         chosen = solvers(method, self.autotune, self.config.blocks, len(z) * (2 if guidance.scale else 1), self.device)
         given = None if known is None else self._known_tokens(*known, batch=len(z))
-        tokens, report = self.enter(z), []
+        tokens = self.enter(z)
         for t in range(self.config.blocks, 0, -1):
             block: Any = self.blocks[t - 1]
             F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None, compile)
             tokens, solved = solve_with_gradient(F, chosen[t - 1], tolerance)
-            report.insert(0, solved)
-        return unpatchify(tokens, self.config.patch_size, self.image_size), report
+            yield tokens, solved
 
     def _known_tokens(self, x: Tensor, where: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         tokens = self.tokenize(x)

@@ -27,6 +27,7 @@ from flowback.core.devices import pick_device
 from flowback.core.distributed import in_all, is_shard, unsharded
 from flowback.core.errors import InputError
 from flowback.core.files import file_hash, read_json
+from flowback.flow.io import find_folder
 from flowback.latents import Flow, from_pretrained
 from flowback.runs import slices
 from flowback.runs.config import CLASSES
@@ -291,6 +292,17 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
             raise InputError(f"{source} has raw weights of another flow ({error}); use ema") from error
     name = source.name if isinstance(source, Path) else str(source)
     return flow.to(where), f"{weights} weights of {name}"
+
+
+def class_names(run: str, flow: Flow) -> list[str]:
+    """The class names that training left in the run's folder, or that lie with a flow of the hub; or else the numbers."""
+    file = find_folder(run) / "classes.json"
+    try:
+        names = read_json(file) if file.is_file() else []
+    except ValueError as error:
+        raise InputError(f"{file} cannot be read ({error}); expected a list of names, or no such file") from error
+    known = isinstance(names, list) and len(names) == flow.num_classes
+    return [str(name) for name in names] if known else [str(k) for k in range(flow.num_classes)]
 
 
 def known_classes(flow: Flow) -> list[str] | None:

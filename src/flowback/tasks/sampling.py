@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -34,6 +34,7 @@ from flowback.core.units import to_uint8
 from flowback.data.pictures import save_grid, save_png
 from flowback.data.splits import spread
 from flowback.flow.autotune import solvers
+from flowback.flow.decoding import Solved
 from flowback.flow.guidance import Guidance
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
@@ -118,14 +119,21 @@ class Note:
     not_finite: int  # images with numbers that are not finite, drawn grey where they are
 
 
-def draw(
-    flow: Flow, request: Request, part: int, method: str, batch_size: int, compile: bool = False
-) -> tuple[Tensor, Note]:
-    """Draw one part: images, uint8 `[n, C, H, W]`, and a note on them."""
-    started = time.perf_counter()
-    numbers, guidance = request.numbers(part), request.as_guidance()
-    whole, flow = flow, flow.core
-    images, residual, fell_back = [], 0.0, 0
+@dataclass(frozen=True)
+class Drawn:
+    """Some images of a request, with what they were decoded from."""
+
+    x: Tensor  # [B, C, H, W], nearly in [-1, 1]; may hold numbers that are not finite
+    z: Tensor  # [B, N, D]
+    y: Tensor  # [B], -1 for none
+    report: list[Solved]  # block 1 first
+
+
+def draw_batches(
+    flow: Flow, request: Request, numbers: Sequence[int], method: str = "auto", batch_size: int = 64, compile: bool = False
+) -> Iterator[Drawn]:
+    """Draw the images of these numbers, a batch after the other; on the CPU."""
+    whole, flow, guidance = flow, flow.core, request.as_guidance()
     for start in range(0, len(numbers), batch_size):
         batch = numbers[start : start + batch_size]
         y = torch.tensor([request.labels[i % len(request.labels)] for i in batch])
@@ -140,13 +148,26 @@ def draw(
                 chosen = refine(flow, chosen, y, request.refine, **options, compile=compile)
             x, report = flow.decode_with_report(chosen, y, guidance, method, compile=compile)
             x = flow.denoise(x, y, batch_size) if request.denoise else x
-        residual = max([residual, *(solved.residual for solved in report)])
-        fell_back += sum(solved.fell_back for solved in report)
-        images.append(whole.to_images(x.float()).float().cpu())
+        yield Drawn(whole.to_images(x.float()).float().cpu(), chosen.cpu(), y, report)
+
+
+def draw(
+    flow: Flow, request: Request, part: int, method: str, batch_size: int, compile: bool = False
+) -> tuple[Tensor, Note]:
+    """Draw one part: images, uint8 `[n, C, H, W]`, and a note on them."""
+    started, images, solved = time.perf_counter(), [], []
+    for drawn in draw_batches(flow, request, request.numbers(part), method, batch_size, compile):
+        images.append(drawn.x)
+        solved += drawn.report
     x = torch.cat(images)
-    bad = ~x.isfinite()
-    note = Note(part, time.perf_counter() - started, residual, fell_back, int(bad.flatten(1).any(dim=1).sum()))
-    return to_uint8(torch.where(bad, 0, x)), note
+    residual, fell_back = max(s.residual for s in solved), sum(s.fell_back for s in solved)
+    not_finite = int((~x.isfinite()).flatten(1).any(dim=1).sum())
+    return as_pixels(x), Note(part, time.perf_counter() - started, residual, fell_back, not_finite)
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """Images `[n, C, H, W]` as uint8; grey where their numbers are not finite."""
+    return to_uint8(torch.where(x.isfinite(), x, 0))
 
 
 def noise(flow: TarFlow, seed: int, number: int, candidates: int = 1) -> Tensor:

@@ -1,0 +1,41 @@
+"""`flowback studio`."""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from flowback.cli.parser import Verb
+from flowback.core.console import say
+from flowback.core.devices import pick_device
+from flowback.core.errors import InputError
+
+DEFAULT = Path("runs")
+
+
+def add(verb: Verb) -> None:
+    """Add this verb to the command line."""
+    command = verb("studio", _studio)
+    command.add_argument(
+        "runs", type=str, nargs="*", help="runs, folders of runs, folders or hub ids of flows (default: what is in runs)"
+    )
+    command.add_argument("--port", type=int, default=7860, help="of the page, from 1 to 65535")
+    command.add_argument(
+        "--host", type=str, default="127.0.0.1", help="127.0.0.1 for this machine alone; others need the password"
+    )
+    command.add_argument("--password", type=str | None, default=None, help="for others (default: one that is made up)")
+
+
+def _studio(options: Namespace) -> int:
+    from flowback.studio.app import is_loopback, serve
+    from flowback.studio.common import Studio
+    from flowback.studio.shelf import Shelf
+
+    if not options.runs and not DEFAULT.is_dir():
+        raise InputError("there is no folder runs here; name runs or flows, or make one: flowback quickstart")
+    shelf = Shelf(options.runs or [str(DEFAULT)], pick_device(options.device))
+    server = serve(Studio(shelf, is_loopback(options.host)), options.host, options.port, options.password)
+    try:
+        server.wait()
+    except KeyboardInterrupt:
+        say("the studio has ended")
+    return 0

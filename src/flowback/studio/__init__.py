@@ -1,0 +1,1 @@
+"""A local page where one draws, classifies, edits, compares and trains."""

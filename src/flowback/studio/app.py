@@ -1,0 +1,104 @@
+"""The page: a flow to choose, and a tab for each job. A new job is a module with a NAME and a `build`, named in TABS."""
+
+import os
+import secrets
+from types import ModuleType
+
+import gradio as gr
+
+from flowback.core.console import say
+from flowback.core.errors import InputError
+from flowback.studio import draw
+from flowback.studio.common import UPLOAD, Studio, says_problems
+
+TABS: tuple[ModuleType, ...] = (draw,)
+LOCAL_TABS: tuple[ModuleType, ...] = ()  # that only this machine may use: they start processes and write runs
+WAITING = 64  # people in the queue, at most
+SESSIONS = 200  # pages whose state is kept, at most
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched
+MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
+CSS = """
+.card { border-collapse: collapse; font-size: 0.9rem; }
+.card th { text-align: left; font-weight: 600; padding-right: 1rem; vertical-align: top; white-space: nowrap; }
+.card td { overflow-wrap: anywhere; }
+.grid-container img { image-rendering: pixelated; }
+footer { display: none !important; }
+"""
+
+
+def page(studio: Studio) -> gr.Blocks:
+    """The page, not served yet."""
+    names = studio.shelf.refresh()
+    with gr.Blocks(title="flowback studio", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+        gr.Markdown("# flowback studio")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=280):
+                chosen = gr.Dropdown(names, value=names[0], label="Flow", filterable=True)
+                again = gr.Button("Look for new runs", size="sm")
+            with gr.Column(scale=3, min_width=300), gr.Accordion("About this flow", open=False):
+                card = gr.HTML(studio.shelf.card(names[0]))
+        with gr.Tabs():
+            for tab in (*TABS, *(LOCAL_TABS if studio.local else ())):
+                with gr.Tab(tab.NAME):
+                    tab.build(studio, chosen)
+        chosen.change(says_problems(studio.shelf.card), chosen, card)
+        again.click(lambda name: _offered(studio, name), chosen, chosen, queue=False)
+        blocks.load(lambda: _offered(studio, None), None, chosen, queue=False)
+    return blocks.queue(max_size=WAITING, default_concurrency_limit=8)
+
+
+def _offered(studio: Studio, name: str | None) -> gr.Dropdown:
+    names = studio.shelf.refresh()
+    return gr.Dropdown(names, value=name if name in names else names[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server at this address."""
+    return host in ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    studio: Studio, host: str = "127.0.0.1", port: int = 7860, password: str | None = None, block: bool = True
+) -> str:
+    """Serve the page until interrupted.
+
+    Args:
+        studio: what is served.
+        host: address to listen at: 127.0.0.1 for this machine alone, 0.0.0.0 for others, who need the password.
+        port: of the server.
+        password: for others; None for one that is made up and said. The name is `flowback`.
+        block: wait until the server ends.
+
+    Returns:
+        Its address.
+
+    Raises:
+        InputError: if the port is not free or not one.
+    """
+    if not 1 <= port <= 65535:
+        raise InputError(f"port must be from 1 to 65535, got {port}")
+    auth = None
+    if not is_loopback(host) or password is not None:
+        auth = ("flowback", password or secrets.token_urlsafe(9))
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    theme = gr.themes.Default(font=FONTS, font_mono=MONO)
+    try:
+        _, address, _ = page(studio).launch(
+            server_name=host,
+            server_port=port,
+            auth=auth,
+            theme=theme,
+            css=CSS,
+            max_file_size=UPLOAD,
+            state_session_capacity=SESSIONS,
+            allowed_paths=[],
+            share=False,
+            quiet=True,
+            inbrowser=False,
+            show_error=False,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise InputError(f"port {port} cannot be used ({error}); choose another with --port") from error
+    say(f"the studio is at {address}" + (f", name flowback, password {auth[1]}" if auth and not password else ""))
+    return address

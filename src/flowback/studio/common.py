@@ -1,0 +1,120 @@
+"""What the tabs share: how images are shown, results are kept for download, and problems are said."""
+
+import functools
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowback.core.errors import InputError, plain
+from flowback.core.units import to_uint8
+from flowback.studio.shelf import Shelf
+
+SHOWN = 112  # pixels of a side, at least, in which an image is shown
+KEPT_SECONDS = 3600  # that results are kept for download
+UPLOAD = 20 * 2**20  # bytes of a file, at most
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "flow", "concurrency_limit": 1}  # whatever computes shares one place
+
+
+@dataclass
+class Studio:
+    """What a tab is built on.
+
+    Args:
+        shelf: the flows.
+        local: whether only this machine reaches the page: then it may train.
+        folder: where results wait for their download.
+    """
+
+    shelf: Shelf
+    local: bool = True
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="flowback-studio-")))
+
+    def new_folder(self) -> Path:
+        """A folder for the files of one result; those that are old go."""
+        for old in self.folder.iterdir():
+            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+
+def tile(image: Tensor) -> Image.Image:
+    """An image `[C, H, W]`, uint8 or in [-1, 1], as it is shown: small ones enlarged without smoothing."""
+    pixels = image if image.dtype == torch.uint8 else to_uint8(torch.where(image.isfinite(), image, 0))
+    pixels = pixels.cpu().expand(3, -1, -1) if len(pixels) == 1 else pixels.cpu()
+    factor = max(1, math.ceil(SHOWN / min(pixels.shape[1:])))
+    pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def problem(error: Exception) -> gr.Error:
+    """What the page says of an error: its sentence, in which nothing is markup."""
+    return gr.Error(escape(plain(str(error))), duration=None, title="This does not work", print_exception=False)
+
+
+def says_problems(work: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, or a generator, whose InputErrors are said on the page."""
+    if hasattr(work, "__wrapped__"):
+        return work
+
+    @functools.wraps(work)
+    def stepwise(*inputs: Any) -> Iterator[Any]:
+        try:
+            yield from work(*inputs)
+        except InputError as error:
+            raise problem(error) from error
+
+    @functools.wraps(work)
+    def whole(*inputs: Any) -> Any:
+        try:
+            return work(*inputs)
+        except InputError as error:
+            raise problem(error) from error
+
+    import inspect
+
+    return stepwise if inspect.isgeneratorfunction(work) else whole
+
+
+def same() -> tuple[gr.Code, gr.Code]:
+    """Where an action is shown as Python and as a command."""
+    with gr.Accordion("The same in Python and on the command line", open=False):
+        python = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True)
+        shell = gr.Code(language="shell", label="command", interactive=False, wrap_lines=True)
+    return python, shell
+
+
+def number(value: Any, name: str, least: float, most: float, whole: bool = False) -> Any:
+    """A number from the page.
+
+    Raises:
+        InputError: if it is none, or out of bounds.
+    """
+    good = isinstance(value, int | float) and math.isfinite(value) and least <= value <= most
+    if not good or (whole and value != int(value)):
+        kind = "a whole number" if whole else "a number"
+        raise InputError(f"{name} must be {kind} of {least:g} to {most:g}, got {value!r}")
+    return int(value) if whole else float(value)
+
+
+def class_numbers(chosen: list[str] | str | None, names: list[str]) -> list[int]:
+    """Chosen classes as numbers; all if none was chosen, and none of an unconditional flow.
+
+    Raises:
+        InputError: if one is not the flow's.
+    """
+    words = [chosen] if isinstance(chosen, str) else list(chosen or [])
+    unknown = [word for word in words if word not in names]
+    if unknown:
+        raise InputError(f"the flow has no class {unknown[0]!r}; choose again")
+    return [names.index(word) for word in words] if words else list(range(len(names)))

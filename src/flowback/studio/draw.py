@@ -1,0 +1,241 @@
+"""The tab in which images are drawn: new ones, how they come to be, and more like one of them."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowback.core.errors import InputError
+from flowback.core.files import save_tensors
+from flowback.core.seeds import keyed_normal
+from flowback.data.pictures import save_grid
+from flowback.flow.decoding import DECODERS
+from flowback.flow.patches import unpatchify
+from flowback.latents import Flow
+from flowback.studio.common import ONE_AT_A_TIME, Studio, class_numbers, number, same, says_problems, tile
+from flowback.studio.shelf import python_of, shell
+from flowback.tasks.editing import slerp
+from flowback.tasks.sampling import Drawn, Request, as_pixels, draw_batches
+
+NAME = "Draw"
+MOST = 64  # images at once
+SEEDS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What the page remembers of a drawing: enough to draw any image of it again."""
+
+    flow: str
+    request: Request
+    method: str
+    chosen: int = 0
+
+
+def columns(images: int) -> int:
+    """Of the grid."""
+    return max(1, round(images**0.5))
+
+
+def requested(
+    names: list[str], classes: Any, num: Any, guidance: Any, temperature: Any, denoise: Any, seed: Any
+) -> Request:
+    """What the controls ask for.
+
+    Raises:
+        InputError: if a value is not usable.
+    """
+    labels = class_numbers(classes, names) or [-1]
+    num = number(num, "the number of images", 1, MOST, whole=True)
+    if not classes and num < len(labels):  # an even spread, as `flowback sample` draws
+        labels = torch.linspace(0, len(labels) - 1, num).round().long().tolist()
+    return Request(
+        num=num,
+        labels=tuple(labels),
+        guidance=number(guidance, "guidance", 0, 20),
+        temperature=number(temperature, "temperature", 0.01, 2),
+        denoise=bool(denoise),
+        seed=number(seed, "the seed", 0, SEEDS, whole=True),
+    )
+
+
+def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -> tuple[Tensor, Tensor]:
+    """Image `index` of a request as it comes to be: z, then what each block makes of it; `[blocks + 1, C, H, W]`.
+
+    Returns:
+        The images, each scaled to be visible if its numbers are larger than an image's; and the largest number of each.
+    """
+    core, patch = flow.core, flow.core.config.patch_size
+    drawn = next(draw_batches(flow, replace(request, denoise=False), [index], method))
+    steps = [drawn.z.to(core.device)]
+    steps += [tokens for tokens, _ in core.decode_by_block(steps[0], drawn.y, request.as_guidance(), method)]
+    grids = torch.cat([unpatchify(tokens, patch, core.image_size) for tokens in steps])
+    largest = grids.abs().flatten(1).quantile(0.98, dim=1).clamp(min=1)
+    images = [flow.to_images(grids[:-1] / largest[:-1, None, None, None]), flow.to_images(grids[-1:])]
+    return torch.cat(images).cpu(), largest.cpu()
+
+
+def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, num: int, method: str = "auto") -> Tensor:
+    """Images `[num, C, H, W]` whose z lies at share `strength` of the way from that of image `index` to fresh noise.
+
+    They keep its class, guidance and temperature. The way is a great circle, so every z on it is typical.
+    """
+    drawn, core = next(draw_batches(flow, replace(request, denoise=False), [index], method)), flow.core
+    fresh = torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)])
+    fresh = request.temperature * core.to_prior(core.enter(fresh))
+    z, y = slerp(core.enter(drawn.z).expand_as(fresh), fresh, strength), drawn.y.expand(num)
+    x = core.decode(z, y, request.as_guidance(), method)
+    x = core.denoise(x, y) if request.denoise else x
+    return flow.to_images(x.float()).float().cpu()
+
+
+def texts(place: str, drawing: Drawing) -> tuple[str, str]:
+    """The same drawing in Python and on the command line."""
+    r, defaults = drawing.request, Request()
+    changed = {name: value for name, value in vars(r).items() if value != getattr(defaults, name) or name == "num"}
+    options = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    python = "from pathlib import Path\n\nfrom flowback.tasks.sampling import Request, sample_to_disk\n"
+    python += f"{python_of(place)}\nrequest = Request({options})\n"
+    python += f"sample_to_disk(flow, request, Path('samples.png'), method={drawing.method!r})"
+    words = ["-o", "samples.png", f"--num={r.num}", f"--seed={r.seed}", f"--guidance={r.guidance:g}"]
+    words += [f"--temperature={r.temperature:g}", f"--denoise={str(r.denoise).lower()}", f"--method={drawing.method}"]
+    if min(r.labels) >= 0:
+        words.append(f"--labels={','.join(map(str, r.labels))}")
+    return python, shell("sample", place, *words)
+
+
+def save(folder: Path, parts: list[Drawn]) -> list[str]:
+    """The files of a drawing: a grid, the ADM format, and z with its labels."""
+    pixels, y = as_pixels(torch.cat([part.x for part in parts])), torch.cat([part.y for part in parts])
+    save_grid(pixels, folder / "samples.png", columns(len(pixels)))
+    np.savez(folder / "samples.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), arr_1=y.numpy())
+    save_tensors({"z": torch.cat([part.z for part in parts]), "labels": y}, folder / "z.safetensors")
+    return [str(folder / name) for name in ("samples.png", "samples.npz", "z.safetensors")]
+
+
+def build(studio: Studio, chosen: gr.Dropdown) -> None:
+    """Add the tab to the page."""
+    shelf = studio.shelf
+    names = shelf.classes(shelf.refresh()[0])
+    drawing = gr.State(None, time_to_live=3600)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=280):
+            classes = gr.Dropdown(
+                names, multiselect=True, label="Classes", info="none chosen: all in turn", visible=bool(names)
+            )
+            num = gr.Slider(1, MOST, 16, step=1, label="Number of images")
+            guidance = gr.Slider(
+                0, 6, 0, step=0.1, label="Guidance", info="away from the average of all classes", visible=bool(names)
+            )
+            temperature = gr.Slider(0.05, 1.5, 1, step=0.05, label="Temperature", info="standard deviation of z")
+            with gr.Accordion("More", open=False):
+                method = gr.Dropdown(
+                    ["auto", *DECODERS], value="auto", label="Decoding", info="speed only: the images are the same"
+                )
+                denoise = gr.Checkbox(True, label="Remove the noise of training")
+            with gr.Row():
+                seed = gr.Number(0, precision=0, minimum=0, maximum=SEEDS, label="Seed", min_width=120)
+                other = gr.Button("Other seed", size="sm", min_width=100)
+            with gr.Row():
+                go = gr.Button("Draw", variant="primary", min_width=100)
+                stop = gr.Button("Stop", min_width=80)
+        with gr.Column(scale=3, min_width=300):
+            said = gr.Markdown("", elem_classes="said")
+            grid = gr.Gallery(
+                label="Images", columns=8, object_fit="contain", height="auto", format="png", buttons=["fullscreen"]
+            )
+            files = gr.File(label="Download", file_count="multiple", interactive=False, visible=False)
+            python, command = same()
+            with gr.Accordion("One image: how it came to be, and more like it", open=True):
+                which = gr.Markdown("Choose an image above.")
+                with gr.Row():
+                    strength = gr.Slider(0.05, 1, 0.4, step=0.05, label="How different", min_width=200)
+                    more = gr.Button("Draw more like it", min_width=140)
+                    path = gr.Button("Show it block by block", min_width=140)
+                told = gr.Markdown("")
+                steps = gr.Gallery(
+                    label="From this image",
+                    columns=8,
+                    object_fit="contain",
+                    height="auto",
+                    format="png",
+                    buttons=["fullscreen"],
+                )
+
+    @says_problems
+    def draw(name: str, method: str, *values: Any) -> Iterator[dict[Any, Any]]:
+        flow, request = shelf.flow(name), requested(shelf.classes(name), *values)
+        if method not in ("auto", *DECODERS):
+            raise InputError(f"decoding must be one of auto, {', '.join(DECODERS)}, got {method!r}")
+        made = Drawing(name, request, method)
+        texts_ = dict(zip((python, command), texts(shelf.place(name), made), strict=True))
+        started, parts, labels = time.perf_counter(), [], shelf.classes(name)
+        shown: list[tuple[Any, str]] = []
+        yield {
+            said: f"drawing {request.num} images with seed {request.seed} …",
+            grid: [],
+            files: gr.File(visible=False),
+            **texts_,
+        }
+        for part in draw_batches(flow, request, range(request.num), method, columns(request.num)):
+            parts.append(part)
+            for x, y in zip(part.x, part.y.tolist(), strict=True):
+                shown.append((tile(x), f"{len(shown)}" + (f": {labels[y]}" if y >= 0 else "")))
+            yield {grid: shown, said: f"{len(shown)} of {request.num} images, seed {request.seed} …"}
+        seconds = time.perf_counter() - started
+        bad = sum(int((~part.x.isfinite()).flatten(1).any(1).sum()) for part in parts)
+        note = f"; {bad} had numbers that are not finite, grey there: less guidance or temperature may help" if bad else ""
+        yield {
+            said: f"{request.num} images, seed {request.seed}, {seconds:.1f} s{note}",
+            files: gr.File(save(studio.new_folder(), parts), visible=True),
+            drawing: made,
+        }
+
+    @says_problems
+    def show_path(made: Drawing | None) -> dict[Any, Any]:
+        flow, made = shelf.flow(_there(made).flow), _there(made)
+        images, _ = trajectory(flow, made.request, made.chosen, made.method)
+        blocks = len(images) - 1
+        captions = ["z", *(f"after block {blocks - i}" for i in range(blocks))]
+        told_ = f"Image {made.chosen} from noise, block by block; the last one is not denoised."
+        return {steps: [(tile(x), text) for x, text in zip(images, captions, strict=True)], told: told_}
+
+    @says_problems
+    def draw_alike(made: Drawing | None, strength: Any, seed: Any) -> dict[Any, Any]:
+        made, flow = _there(made), shelf.flow(_there(made).flow)
+        share, key = number(strength, "how different", 0, 1), number(seed, "the seed", 0, SEEDS, whole=True)
+        images = alike(flow, made.request, made.chosen, share, key + 1, 8, made.method)
+        told_ = f"8 images whose z is {100 * share:.0f} % of the way from that of image {made.chosen} to other noise."
+        return {steps: [(tile(x), f"like {made.chosen}, {i}") for i, x in enumerate(images)], told: told_}
+
+    def choose(made: Drawing | None, event: gr.SelectData) -> tuple[Drawing | None, str]:
+        if made is None:
+            return None, "Choose an image above."
+        return replace(made, chosen=event.index), f"Image {event.index} is chosen."
+
+    values = [classes, num, guidance, temperature, denoise, seed]
+    outputs = {said, grid, files, python, command, drawing}
+    running = go.click(draw, [chosen, method, *values], outputs, **ONE_AT_A_TIME)
+    stop.click(lambda: "stopped", None, said, cancels=[running], queue=False)
+    other.click(lambda: int(torch.randint(SEEDS, ())), None, seed, queue=False)
+    grid.select(choose, drawing, [drawing, which], queue=False)
+    path.click(show_path, drawing, {steps, told}, **ONE_AT_A_TIME)
+    more.click(draw_alike, [drawing, strength, seed], {steps, told}, **ONE_AT_A_TIME)
+
+    def adapt(name: str) -> tuple[gr.Dropdown, gr.Slider]:
+        names = shelf.classes(name)
+        return gr.Dropdown(names, value=[], visible=bool(names)), gr.Slider(value=0, visible=bool(names))
+
+    chosen.change(says_problems(adapt), chosen, [classes, guidance])
+
+
+def _there(made: Drawing | None) -> Drawing:
+    if made is None:
+        raise InputError("there is no image yet; draw some first")
+    return made
