@@ -5,10 +5,11 @@ READY := .venv/.ready
 TRAINED := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test soak lint bench gpu clean
+.PHONY: help setup quickstart studio test soak lint bench gpu clean
 
 help:
 	@echo "make quickstart   set up, train a plain and an aligned flow on digits, write runs/quickstart/report.html"
+	@echo "make studio       set up, train the quickstart's flows if they are not there, serve a page to draw, classify and edit with them"
 	@echo "make test         set up, run the tests"
 	@echo "make soak         the tests that take long, such as a scan of a million files"
 	@echo "make lint         ruff check, ruff format --check, pyright, import-linter, pip-audit of what is installed"
@@ -27,6 +28,9 @@ $(READY): pyproject.toml
 
 quickstart: setup
 	$(BIN)/flowback quickstart
+
+studio: setup $(TRAINED)/report.json
+	$(BIN)/flowback studio $(TRAINED)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -46,6 +46,7 @@ VERBS = {  # the module of each verb, and its help
         "Measure a flow on its run's data, or on other: density, classes, probes, fidelity. Writes evaluation.json.",
     ),
     "compare": ("measuring", "Compare evaluated runs side by side. Writes report.html and report.json."),
+    "studio": ("serving", "Serve a local page to draw, classify, edit, compare and train with the flows of your runs."),
     "import-tarflow": ("importing", "Convert a checkpoint of the published TARFlow code to a flow. Its outputs are equal."),
     "export": (
         "publishing",
@@ -70,6 +71,7 @@ EXTRAS = {  # what `pip install flowback` leaves out: extra -> imported name -> 
     },
     "eval": {"torch_fidelity": "torch-fidelity"},
     "latent": {"diffusers": "diffusers"},
+    "studio": {"gradio": "gradio"},
 }
 
 

@@ -1,5 +1,7 @@
 """`flowback studio`."""
 
+import signal
+import threading
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -18,7 +20,9 @@ def add(verb: Verb) -> None:
     command.add_argument(
         "runs", type=str, nargs="*", help="runs, folders of runs, folders or hub ids of flows (default: what is in runs)"
     )
-    command.add_argument("--port", type=int, default=7860, help="of the page, from 1 to 65535")
+    command.add_argument(
+        "--port", type=int | None, default=None, help="of the page (default: the first free one from 7860)"
+    )
     command.add_argument(
         "--host", type=str, default="127.0.0.1", help="127.0.0.1 for this machine alone; others need the password"
     )
@@ -32,10 +36,12 @@ def _studio(options: Namespace) -> int:
 
     if not options.runs and not DEFAULT.is_dir():
         raise InputError("there is no folder runs here; name runs or flows, or make one: flowback quickstart")
-    shelf = Shelf(options.runs or [str(DEFAULT)], pick_device(options.device))
-    server = serve(Studio(shelf, is_loopback(options.host)), options.host, options.port, options.password)
-    try:
-        server.wait()
-    except KeyboardInterrupt:
-        say("the studio has ended")
+    shelf, ended = Shelf(options.runs or [str(DEFAULT)], pick_device(options.device)), threading.Event()
+    with Studio(shelf, is_loopback(options.host)) as studio:
+        blocks = serve(studio, options.host, options.port, options.password)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+        ended.wait()
+        blocks.close(verbose=False)
+    say("the studio has ended")
     return 0

@@ -22,7 +22,6 @@ CSS = """
 .card th { text-align: left; font-weight: 600; padding-right: 1rem; vertical-align: top; white-space: nowrap; }
 .card td { overflow-wrap: anywhere; }
 .grid-container img { image-rendering: pixelated; }
-footer { display: none !important; }
 """
 
 
@@ -57,25 +56,22 @@ def is_loopback(host: str) -> bool:
     return host in ("127.0.0.1", "localhost", "::1")
 
 
-def serve(
-    studio: Studio, host: str = "127.0.0.1", port: int = 7860, password: str | None = None, block: bool = True
-) -> str:
-    """Serve the page until interrupted.
+def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None, password: str | None = None) -> gr.Blocks:
+    """Serve the page from threads of its own.
 
     Args:
         studio: what is served.
         host: address to listen at: 127.0.0.1 for this machine alone, 0.0.0.0 for others, who need the password.
-        port: of the server.
+        port: of the server; None for the first free one from 7860.
         password: for others; None for one that is made up and said. The name is `flowback`.
-        block: wait until the server ends.
 
     Returns:
-        Its address.
+        The page, which `close` ends.
 
     Raises:
         InputError: if the port is not free or not one.
     """
-    if not 1 <= port <= 65535:
+    if port is not None and not 1 <= port <= 65535:
         raise InputError(f"port must be from 1 to 65535, got {port}")
     auth = None
     if not is_loopback(host) or password is not None:
@@ -83,7 +79,8 @@ def serve(
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     theme = gr.themes.Default(font=FONTS, font_mono=MONO)
     try:
-        _, address, _ = page(studio).launch(
+        blocks = page(studio)
+        _, address, _ = blocks.launch(
             server_name=host,
             server_port=port,
             auth=auth,
@@ -94,11 +91,10 @@ def serve(
             allowed_paths=[],
             share=False,
             quiet=True,
-            inbrowser=False,
-            show_error=False,
+            footer_links=[],
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise InputError(f"port {port} cannot be used ({error}); choose another with --port") from error
+        raise InputError(f"port {port or 'from 7860'} cannot be used ({error}); choose another") from error
     say(f"the studio is at {address}" + (f", name flowback, password {auth[1]}" if auth and not password else ""))
-    return address
+    return blocks

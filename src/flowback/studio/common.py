@@ -1,6 +1,7 @@
 """What the tabs share: how images are shown, results are kept for download, and problems are said."""
 
 import functools
+import inspect
 import math
 import shutil
 import tempfile
@@ -33,12 +34,18 @@ class Studio:
     Args:
         shelf: the flows.
         local: whether only this machine reaches the page: then it may train.
-        folder: where results wait for their download.
+        folder: where results wait for their download, until the studio ends.
     """
 
     shelf: Shelf
     local: bool = True
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="flowback-studio-")))
+
+    def __enter__(self) -> "Studio":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def new_folder(self) -> Path:
         """A folder for the files of one result; those that are old go."""
@@ -64,8 +71,6 @@ def problem(error: Exception) -> gr.Error:
 
 def says_problems(work: Callable[..., Any]) -> Callable[..., Any]:
     """A function, or a generator, whose InputErrors are said on the page."""
-    if hasattr(work, "__wrapped__"):
-        return work
 
     @functools.wraps(work)
     def stepwise(*inputs: Any) -> Iterator[Any]:
@@ -80,8 +85,6 @@ def says_problems(work: Callable[..., Any]) -> Callable[..., Any]:
             return work(*inputs)
         except InputError as error:
             raise problem(error) from error
-
-    import inspect
 
     return stepwise if inspect.isgeneratorfunction(work) else whole
 

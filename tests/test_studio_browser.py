@@ -1,0 +1,202 @@
+"""The studio in a real browser: every job on a small real flow, at two sizes, by keyboard, without a network."""
+
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowback.studio import draw
+from flowback.studio.app import serve
+from flowback.studio.common import Studio
+from flowback.studio.shelf import Shelf
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+WAIT = 30_000  # ms
+NASTY = "<img src=x onerror=document.title='taken'>"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.skip(f"needs a browser: {', '.join(NAMES)} (Debian's package chromium)")
+    sync = pytest.importorskip("playwright.sync_api")
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def runs(small_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studio")
+    for name in ("aligned", "plain"):
+        shutil.copytree(small_run, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(runs):
+    with Studio(Shelf([str(runs)], torch.device("cpu"))) as studio:
+        blocks = serve(studio)
+        yield blocks.local_url
+        blocks.close(verbose=False)
+
+
+@pytest.fixture
+def page(browser, server):
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(WAIT)
+    page = context.new_page()
+    page.goto(server)
+    yield page
+    context.close()
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Drawing waits before each row until the event is set."""
+    go_on, real = threading.Event(), draw.draw_batches
+
+    def waiting(*arguments):
+        for part in real(*arguments):
+            go_on.wait(20)
+            yield part
+
+    monkeypatch.setattr(draw, "draw_batches", waiting)
+    yield go_on
+    go_on.set()
+
+
+def click(page, name, tab="Draw"):
+    page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
+
+
+def done(page, text="16 images, seed 0,"):
+    page.get_by_text(text).first.wait_for()
+
+
+def open_tab(page, name):
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_it_draws_and_gives_the_files(page, tmp_path):
+    click(page, "Draw")
+    done(page)
+    assert page.locator(".grid-container img, .grid-wrap img").count() == 16
+    with page.expect_download() as download:
+        page.locator("a[download]", has_text="").filter(has_text="").first.click()
+    file = tmp_path / download.value.suggested_filename
+    download.value.save_as(file)
+    assert Image.open(file).size[0] > 30 if file.suffix == ".png" else np.load(file)
+
+
+def test_the_page_needs_no_network(browser, server):
+    context = browser.new_context()
+    asked = []
+    context.on("request", lambda request: asked.append(request.url))
+    page = context.new_page()
+    page.goto(server)
+    page.get_by_role("button", name="Draw", exact=True).wait_for()
+    click(page, "Draw")
+    done(page)
+    assert asked
+    assert [url for url in asked if not url.startswith((server, "data:", "blob:"))] == []
+    context.close()
+
+
+def test_stop_ends_a_drawing(page, slow):
+    click(page, "Draw")
+    page.get_by_text("drawing 16 images").first.wait_for()
+    click(page, "Stop")
+    page.get_by_text("stopped").first.wait_for()
+    slow.set()
+    click(page, "Draw")
+    done(page)
+
+
+def test_a_reload_in_the_middle(page, slow):
+    click(page, "Draw")
+    page.get_by_text("drawing 16 images").first.wait_for()
+    page.reload()
+    page.get_by_role("button", name="Draw", exact=True).wait_for()
+    slow.set()
+    click(page, "Draw")
+    done(page)
+
+
+def test_two_people_at_once(browser, server):
+    contexts = [browser.new_context() for _ in range(2)]
+    pages = [context.new_page() for context in contexts]
+    for page in pages:
+        page.goto(server)
+    for page in pages:
+        click(page, "Draw")
+    for page in pages:
+        done(page)
+    for context in contexts:
+        context.close()
+
+
+def test_a_server_that_was_started_again(browser, runs):
+    with Studio(Shelf([str(runs)], torch.device("cpu"))) as studio:
+        blocks = serve(studio)
+        port, page = blocks.server_port, browser.new_context().new_page()
+        page.goto(blocks.local_url)
+        click(page, "Draw")
+        done(page)
+        blocks.close(verbose=False)
+        blocks = serve(studio, port=port)
+        page.reload()
+        click(page, "Draw")
+        done(page)
+        page.context.close()
+        blocks.close(verbose=False)
+
+
+def test_one_image_is_looked_into(page):
+    click(page, "Draw")
+    done(page)
+    click(page, "Show it block by block")
+    page.get_by_text("from noise, block by block").wait_for()
+    click(page, "Draw more like it")
+    page.get_by_text("other noise").wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_small_screens(browser, server, scheme):
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(server)
+    click(page, "Draw")
+    done(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for name in page.get_by_role("tab").all_inner_texts():
+        assert name
+    context.close()
+
+
+def test_by_keyboard(page):
+    page.get_by_role("button", name="Draw", exact=True).wait_for()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.innerText") == "Draw":
+            break
+    page.keyboard.press("Enter")
+    done(page)
+
+
+def test_what_one_can_use_has_a_name(page):
+    click(page, "Draw")
+    done(page)
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll('button, input, textarea, select, img')]
+        .filter(e => e.offsetParent && e.type !== 'file')
+        .filter(e => !(e.innerText || e.alt || e.title || e.ariaLabel || (e.labels && e.labels.length) || e.closest('label')
+            || e.getAttribute('aria-labelledby')))
+        .map(e => e.outerHTML.slice(0, 200))"""
+    )
+    assert nameless == []
