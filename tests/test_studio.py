@@ -52,7 +52,8 @@ def server(runs):
 
 
 def test_runs_are_found_and_nothing_else(shelf, runs):
-    assert shelf.refresh() == [str(runs / "<b>bold"), str(runs / "plain")]
+    assert shelf.refresh() == [f"{runs.name}/<b>bold", f"{runs.name}/plain"]
+    assert Shelf([str(runs), str(runs)], CPU).refresh() == shelf.refresh()
     with pytest.raises(InputError, match="holds no run with a checkpoint"):
         Shelf([str(runs / "notes")], CPU)
     with pytest.raises(InputError, match=r"there is no folder|neither a folder"):
@@ -63,7 +64,7 @@ def test_runs_are_found_and_nothing_else(shelf, runs):
 
 
 def test_a_run_that_is_trained_on_is_loaded_anew(shelf, runs):
-    name = str(runs / "plain")
+    name = f"{runs.name}/plain"
     flow = shelf.flow(name)
     assert shelf.flow(name) is flow
     assert (
@@ -82,14 +83,14 @@ def test_a_run_that_is_trained_on_is_loaded_anew(shelf, runs):
 
 
 def test_names_are_no_markup(shelf, runs):
-    name = str(runs / "<b>bold")
+    name = f"{runs.name}/<b>bold"
     assert "<b>" not in shelf.card(name)
     assert shelf.classes(name)[0] == NASTY  # a dropdown shows text
     assert "<img" not in problem(InputError(NASTY)).message
 
 
 def test_a_card_says_what_is_known(shelf, runs):
-    facts = shelf.facts(str(runs / "plain"))
+    facts = shelf.facts(f"{runs.name}/plain")
     assert facts["data"] == "digits"
     assert "3 steps" in facts["trained"] or "2 steps" in facts["trained"]
     assert "2 blocks" in facts["flow"]
@@ -114,7 +115,7 @@ def test_classes_are_chosen_by_name():
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 def test_page_python_and_command_draw_the_same(shelf, runs, tmp_path, monkeypatch, guidance):
     monkeypatch.chdir(tmp_path)
-    name = str(runs / "plain")
+    name = f"{runs.name}/plain"
     flow = shelf.flow(name)
     request = draw.requested(shelf.classes(name), ["3", "7"], 6, guidance, 0.9, True, 5)
     drawing = draw.Drawing(name, request, "auto")
@@ -138,7 +139,7 @@ def test_fewer_images_than_classes_are_spread_as_the_command_spreads_them():
 
 
 def test_the_trajectory_ends_at_the_image(shelf, runs):
-    flow, request = shelf.flow(str(runs / "plain")), Request(4, (1, 2), seed=3, denoise=False)
+    flow, request = shelf.flow(f"{runs.name}/plain"), Request(4, (1, 2), seed=3, denoise=False)
     images, largest = draw.trajectory(flow, request, 2)
     assert len(images) == len(largest) == flow.config.blocks + 1
     (drawn,) = draw_batches(flow, request, [2])
@@ -146,7 +147,7 @@ def test_the_trajectory_ends_at_the_image(shelf, runs):
 
 
 def test_images_alike_come_from_near_z(shelf, runs):
-    flow, request = shelf.flow(str(runs / "plain")), Request(4, (1, 2), seed=3, denoise=False)
+    flow, request = shelf.flow(f"{runs.name}/plain"), Request(4, (1, 2), seed=3, denoise=False)
     (drawn,) = draw_batches(flow, request, [2])
     near, far = (draw.alike(flow, request, 2, share, 9, 3) for share in (0.001, 1.0))
     assert (to_uint8(near).int() - to_uint8(drawn.x).int()).abs().max() <= 3

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from flowback.studio import draw
 from flowback.studio.app import serve
@@ -71,8 +72,8 @@ def slow(monkeypatch):
     go_on.set()
 
 
-def click(page, name, tab="Draw"):
-    page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
+def click(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
 
 
 def done(page, text="16 images, seed 0,"):
@@ -87,11 +88,13 @@ def test_it_draws_and_gives_the_files(page, tmp_path):
     click(page, "Draw")
     done(page)
     assert page.locator(".grid-container img, .grid-wrap img").count() == 16
-    with page.expect_download() as download:
-        page.locator("a[download]", has_text="").filter(has_text="").first.click()
-    file = tmp_path / download.value.suggested_filename
-    download.value.save_as(file)
-    assert Image.open(file).size[0] > 30 if file.suffix == ".png" else np.load(file)
+    for name in ("samples.png", "samples.npz", "z.safetensors"):
+        with page.expect_download() as download:
+            page.locator(f"a.download-link[download='{name}'], a[href$='/{name}']").first.click()
+        download.value.save_as(tmp_path / name)
+    assert Image.open(tmp_path / "samples.png").size == (138, 138)  # 4 x 4, with lines between
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (16, 8, 8, 1)
+    assert load_file(tmp_path / "z.safetensors")["labels"].tolist() == [*range(10), *range(6)]
 
 
 def test_the_page_needs_no_network(browser, server):
@@ -183,7 +186,7 @@ def test_by_keyboard(page):
     page.get_by_role("button", name="Draw", exact=True).wait_for()
     for _ in range(60):
         page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.innerText") == "Draw":
+        if page.evaluate("document.activeElement.innerText == 'Draw' && document.activeElement.role != 'tab'"):
             break
     page.keyboard.press("Enter")
     done(page)

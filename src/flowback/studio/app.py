@@ -5,6 +5,7 @@ import secrets
 from types import ModuleType
 
 import gradio as gr
+from gradio.themes import Base, Default
 
 from flowback.core.console import say
 from flowback.core.errors import InputError
@@ -22,6 +23,8 @@ CSS = """
 .card th { text-align: left; font-weight: 600; padding-right: 1rem; vertical-align: top; white-space: nowrap; }
 .card td { overflow-wrap: anywhere; }
 .grid-container img { image-rendering: pixelated; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; padding-top: 2rem !important; }
+.grid-wrap.fixed-height { min-height: 0 !important; height: auto !important; max-height: 75vh !important; }
 """
 
 
@@ -51,6 +54,13 @@ def _offered(studio: Studio, name: str | None) -> gr.Dropdown:
     return gr.Dropdown(names, value=name if name in names else names[0])
 
 
+def theme() -> Base:
+    """Gradio's own look, with the system's fonts and small print that can be read."""
+    small = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
+    small |= {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
+    return Default(font=FONTS, font_mono=MONO).set(**small)
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a server at this address."""
     return host in ("127.0.0.1", "localhost", "::1")
@@ -77,14 +87,14 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None, pass
     if not is_loopback(host) or password is not None:
         auth = ("flowback", password or secrets.token_urlsafe(9))
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    theme = gr.themes.Default(font=FONTS, font_mono=MONO)
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.folder / "served")  # which ends with the studio
     try:
         blocks = page(studio)
         _, address, _ = blocks.launch(
             server_name=host,
             server_port=port,
             auth=auth,
-            theme=theme,
+            theme=theme(),
             css=CSS,
             max_file_size=UPLOAD,
             state_session_capacity=SESSIONS,

@@ -49,10 +49,10 @@ class Studio:
 
     def new_folder(self) -> Path:
         """A folder for the files of one result; those that are old go."""
-        for old in self.folder.iterdir():
+        for old in self.folder.glob("result-*"):
             if time.time() - old.stat().st_mtime > KEPT_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
-        return Path(tempfile.mkdtemp(dir=self.folder))
+        return Path(tempfile.mkdtemp(prefix="result-", dir=self.folder))
 
 
 def tile(image: Tensor) -> Image.Image:

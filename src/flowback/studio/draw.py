@@ -186,7 +186,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         for part in draw_batches(flow, request, range(request.num), method, columns(request.num)):
             parts.append(part)
             for x, y in zip(part.x, part.y.tolist(), strict=True):
-                shown.append((tile(x), f"{len(shown)}" + (f": {labels[y]}" if y >= 0 else "")))
+                shown.append((tile(x), f"#{len(shown)}" + (f", {labels[y]}" if y >= 0 else "")))
             yield {grid: shown, said: f"{len(shown)} of {request.num} images, seed {request.seed} …"}
         seconds = time.perf_counter() - started
         bad = sum(int((~part.x.isfinite()).flatten(1).any(1).sum()) for part in parts)
@@ -203,7 +203,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         images, _ = trajectory(flow, made.request, made.chosen, made.method)
         blocks = len(images) - 1
         captions = ["z", *(f"after block {blocks - i}" for i in range(blocks))]
-        told_ = f"Image {made.chosen} from noise, block by block; the last one is not denoised."
+        told_ = f"Image #{made.chosen} from noise, block by block; the last one is not denoised."
         return {steps: [(tile(x), text) for x, text in zip(images, captions, strict=True)], told: told_}
 
     @says_problems
@@ -211,22 +211,22 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         made, flow = _there(made), shelf.flow(_there(made).flow)
         share, key = number(strength, "how different", 0, 1), number(seed, "the seed", 0, SEEDS, whole=True)
         images = alike(flow, made.request, made.chosen, share, key + 1, 8, made.method)
-        told_ = f"8 images whose z is {100 * share:.0f} % of the way from that of image {made.chosen} to other noise."
-        return {steps: [(tile(x), f"like {made.chosen}, {i}") for i, x in enumerate(images)], told: told_}
+        told_ = f"8 images whose z is {100 * share:.0f} % of the way from that of image #{made.chosen} to other noise."
+        return {steps: [(tile(x), f"like #{made.chosen}, {i}") for i, x in enumerate(images)], told: told_}
 
     def choose(made: Drawing | None, event: gr.SelectData) -> tuple[Drawing | None, str]:
         if made is None:
             return None, "Choose an image above."
-        return replace(made, chosen=event.index), f"Image {event.index} is chosen."
+        return replace(made, chosen=event.index), f"Image #{event.index} is chosen."
 
     values = [classes, num, guidance, temperature, denoise, seed]
-    outputs = {said, grid, files, python, command, drawing}
+    outputs = [said, grid, files, python, command, drawing]
     running = go.click(draw, [chosen, method, *values], outputs, **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, said, cancels=[running], queue=False)
     other.click(lambda: int(torch.randint(SEEDS, ())), None, seed, queue=False)
     grid.select(choose, drawing, [drawing, which], queue=False)
-    path.click(show_path, drawing, {steps, told}, **ONE_AT_A_TIME)
-    more.click(draw_alike, [drawing, strength, seed], {steps, told}, **ONE_AT_A_TIME)
+    path.click(show_path, drawing, [steps, told], **ONE_AT_A_TIME)
+    more.click(draw_alike, [drawing, strength, seed], [steps, told], **ONE_AT_A_TIME)
 
     def adapt(name: str) -> tuple[gr.Dropdown, gr.Slider]:
         names = shelf.classes(name)

@@ -59,8 +59,10 @@ class Shelf:
             if not inside:
                 raise InputError(f"{place} holds no run with a checkpoint and no flow; expected some, or a hub id")
             for folder in inside[: MOST - len(found)]:
-                name = plain(str(folder if Path(place).is_dir() else place))
-                found.setdefault(name, Entry(name, str(folder) if Path(place).is_dir() else place))
+                entry = _entry(place, folder)
+                if found.get(entry.name, entry) != entry:
+                    entry = Entry(plain(entry.place), entry.place)
+                found[entry.name] = entry
         self.entries = found
         return list(found)
 
@@ -122,6 +124,12 @@ class Shelf:
             f"<tr><th scope='row'>{escape(k)}</th><td>{escape(plain(v))}</td></tr>" for k, v in self.facts(name).items()
         )
         return f"<table class='card' aria-label='about this flow'>{''.join(rows)}</table>"
+
+
+def _entry(place: str, folder: Path) -> Entry:
+    if not Path(place).is_dir():
+        return Entry(plain(place), place)
+    return Entry(plain(str(folder.absolute().relative_to(Path(place).absolute().parent))), str(folder))
 
 
 def figures(run: Path) -> dict[str, str]:
