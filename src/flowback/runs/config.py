@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
@@ -346,6 +347,11 @@ def _nodes(node: Any, known: dict[int, float]) -> float:
         parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_nodes(part, known) for part in parts)
     return known[id(node)]
+
+
+def descriptions(config: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of its fields, by their names."""
+    return {entry.arg_name: entry.description or "" for entry in docstring_parser.parse(config.__doc__ or "").params}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
