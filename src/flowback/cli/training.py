@@ -12,7 +12,7 @@ from flowback.cli.parser import Parser, Verb
 from flowback.core.console import command, console
 from flowback.core.distributed import end_with_input, is_first
 from flowback.core.errors import InputError
-from flowback.runs.config import RunConfig, load_yaml
+from flowback.runs.config import RunConfig, load_yaml, recipe
 from flowback.training import train
 from flowback.training.budget import Device, plan
 from flowback.training.build import first_flow, settle
@@ -54,7 +54,7 @@ def _add_recipe(command: Parser) -> None:
 
 
 def _quickstart(options: Namespace) -> int:
-    from flowback.quickstart import quickstart, recipe  # with its figures, which training does not need
+    from flowback.quickstart import quickstart  # with its figures, which training does not need
 
     digits = RunConfig.read(recipe("digits"))
     changes = {"seed": options.seed, **({} if options.steps is None else {"steps": options.steps})}

@@ -284,6 +284,18 @@ class RunConfig:
             raise InputError(f"this is not the configuration of a run ({error})") from error
 
 
+def recipe(name: str) -> Path:
+    """The file of a recipe that ships with the package: `configs/<name>.yaml`."""
+    package = Path(__file__).parents[1]
+    candidates = (package / "configs" / f"{name}.yaml", package.parents[1] / "configs" / f"{name}.yaml")
+    return next(file for file in candidates if file.exists())
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that ship with the package."""
+    return sorted(file.stem for file in recipe("digits").parent.glob("*.yaml"))
+
+
 RENAMED = {  # options of version 0.1.0, by dotted names; None for what is gone
     "train.clip": "train.grad_clip",
     "train.accumulate": "train.grad_accum_steps",

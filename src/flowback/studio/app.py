@@ -9,11 +9,11 @@ from gradio.themes import Base, Default
 
 from flowback.core.console import say
 from flowback.core.errors import InputError
-from flowback.studio import draw
+from flowback.studio import compare, draw, train
 from flowback.studio.common import UPLOAD, Studio, says_problems
 
-TABS: tuple[ModuleType, ...] = (draw,)
-LOCAL_TABS: tuple[ModuleType, ...] = ()  # that only this machine may use: they start processes and write runs
+TABS: tuple[ModuleType, ...] = (draw, compare)
+LOCAL_TABS: tuple[ModuleType, ...] = (train,)  # that only this machine may use: they start processes and write runs
 WAITING = 64  # people in the queue, at most
 SESSIONS = 200  # pages whose state is kept, at most
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched

@@ -31,9 +31,8 @@ from flowback.data.datasets import LOADERS, OWN, SOURCES
 from flowback.flow.config import NOISES, POSITIONS, PRIORS
 from flowback.flow.transformer import MLPS
 from flowback.latents.autoencoder import POSTERIORS
-from flowback.quickstart import recipe
 from flowback.runs.checkpoint import State, newest
-from flowback.runs.config import PRECISIONS, SHARING, RunConfig, descriptions, flat, load_yaml
+from flowback.runs.config import PRECISIONS, SHARING, RunConfig, descriptions, flat, load_yaml, recipe, recipes
 from flowback.runs.log import read_metrics
 from flowback.studio.common import ONE_AT_A_TIME, Studio, same, says_problems
 from flowback.studio.compare import QUANTITIES, curves, quantity
@@ -124,11 +123,6 @@ def options() -> list[Option]:
 
 def _kinds(hint: Any) -> list[Any]:
     return list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
-
-
-def recipes() -> list[str]:
-    """The names of the recipes that ship with the package."""
-    return sorted(file.stem for file in recipe("digits").parent.glob("*.yaml"))
 
 
 def runs_folder(shelf: Shelf) -> Path:
