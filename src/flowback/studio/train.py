@@ -372,7 +372,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
                 sources(), value="recipe: digits", label="Begin with", info="a recipe, or a run to go on with"
             )
             name = gr.Textbox(
-                free_name(runs_folder(shelf), "digits"),
+                lambda: free_name(runs_folder(shelf), "digits"),
                 label="Name of the new run",
                 info="letters, digits, - and _",
                 max_lines=1,
