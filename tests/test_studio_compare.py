@@ -33,7 +33,7 @@ def runs(small_run, tmp_path_factory):
         shutil.copytree(small_run, folder / "both" / name)
         (folder / "both" / name / "evaluation.json").write_text(json.dumps({**found, "nats_per_dim": nats}))
     config = folder / "both" / "aligned" / "config.yaml"
-    config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
+    config.write_text(config.read_text().replace("\n  seed: 0", "\n  seed: 1"))
     shutil.copytree(small_run, folder / "raw")
     shutil.copytree(small_run, folder / "<b>named")
     (folder / "<b>named" / "classes.json").write_text(json.dumps(list("abcdefghi<")))
@@ -74,7 +74,8 @@ def test_page_python_and_command_draw_the_same(shelf, both, tmp_path, monkeypatc
     parts = list(compare.pairs([record.flow for record in found], request))
     assert all(torch.equal(a.z, b.z) for a, b in parts)
     python, commands = compare.texts(found, request, "auto")
-    exec(python.replace(".png", ".npz").replace("write_comparison(runs", "list((runs"), {})
+    exec(python.replace(".png", ".npz"), {})
+    assert (tmp_path / "comparison" / "report.html").is_file()
     *draws, reported = [shlex.split(line)[1:] for line in commands.splitlines()]
     for i, words in enumerate(draws):
         assert main([*words, "-o", f"command_{i}.npz"]) == 0
@@ -126,7 +127,7 @@ def test_runs_that_were_not_evaluated_are_compared_as_far_as_known(shelf, runs, 
     assert table["training steps"] == ["2", "2"]
     request = draw.requested(shelf.classes(both[0]), *VALUES[1:])
     for text in compare.texts(found, request, "auto"):
-        assert "compare" not in text
+        assert "comparison" not in text
 
 
 def test_what_cannot_be_compared_is_refused(shelf, runs, both):

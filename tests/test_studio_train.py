@@ -150,7 +150,9 @@ def test_values_are_refused_in_a_sentence(shelf, changes, said):
 
 
 def test_data_are_checked_as_the_command_checks_them(shelf):
-    start = train.started(shelf, "recipe: digits", "new", small(shelf, data__name="folder", data__path="/nothing here"))
+    start = train.started(
+        shelf, "recipe: digits", "new", small(shelf, data__name="folder", data__path="/nothing here", data__image_size="8")
+    )
     with pytest.raises(InputError, match="/nothing here"):
         train.budget(start)
 
@@ -222,7 +224,9 @@ def test_a_training_starts_stops_and_goes_on(shelf, tmp_path):
 
 def test_a_training_that_fails_says_why(shelf, tmp_path):
     tab = Page(shelf)
-    tab.fns["begin"]("recipe: digits", "new", *small(shelf, data__name="folder", data__path="/nothing <b>here"))
+    tab.fns["begin"](
+        "recipe: digits", "new", *small(shelf, data__name="folder", data__path="/nothing <b>here", data__image_size="8")
+    )
     said = tab.until("Failed")
     assert "/nothing &lt;b&gt;here" in said
     assert not (tmp_path / "runs" / "new").exists()

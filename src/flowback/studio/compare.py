@@ -107,7 +107,7 @@ def curves(runs: dict[str, Rows], column: str, against: str = "step") -> gr.Line
     """A plot of `points`, to show or to update one."""
     shown = points(runs, column, against)
     title, color = QUANTITIES[column] + ("" if len(shown) else " (not measured)"), "run" if len(runs) > 1 else None
-    return gr.LinePlot(shown, x="x", y="y", color=color, x_title=AGAINST[against], y_title=title, title=title, height=300)
+    return gr.LinePlot(shown, x="x", y="y", color=color, x_title=AGAINST[against], y_title=title, title=title, height=340)
 
 
 def quantity() -> gr.Dropdown:
@@ -221,7 +221,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             with gr.Row():
                 column = quantity()
                 against = gr.Dropdown([(title, name) for name, title in AGAINST.items()], label="Against", value="step")
-            plot = gr.LinePlot(x="x", y="y", color="run", label="Curves", height=300, buttons=["fullscreen"])
+            plot = gr.LinePlot(x="x", y="y", color="run", label="Curves", height=340, buttons=["fullscreen"])
 
     @says_problems
     def compare(name: str, second: str | None, column: str, against: str, method: str, *values: Any) -> Iterator[Any]:

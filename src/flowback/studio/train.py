@@ -217,9 +217,9 @@ def started(shelf: Shelf, source: str, name: Any, values: Sequence[Any]) -> Star
     file, run = base(shelf, source)
     config = RunConfig.read(file)
     if run is None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", str(name)):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise InputError(f"the name of a run must be letters, digits, - and _, 64 at most, got {name!r}")
-        run = runs_folder(shelf) / str(name)
+        run = runs_folder(shelf) / name
         if newest(run) is not None:
             raise InputError(f"there is a run {name} already; use another name, or go on with that one")
     before = flat(yaml.safe_load(config.to_yaml()))
@@ -392,7 +392,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
                 stop = gr.Button("Stop", interactive=False, min_width=80)
                 on = gr.Button("Go on", interactive=False, min_width=80)
             column = quantity()
-            plot = gr.LinePlot(x="x", y="y", label="Curve", height=300, buttons=["fullscreen"])
+            plot = gr.LinePlot(x="x", y="y", label="Curve", height=340, buttons=["fullscreen"])
             picture = gr.HTML("")
             output = gr.Code(label="Output", interactive=False, wrap_lines=True)
             python, shell = same()
