@@ -43,7 +43,7 @@ def controls(shelf, source="recipe: digits", **changes):
 
 def small(shelf, **changes):
     """The controls of a training of seconds."""
-    few = {name.replace(".", "__"): float(value) for name, value in SMALL.items()}
+    few = {name.replace(".", "__"): value if name == "data.limit" else float(value) for name, value in SMALL.items()}
     return controls(shelf, **{**few, "alignment__strategy": "none", **changes})
 
 
@@ -72,8 +72,8 @@ def test_every_option_has_a_control_with_a_label_and_what_it_means():
     kinds = {option.name: type(option.control(defaults[option.name])).__name__ for option in train.options()}
     assert kinds["train.hflip"] == "Checkbox"
     assert kinds["alignment.strategy"] == "Dropdown"
-    assert kinds["train.lr"] == kinds["data.limit"] == "Number"
-    assert kinds["alignment.at"] == kinds["data.path"] == kinds["flow.layers"] == "Textbox"
+    assert kinds["train.lr"] == kinds["flow.blocks"] == "Number"
+    assert kinds["data.limit"] == kinds["alignment.at"] == kinds["data.path"] == kinds["flow.layers"] == "Textbox"
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -86,14 +86,14 @@ def test_an_untouched_recipe_is_the_recipe(shelf, name):
 CHANGES = {
     "flow__width": 32.0,
     "flow__layers": "[1, 2, 1, 2]",
-    "flow__log_scale_bound": None,
+    "flow__log_scale_bound": "",
     "alignment__at": "[[3, 1]]",
     "alignment__gradient": "2",
     "train__lr": 1e-5,
     "train__betas": "[0.8, 0.9]",
     "train__hflip": True,
     "train__init": "~/some where",
-    "data__limit": 100.0,
+    "data__limit": "100",
     "data__image_size": "[8, 8]",
 }
 
@@ -181,8 +181,7 @@ class Page:
         result = self.fns["look"](source, "loss", self.seen)
         if isinstance(result, dict) and "__type__" not in result:
             for component, value in result.items():
-                name = getattr(component, "label", None) or getattr(component, "value", None) or "status"
-                self.shown[name] = value
+                self.shown[component] = value
                 self.seen = value if type(component).__name__ == "State" else self.seen
         return " ".join(str(value) for value in self.shown.values())
 

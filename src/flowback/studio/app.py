@@ -22,7 +22,11 @@ CSS = """
 .card { border-collapse: collapse; font-size: 0.9rem; }
 .card th { text-align: left; font-weight: 600; padding-right: 1rem; vertical-align: top; white-space: nowrap; }
 .card td { overflow-wrap: anywhere; }
-.grid-container img { image-rendering: pixelated; }
+.figures { overflow-x: auto; }
+.figures .card :is(th, td) { white-space: normal; padding: 0.25rem 0.5rem; }
+.figures .card td { min-width: 4.5em; }
+.options .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
+.grid-container img, figure img { image-rendering: pixelated; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; padding-top: 2rem !important; }
 .grid-wrap.fixed-height { min-height: 0 !important; height: auto !important; max-height: 75vh !important; }
 """

@@ -104,10 +104,10 @@ def points(runs: dict[str, Rows], column: str, against: str = "step") -> pd.Data
 
 
 def curves(runs: dict[str, Rows], column: str, against: str = "step") -> gr.LinePlot:
-    """A plot of `points`, to show or to update one."""
-    shown = points(runs, column, against)
-    title, color = QUANTITIES[column] + ("" if len(shown) else " (not measured)"), "run" if len(runs) > 1 else None
-    return gr.LinePlot(shown, x="x", y="y", color=color, x_title=AGAINST[against], y_title=title, title=title, height=340)
+    """A plot of `points`, to show or to update one; empty while there is no line."""
+    shown, color = points(runs, column, against), "run" if len(runs) > 1 else None
+    titles = {"x_title": AGAINST[against], "y_title": QUANTITIES[column], "color_title": ""}
+    return gr.LinePlot(shown if len(shown) > 1 else None, x="x", y="y", color=color, height=340, **titles)
 
 
 def quantity() -> gr.Dropdown:
@@ -126,9 +126,8 @@ def as_table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str], int |
         f"<tr><th scope='row'>{escape(title)}</th>{''.join(f'<td>{cell}</td>' for cell in own)}</tr>"
         for (title, _, _), own in zip(rows, cells, strict=True)
     )
-    return (
-        f"<table class='card' aria-label='{label}'><thead><tr><td></td>{titles}</tr></thead><tbody>{body}</tbody></table>"
-    )
+    head_ = f"<thead><tr><td></td>{titles}</tr></thead>"
+    return f"<div class='figures'><table class='card' aria-label='{label}'>{head_}<tbody>{body}</tbody></table></div>"
 
 
 def differences(found: list[Record]) -> str:
@@ -221,7 +220,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             with gr.Row():
                 column = quantity()
                 against = gr.Dropdown([(title, name) for name, title in AGAINST.items()], label="Against", value="step")
-            plot = gr.LinePlot(x="x", y="y", color="run", label="Curves", height=340, buttons=["fullscreen"])
+            plot = gr.LinePlot(x="x", y="y", color="run", height=340, buttons=["fullscreen"])
 
     @says_problems
     def compare(name: str, second: str | None, column: str, against: str, method: str, *values: Any) -> Iterator[Any]:

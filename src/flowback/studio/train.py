@@ -71,7 +71,8 @@ class Option:
 
     def control(self, value: Any) -> Any:
         """The control for a value as the configuration's YAML has it."""
-        shared: dict[str, Any] = {"label": self.name.split(".")[1], "info": escape(self.about)}
+        about = escape(self.about.replace("\n", " "), quote=False)
+        shared: dict[str, Any] = {"label": self.name.split(".")[1], "info": about}
         if self.kinds == (bool,):
             return gr.Checkbox(value, **shared)
         if self.name in CHOICES:
@@ -82,8 +83,8 @@ class Option:
 
     @property
     def is_number(self) -> bool:
-        """Whether its values are numbers, or none."""
-        return set(self.kinds) <= {int, float, type(None)}
+        """Whether its values are numbers; those that may be null have a text, since an empty number is shown as 0."""
+        return set(self.kinds) <= {int, float}
 
     def shown(self, value: Any) -> Any:
         """A value of the YAML as the control shows it."""
@@ -262,6 +263,12 @@ class Training:
         """Whether it has not ended."""
         return self.process.poll() is None
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether it ended before its last step, with a checkpoint."""
+        checkpoint = None if self.runs else newest(self.start.folder)
+        return checkpoint is not None and State.read(checkpoint).step < self.start.config().train.steps
+
     def end(self) -> None:
         """Ask it to end, with a checkpoint."""
         self.ending = True
@@ -380,21 +387,21 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             )
             for section, about in descriptions(RunConfig).items():
                 if own := [option for option in known if option.name.startswith(f"{section}.")]:
-                    with gr.Accordion(f"{section}: {about}", open=False):
+                    with gr.Accordion(f"{section}: {about}", open=False, elem_classes="options"):
                         values += [option.control(before[option.name]) for option in own]
             with gr.Row():
                 dry = gr.Button("Dry run", min_width=80)
                 go = gr.Button("Start", variant="primary", min_width=80)
-            takes = gr.Code(label="What it takes", interactive=False, visible=False)
+            takes = gr.Code(label="What it takes", interactive=False, show_line_numbers=False, visible=False)
         with gr.Column(scale=3, min_width=300):
-            status = gr.HTML("<p>Nothing is in training.</p>", elem_classes="said")
+            status = gr.HTML("", elem_classes="said")
             with gr.Row():
                 stop = gr.Button("Stop", interactive=False, min_width=80)
                 on = gr.Button("Go on", interactive=False, min_width=80)
             column = quantity()
-            plot = gr.LinePlot(x="x", y="y", label="Curve", height=340, buttons=["fullscreen"])
+            plot = gr.LinePlot(x="x", y="y", height=340, buttons=["fullscreen"])
             picture = gr.HTML("")
-            output = gr.Code(label="Output", interactive=False, wrap_lines=True)
+            output = gr.Code(label="Output", interactive=False, wrap_lines=True, show_line_numbers=False, max_lines=LINES)
             python, shell = same()
 
     def shown(start: Start) -> dict[Any, Any]:
@@ -429,33 +436,28 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
 
     def look(source: str, column: str, last: Any) -> Any:
         training = trainer.training
-        run = training.start.folder if training is not None else None
-        if run is None and str(source).startswith("run: ") and source.removeprefix("run: ") in shelf.entries:
-            run = Path(shelf.place(source.removeprefix("run: ")))
-        if run is None or column not in QUANTITIES:
+        run = watched(shelf, training, source)
+        lines = [] if training is None else training.output()
+        now = (str(run), column, trainer.runs, training and training.ending, lines, run and _changed(run))
+        if now == last or column not in QUANTITIES:
             return gr.skip()
-        lines = training.output() if training is not None else []
-        now = (str(run), column, trainer.runs, training and training.ending, lines, _changed(run))
-        if now == last:
-            return gr.skip()
-        has = newest(run) is not None
-        if has and not any(Path(place).resolve() in (run.resolve(), *run.resolve().parents) for place in shelf.places):
-            shelf.places.append(str(run))  # so that it is found
-        log = run / "metrics.csv"
+        if run is None:
+            return {seen: now, status: "<p>Nothing is in training.</p>"}
         try:
-            how_far = progress(run, training)
-        except InputError as error:  # damaged meanwhile
-            how_far = f"<p role='alert'>{escape(plain(str(error)))}</p>"
-        return {
-            seen: now,
-            status: how_far,
-            plot: curves({run.name: read_metrics(log) if log.is_file() else []}, column),
-            picture: latest_samples(run),
-            stop: gr.Button(interactive=trainer.runs),
-            on: gr.Button(interactive=training is not None and has and not trainer.runs),
-            go: gr.Button(interactive=not trainer.runs),
-            **({output: "\n".join(lines)} if training is not None else {}),
-        }
+            _offer(shelf, run)
+            log = run / "metrics.csv"
+            return {
+                seen: now,
+                status: progress(run, training),
+                plot: curves({run.name: read_metrics(log) if log.is_file() else []}, column),
+                picture: latest_samples(run),
+                output: "\n".join(lines),
+                stop: gr.Button(interactive=trainer.runs),
+                on: gr.Button(interactive=training is not None and training.may_go_on),
+                go: gr.Button(interactive=not trainer.runs),
+            }
+        except InputError as error:  # a file was damaged meanwhile
+            return {seen: now, status: f"<p role='alert'>{escape(plain(str(error)))}</p>"}
 
     texts = {python, shell}
     source.change(fill, source, {name, *values}, queue=False)
@@ -464,8 +466,23 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
     go.click(begin, [source, name, *values], texts, queue=False)
     on.click(go_on, None, texts, queue=False)
     stop.click(says_problems(trainer.end), None, None, queue=False)
-    watched = {seen, status, plot, picture, stop, on, go, output}
-    gr.on([timer.tick, column.change], look, [source, column, seen], watched, queue=False, show_progress="hidden")
+    outputs = {seen, status, plot, picture, output, stop, on, go}
+    gr.on([timer.tick, column.change], look, [source, column, seen], outputs, queue=False, show_progress="hidden")
+
+
+def watched(shelf: Shelf, training: Training | None, source: str) -> Path | None:
+    """The run that is shown: the one in training, or the last that was, or else the one that is chosen to go on with."""
+    if training is not None:
+        return training.start.folder
+    chosen = shelf.entries.get(str(source).removeprefix("run: "))
+    return None if chosen is None or newest(Path(chosen.place)) is None else Path(chosen.place)
+
+
+def _offer(shelf: Shelf, run: Path) -> None:
+    """Have the shelf find a run once it has a checkpoint."""
+    inside = [run.resolve(), *run.resolve().parents]
+    if newest(run) is not None and not any(Path(place).resolve() in inside for place in shelf.places):
+        shelf.places.append(str(run))
 
 
 def _changed(run: Path) -> list[Any]:
