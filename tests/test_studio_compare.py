@@ -47,7 +47,7 @@ def shelf(runs):
 
 @pytest.fixture
 def both(runs):
-    return [str(runs / "both" / name) for name in ("plain", "aligned")]
+    return [f"{runs.name}/both/{name}" for name in ("plain", "aligned")]
 
 
 def handler(blocks, name):
@@ -63,7 +63,7 @@ def by_label(blocks, result):
 def test_the_sibling_is_offered_first(shelf, runs, both):
     entries = list(shelf.entries.values())
     assert compare.sibling(entries, both[0]) == both[1]
-    assert compare.sibling(entries, str(runs / "raw")) == str(runs / "<b>named")
+    assert compare.sibling(entries, f"{runs.name}/raw") == f"{runs.name}/<b>named"
     assert compare.sibling(entries[:1], entries[0].name) is None
 
 
@@ -84,7 +84,7 @@ def test_page_python_and_command_draw_the_same(shelf, both, tmp_path, monkeypatc
         assert np.array_equal(by_python, by_command)
         assert np.abs(page_.astype(int) - by_command.astype(int)).max() <= 1  # batches of another size: rounding
     assert reported[0] == "compare"
-    assert reported[1:3] == both
+    assert reported[1:3] == [shelf.place(name) for name in both]
 
 
 def test_the_page_compares(runs, shelf, both):
@@ -94,7 +94,7 @@ def test_the_page_compares(runs, shelf, both):
         first, last = by_label(blocks, steps[0]), by_label(blocks, steps[-1])
         galleries = by_label(blocks, steps[-2])
         captions = [[text for _, text in galleries[name]] for name in ("The chosen flow", "The other flow")]
-        assert captions[0] == captions[1] == [f"{i}: {'37'[i % 2]}" for i in range(6)]
+        assert captions[0] == captions[1] == [f"#{i}, {'37'[i % 2]}" for i in range(6)]
         html = " ".join(value for value in steps[0].values() if isinstance(value, str))
         assert "<th scope='row'>nats per dimension</th><td>0.6000</td><td><b>0.5000</b></td>" in html
         assert "train.seed" in html
@@ -108,7 +108,7 @@ def test_the_page_compares(runs, shelf, both):
 
 
 def test_figures_are_those_of_the_report(shelf, both, tmp_path):
-    assert main(["compare", *both, f"--output={tmp_path / 'report'}"]) == 0
+    assert main(["compare", *map(shelf.place, both), f"--output={tmp_path / 'report'}"]) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     found = compare.records(shelf, both)
     assert report["config_differences"] == {"train.seed": [0, 1]} == compare.config_differences(found)
@@ -120,7 +120,7 @@ def test_figures_are_those_of_the_report(shelf, both, tmp_path):
 
 
 def test_runs_that_were_not_evaluated_are_compared_as_far_as_known(shelf, runs, both):
-    found = compare.records(shelf, [both[0], str(runs / "raw")])
+    found = compare.records(shelf, [both[0], f"{runs.name}/raw"])
     assert any("raw was not evaluated" in text for text in compare.remarks(found))
     table = {title: texts for title, texts, _ in compare.table(found)}
     assert table["nats per dimension"] == ["0.6000", "-"]
@@ -131,7 +131,7 @@ def test_runs_that_were_not_evaluated_are_compared_as_far_as_known(shelf, runs, 
 
 
 def test_what_cannot_be_compared_is_refused(shelf, runs, both):
-    named = str(runs / "<b>named")
+    named = f"{runs.name}/<b>named"
     with pytest.raises(InputError, match=re.escape("must have the same classes, got 0, 1, 2")):
         compare.check_pair(shelf, [both[0], named], ["plain", "named"])
     with pytest.raises(InputError, match="given twice"):
@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_is_refused(shelf, runs, both):
 
 
 def test_names_are_no_markup(shelf, runs, both):
-    found = compare.records(shelf, [both[0], str(runs / "<b>named")])
+    found = compare.records(shelf, [both[0], f"{runs.name}/<b>named"])
     assert "<b>n" not in compare.as_table([record.name for record in found], compare.table(found), "figures")
     assert "<b>n" not in compare.differences(found)
 

@@ -106,7 +106,7 @@ def points(runs: dict[str, Rows], column: str, against: str = "step") -> pd.Data
 def curves(runs: dict[str, Rows], column: str, against: str = "step") -> gr.LinePlot:
     """A plot of `points`, to show or to update one; empty while there is no line."""
     shown, color = points(runs, column, against), "run" if len(runs) > 1 else None
-    titles = {"x_title": AGAINST[against], "y_title": QUANTITIES[column], "color_title": ""}
+    titles: dict[str, Any] = {"x_title": AGAINST[against], "y_title": QUANTITIES[column], "color_title": ""}
     return gr.LinePlot(shown if len(shown) > 1 else None, x="x", y="y", color=color, height=340, **titles)
 
 
@@ -245,7 +245,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             captions = [(len(shown[0]) + i, y) for i, y in enumerate(part[0].y.tolist())]
             for own, drawn in zip(shown, part, strict=True):
                 own += [
-                    (tile(x), f"{i}" + (f": {classes[y]}" if y >= 0 else ""))
+                    (tile(x), f"#{i}" + (f", {classes[y]}" if y >= 0 else ""))
                     for x, (i, y) in zip(drawn.x, captions, strict=True)
                 ]
             yield {
@@ -265,7 +265,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         rows = [read_metrics(log) if log.is_file() else [] for log in logs]
         return curves(dict(zip(map(plain, names_of(places)), rows, strict=True)), column, against)
 
-    inputs, outputs = [chosen, other, column, against], {said, *grids, files, python, shell, known, options, plot}
+    inputs, outputs = [chosen, other, column, against], [said, *grids, files, python, shell, known, options, plot]
     running = go.click(compare, [*inputs, *values], outputs, **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, said, cancels=[running], queue=False)
     gr.on([column.change, against.change], again, inputs, plot, queue=False)

@@ -114,7 +114,7 @@ def options() -> list[Option]:
     """All options of a run but those that the page sets, section by section."""
     found = []
     for section, config in get_type_hints(RunConfig).items():
-        if is_dataclass(config):
+        if isinstance(config, type) and is_dataclass(config):
             about, types = descriptions(config), get_type_hints(config)
             for name in (field.name for field in fields(config)):
                 kinds = tuple(_kinds(types[name]))
@@ -459,14 +459,14 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         except InputError as error:  # a file was damaged meanwhile
             return {seen: now, status: f"<p role='alert'>{escape(plain(str(error)))}</p>"}
 
-    texts = {python, shell}
-    source.change(fill, source, {name, *values}, queue=False)
+    texts = [python, shell]
+    source.change(fill, source, [name, *values], queue=False)
     source.focus(lambda now: gr.Dropdown([*map(str, sources())], value=now), source, source, queue=False)
-    dry.click(try_out, [source, name, *values], {takes, *texts}, **ONE_AT_A_TIME)
+    dry.click(try_out, [source, name, *values], [takes, *texts], **ONE_AT_A_TIME)
     go.click(begin, [source, name, *values], texts, queue=False)
     on.click(go_on, None, texts, queue=False)
     stop.click(says_problems(trainer.end), None, None, queue=False)
-    outputs = {seen, status, plot, picture, output, stop, on, go}
+    outputs = [seen, status, plot, picture, output, stop, on, go]
     gr.on([timer.tick, column.change], look, [source, column, seen], outputs, queue=False, show_progress="hidden")
 
 
