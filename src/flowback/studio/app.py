@@ -25,6 +25,7 @@ CSS = """
 .figures { overflow-x: auto; }
 .figures .card :is(th, td) { white-space: normal; padding: 0.25rem 0.5rem; }
 .figures .card td { min-width: 4.5em; }
+.figures .card th { min-width: 6em; overflow-wrap: anywhere; }
 .options .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
 .grid-container img, figure img { image-rendering: pixelated; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; padding-top: 2rem !important; }

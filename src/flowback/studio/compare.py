@@ -150,7 +150,7 @@ def remarks(found: list[Record]) -> list[str]:
     if a != b:
         said.append(f"Their z have other shapes, {a} and {b}: the seeds are the same, the noise is not.")
     for row in crossings(found):
-        if row["step"] is not None:
+        if row["step"] is not None and row["speed_up"] > 1:
             passes = (
                 f"{row['run']} passes the final figure of {row['passes']}, {row['value']:.4g}, at step {row['step']:.0f}"
             )
@@ -268,5 +268,5 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
     inputs, outputs = [chosen, other, column, against], [said, *grids, files, python, shell, known, options, plot]
     running = go.click(compare, [*inputs, *values], outputs, **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, said, cancels=[running], queue=False)
-    gr.on([column.change, against.change], again, inputs, plot, queue=False)
+    gr.on([column.change, against.change], again, inputs, plot)
     gr.on([chosen.change, other.focus], others, [chosen, other], other, queue=False)

@@ -42,7 +42,7 @@ from flowback.training.build import first_flow, settle
 
 NAME = "Train"
 EVERY = 2.0  # seconds between looks at a training
-LINES = 12  # of its output that are shown
+LINES = 8  # of its output that are shown
 PATIENCE = 120  # seconds that a training has to end when the studio does
 LATEST = 4 * 2**20  # bytes of a picture of samples that is shown, at most
 CHOICES = {
@@ -401,7 +401,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             column = quantity()
             plot = gr.LinePlot(x="x", y="y", height=340, buttons=["fullscreen"])
             picture = gr.HTML("")
-            output = gr.Code(label="Output", interactive=False, wrap_lines=True, show_line_numbers=False, max_lines=LINES)
+            output = gr.Code(label="Output", interactive=False, wrap_lines=True, show_line_numbers=False)
             python, shell = same()
 
     def shown(start: Start) -> dict[Any, Any]:
@@ -460,12 +460,12 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             return {seen: now, status: f"<p role='alert'>{escape(plain(str(error)))}</p>"}
 
     texts = [python, shell]
-    source.change(fill, source, [name, *values], queue=False)
+    source.change(fill, source, [name, *values])
     source.focus(lambda now: gr.Dropdown([*map(str, sources())], value=now), source, source, queue=False)
     dry.click(try_out, [source, name, *values], [takes, *texts], **ONE_AT_A_TIME)
-    go.click(begin, [source, name, *values], texts, queue=False)
-    on.click(go_on, None, texts, queue=False)
-    stop.click(says_problems(trainer.end), None, None, queue=False)
+    go.click(begin, [source, name, *values], texts)
+    on.click(go_on, None, texts)
+    stop.click(says_problems(trainer.end), None, None)
     outputs = [seen, status, plot, picture, output, stop, on, go]
     gr.on([timer.tick, column.change], look, [source, column, seen], outputs, queue=False, show_progress="hidden")
 
