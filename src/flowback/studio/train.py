@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from html import escape
 from pathlib import Path
@@ -321,7 +322,8 @@ class Trainer:
         if self.training is not None and self.training.runs:
             say(f"ending the training in {self.training.start.folder}, with a checkpoint …")
             self.training.end()
-            self.training.process.wait(PATIENCE)
+            with suppress(subprocess.TimeoutExpired):
+                self.training.process.wait(PATIENCE)
 
 
 def progress(run: Path, training: Training | None) -> str:
