@@ -45,7 +45,7 @@ def page(studio: Studio) -> gr.Blocks:
                     tab.build(studio, chosen)
         chosen.change(says_problems(studio.shelf.card), chosen, card)
         again.click(lambda name: _offered(studio, name), chosen, chosen, queue=False)
-        blocks.load(lambda: _offered(studio, None), None, chosen, queue=False)
+        blocks.load(lambda: _offered(studio, None), None, chosen, queue=False, api_name="offered")
     return blocks.queue(max_size=WAITING, default_concurrency_limit=8)
 
 

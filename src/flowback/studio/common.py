@@ -64,6 +64,13 @@ def tile(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
+def shown_file(image: Tensor, folder: Path, number: int) -> str:
+    """`tile` as a file, for a gallery that grows: images it would write anew while they are being read."""
+    file = folder / f"{number:03d}.png"
+    tile(image).save(file)
+    return str(file)
+
+
 def problem(error: Exception) -> gr.Error:
     """What the page says of an error: its sentence, in which nothing is markup."""
     return gr.Error(escape(plain(str(error))), duration=None, title="This does not work", print_exception=False)
