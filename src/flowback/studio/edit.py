@@ -367,13 +367,17 @@ def _interpolate(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
 
     @says_problems
     def show(strip: Tensor | None, at: Any) -> Any:
-        share = number(at, "the place", 0, 100) / 100
-        return None if strip is None else tile(strip[round(share * (len(strip) - 1))], CANVAS)
+        return None if strip is None else tile(strip[place_on(strip, at)], CANVAS)
 
     values = [chosen, source.file, source.label, other.file, other.label, steps, place]
     running = go.click(run, values, {*out, way, there}, **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, out.said, cancels=[running], queue=False)
     place.change(show, [way, place], there, show_progress="hidden", queue=False)
+
+
+def place_on(strip: Tensor, at: Any) -> int:
+    """Which image of a walk is nearest to a place, per cent."""
+    return round(number(at, "the place", 0, 100) / 100 * (len(strip) - 1))
 
 
 def _swap(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
