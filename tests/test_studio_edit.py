@@ -52,7 +52,7 @@ def page(small_run, tmp_path):
         fn = [fn for fn in blocks.fns.values() if fn.name == name][number].fn
         steps = fn(str(small_run), *inputs) if name != "move" else fn(*inputs)
         steps = steps if not isinstance(steps, dict) else [steps]
-        return [{getattr(c, "label", type(c).__name__): v for c, v in step.items()} for step in steps]
+        return [{getattr(c, "label", None) or type(c).__name__: v for c, v in step.items()} for step in steps]
 
     return call
 
@@ -259,7 +259,7 @@ def test_bad_input_is_said_in_a_sentence(page, files, tmp_path):
 
 
 def test_an_unconditional_flow_has_no_classes_to_change(tmp_path, files):
-    TarFlow(image_size=8, channels=1, patch_size=4, width=16, blocks=2, layers=1).save_pretrained(tmp_path / "flow")
+    TarFlow(image_size=8, channels=1, patch_size=4, width=32, blocks=2, layers=1).save_pretrained(tmp_path / "flow")
     flow = TarFlow.from_pretrained(tmp_path / "flow")
     x = torch.zeros(2, 1, 8, 8)
     assert tab.labels_of(flow, x, [tab.AUTO, None], []).tolist() == [-1, -1]

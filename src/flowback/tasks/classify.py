@@ -115,13 +115,17 @@ def single_gradient(
 
 def z_score(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None, batch_size: int = ROWS) -> Tensor:
     """`single_gradient`, standardized class by class; without `statistics` by those in the flow's folder."""
+    return _needed(flow, statistics).standardized(single_gradient(flow, noisy))
+
+
+def _needed(flow: TarFlow, statistics: ClassStatistics | None) -> ClassStatistics:
     statistics = statistics or ClassStatistics.load(flow.folder, flow.num_classes)
     if statistics is None:
         raise InputError(
             "z_score and shortlists need class statistics, and this flow has none: run `flowback evaluate`, or give "
             "statistics=fit_statistics(flow, images); single_gradient and exact need none"
         )
-    return statistics.standardized(single_gradient(flow, noisy))
+    return statistics
 
 
 def shortlist(m: int) -> Score:
@@ -256,8 +260,8 @@ def class_scores_by_all(
     options: dict[str, Any] = {"draws": draws, "seed": seed, "statistics": statistics, "batch_size": batch_size}
     gradient = class_scores(flow, x, "single_gradient", **options)
     scores = {"single_gradient": gradient}
-    if statistics is not None:  # or else neither z_score nor shortlists can be asked for
-        scores["z_score"] = statistics.standardized(gradient)
+    if set(rules) - {"single_gradient", "exact"}:
+        scores["z_score"] = _needed(flow, statistics).standardized(gradient)
     if "exact" in rules:
         scores["exact"] = class_scores(flow, x, "exact", **options)
     lists = {rule: rule_named(rule, flow.num_classes)[2] for rule in rules if rule.startswith("shortlist_")}
