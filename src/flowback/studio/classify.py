@@ -74,7 +74,7 @@ def header(flow: Flow, top: int) -> list[str]:
 
 
 def rows_of(
-    flow: Flow, part: FileScores, statistics: ClassStatistics | None, names: Sequence[str], top: int, draws: int
+    flow: Flow, part: FileScores, statistics: ClassStatistics | None, names: list[str], top: int, draws: int
 ) -> list[Row]:
     """The table's rows of a batch: one for each file and rule, with the likelihood given the class that the rule takes."""
     if not part.files:
@@ -90,9 +90,8 @@ def rows_of(
         passes, y = rule_named(rule, flow.num_classes)[1] * draws, likeliest(scores)
         rows: list[Row] = []
         for i, rest in enumerate(likelihoods(flow, part.x, y)):
-            best: Row = [
-                text for k, value in zip(classes[i], values[i], strict=True) for text in (names[k], round(value, 4))
-            ]
+            pairs = zip(classes[i], values[i], strict=True)
+            best: Row = [text for k, value in pairs for text in (names[k], _figure(value))]
             known = [*best, kind] if y[i] >= 0 else [*[None] * len(best), "no score is a finite number"]
             rows.append([files[i], rule, passes, *known, *rest])
         by_rule.append(rows)
@@ -233,7 +232,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         return [own_image(flow, seed, folder) for seed in range(8)]
 
     rule, top, draws, told = settings
-    outputs = {said, previews, table, download, python, command}
+    outputs = [said, previews, table, download, python, command]
     running = go.click(run, [chosen, files, rule, top, draws], outputs, **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, said, cancels=[running], queue=False)
     own.click(draw_own, chosen, files, **ONE_AT_A_TIME)

@@ -68,14 +68,11 @@ def tile(image: Tensor, least: int = SHOWN) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-class Picture(gr.Image):
-    """An image to upload, of which a handler gets the path: nothing but `uploaded` opens it, which says what is wrong."""
-
-    is_template = True  # to the browser it is a gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of what was uploaded."""
-        return payload and payload.path
+def picture(**options: Any) -> gr.Image:
+    """An image to upload, of which handlers get the path: nothing but `uploaded` opens it, which says what is wrong."""
+    image = gr.Image(**options)
+    image.preprocess = lambda payload: payload and payload.path  # pyright: ignore[reportAttributeAccessIssue]
+    return image
 
 
 def uploaded(file: str | None, flow: Flow) -> Tensor:

@@ -1,7 +1,7 @@
 """The tab in which one's own images are edited: painted anew, mixed, made another class, and moved through z by hand."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,11 +21,11 @@ from flowback.data.pictures import save_grid, save_png
 from flowback.latents import Flow, as_data
 from flowback.studio.common import (
     ONE_AT_A_TIME,
-    Picture,
     Studio,
     class_numbers,
     number,
     own_image,
+    picture,
     same,
     says_problems,
     tile,
@@ -49,21 +49,19 @@ STARTS = ("the image above", "fresh noise")
 # ---- what the controls mean ------------------------------------------------------------------------------------------
 
 
-class Painting(gr.ImageEditor):
-    """An image to paint on. A handler gets its layers as bytes or paths: nothing but `mask_of` opens them."""
-
-    is_template = True  # to the browser it is a gr.ImageEditor
-
-    def convert_and_format_image(self, file: Any, flatten_on_white: bool = False) -> Any:
-        """A layer, as it came."""
-        return getattr(file, "path", file)
+def painting(**options: Any) -> gr.ImageEditor:
+    """An image to paint on, of which handlers get layers as bytes or paths: nothing but `mask_of` opens them."""
+    editor = gr.ImageEditor(**options)
+    as_it_came: Any = lambda file, flatten_on_white=False: getattr(file, "path", file)  # noqa: E731
+    editor.convert_and_format_image = as_it_came
+    return editor
 
 
 def mask_of(painted: dict[str, Any] | None, box: str | None, flow: Flow) -> Tensor:
     """Where to draw, `[1, 1, H, W]`: in a box, or else the pixels of which enough is painted.
 
     Args:
-        painted: what a `Painting` gives; a layer is as large as its canvas, which shows the whole image.
+        painted: what a `painting` gives; a layer is as large as its canvas, which shows the whole image.
         box: LEFT,TOP,WIDTH,HEIGHT in the flow's pixels, or nothing.
         flow: whose pixels they are.
 
@@ -208,7 +206,7 @@ class Results:
         """The same in Python and as a command."""
         return {self.python: texts[0], self.command: texts[1]}
 
-    def show(self, text: str, images: Sequence[Tensor], captions: Sequence[str]) -> dict[Any, Any]:
+    def show(self, text: str, images: Iterable[Tensor], captions: Iterable[str]) -> dict[Any, Any]:
         """Some images `[C, H, W]`."""
         return {self.said: text, self.images: [(tile(x), name) for x, name in zip(images, captions, strict=False)]}
 
@@ -234,7 +232,7 @@ def _run_buttons(text: str) -> tuple[gr.Button, gr.Button]:
 class Source:
     """An image to edit, and its class."""
 
-    file: Picture
+    file: gr.Image
     label: gr.Dropdown
 
     @classmethod
@@ -251,7 +249,7 @@ class Source:
             key = number(number_, "the seed", 0, SEEDS, whole=True)
             return own_image(shelf.flow(name), key, studio.new_folder())
 
-        file = Picture(label=title, sources=["upload", "clipboard"], height=220, elem_classes="pixels", format="png")
+        file = picture(label=title, sources=["upload", "clipboard"], height=220, elem_classes="pixels", format="png")
         with gr.Row():
             key = gr.Number(seed, precision=0, minimum=0, maximum=SEEDS, label="Seed", min_width=80)
             draw = gr.Button("Use an image of the flow", size="sm", min_width=140)
@@ -274,7 +272,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
 
 def _inpaint(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
     shelf = studio.shelf
-    painting = Painting(
+    canvas = painting(
         label="Paint over what is to be drawn anew",
         sources=[],
         transforms=[],
@@ -296,7 +294,7 @@ def _inpaint(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
     out = Results.build()
 
     @says_problems
-    def canvas(name: str, file: str | None) -> Any:
+    def show(name: str, file: str | None) -> Any:
         return file and tile(uploaded(file, shelf.flow(name))[0], CANVAS)
 
     @says_problems
@@ -308,18 +306,18 @@ def _inpaint(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         y = labels_of(flow, x, [label], names)
         texts = inpaint_texts(shelf.place(name), y.tolist(), names, n, most, guesses, key)
         yield out.begin(f"drawing {n} times with seed {key} …", texts)
-        captions, part = ["as given", "what is known", *(f"drawing {i}" for i in range(n))], None
+        captions = ["as given", "what is known", *(f"drawing {i}" for i in range(n))]
+        images, accepted = x, ""
         for i, part in enumerate(drawings(flow, x, mask, y, n, most, guesses, key), start=1):
             images = beside(x, mask, part.x.cpu())[0]
             yield out.show(f"step {min(i * EVERY, most)} of {most} …", images, captions)
-        assert part is not None
-        accepted = f"; {100 * float(part.acceptance.mean()):.0f} % of the steps were accepted" if most else ""
+            accepted = f"; {100 * float(part.acceptance.mean()):.0f} % of the steps were accepted" if most else ""
         files = save(studio.new_folder(), "inpainted.png", images, image=x[0], mask=255 * mask[0].byte())
         yield {out.said: f"{n} drawings, seed {key}{_as_class(y, names)}{accepted}", **out.keep(files)}
 
-    gr.on([source.file.change, chosen.change], canvas, [chosen, source.file], painting)
-    values = [chosen, source.file, source.label, painting, box, num, steps, tries, seed]
-    running = go.click(run, values, set(out), **ONE_AT_A_TIME)
+    gr.on([source.file.change, chosen.change], show, [chosen, source.file], canvas)
+    values = [chosen, source.file, source.label, canvas, box, num, steps, tries, seed]
+    running = go.click(run, values, list(out), **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, out.said, cancels=[running], queue=False)
 
 
@@ -370,7 +368,7 @@ def _interpolate(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         return None if strip is None else tile(strip[place_on(strip, at)], CANVAS)
 
     values = [chosen, source.file, source.label, other.file, other.label, steps, place]
-    running = go.click(run, values, {*out, way, there}, **ONE_AT_A_TIME)
+    running = go.click(run, values, [*out, way, there], **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, out.said, cancels=[running], queue=False)
     place.change(show, [way, place], there, show_progress="hidden", queue=False)
 
@@ -408,7 +406,7 @@ def _swap(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         files = save(studio.new_folder(), "swapped.png", torch.stack(images), image=x[0])
         yield {out.said: f"{len(targets)} classes, z kept{_as_class(y, names)}", **out.keep(files)}
 
-    running = go.click(run, [chosen, source.file, source.label, to], set(out), **ONE_AT_A_TIME)
+    running = go.click(run, [chosen, source.file, source.label, to], list(out), **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, out.said, cancels=[running], queue=False)
     chosen.change(says_problems(classes), chosen, to)
 
@@ -472,17 +470,18 @@ def _walk(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
             **dict(zip((python, command), texts, strict=True)),
         }
 
-    outputs = {said, there, files, python, command}
+    outputs = [said, there, files, python, command]
     values = [chosen, source.file, source.label, start, seed]
-    go.click(begin, values, {begun, *angles, length, *outputs}, **ONE_AT_A_TIME)
+    go.click(begin, values, [begun, *angles, length, *outputs], **ONE_AT_A_TIME)
     sliders = [*angles, length]
     moves: Any = [slider.input for slider in sliders]
     gr.on(moves, move, [begun, *sliders], outputs, trigger_mode="always_last", show_progress="hidden", **ONE_AT_A_TIME)
 
 
-def _as_class(y: Tensor, names: Sequence[str]) -> str:
+def _as_class(y: Tensor, names: list[str]) -> str:
     """The classes of some images, in HTML."""
-    return f", as {escape(' and '.join(dict.fromkeys(names[k] for k in y.tolist())))}" if names else ""
+    words = dict.fromkeys(escape(names[k]) for k in y.tolist()) if names else ()
+    return f", as {' and '.join(words)}" if words else ""
 
 
 SECTIONS = {"Inpaint": _inpaint, "Interpolate": _interpolate, "Change the class": _swap, "Walk in z": _walk}
