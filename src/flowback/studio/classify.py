@@ -15,7 +15,7 @@ from torch import Tensor
 from flowback.core.errors import InputError, plain
 from flowback.latents import Flow, as_data
 from flowback.measure.density import densities
-from flowback.studio.common import ONE_AT_A_TIME, Studio, number, own_image, same, says_problems, tile, uploaded
+from flowback.studio.common import ONE_AT_A_TIME, Studio, number, own_image, same, says_problems, shown, uploaded
 from flowback.studio.shelf import python_of, shell
 from flowback.tasks.classify import (
     RULES,
@@ -85,8 +85,8 @@ def rows_of(
         return [[file, *rest] for file, rest in zip(files, likelihoods(flow, part.x, none), strict=True)]
     by_rule: list[list[Row]] = []
     for rule, scores in part.scores.items():
-        shown, kind = readable(rule, scores, statistics)
-        values, classes = (found.tolist() for found in shown.topk(top, dim=1))
+        values, kind = readable(rule, scores, statistics)
+        values, classes = (found.tolist() for found in values.topk(top, dim=1))
         passes, y = rule_named(rule, flow.num_classes)[1] * draws, likeliest(scores)
         rows: list[Row] = []
         for i, rest in enumerate(likelihoods(flow, part.x, y)):
@@ -192,7 +192,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
                 format="png",
                 buttons=["fullscreen"],
             )
-            table = gr.Dataframe(label="A row for each file and rule", interactive=False, wrap=True)
+            table = gr.Dataframe(label="A row for each file and rule", interactive=False, column_widths=["180px"])
             download = gr.File(label="Download", interactive=False, visible=False)
             python, command = same()
 
@@ -201,7 +201,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         flow, names = shelf.flow(name), shelf.classes(name)
         paths, rules, count, noises = requested(flow, *values)
         statistics = ClassStatistics.load(flow.core.folder, flow.num_classes) if rules else None
-        titles, rows, shown, unread = header(flow, count), [], [], []
+        titles, rows, images, unread = header(flow, count), [], [], []
         kinds: Any = ["str" if title.startswith(("file", "rule", "class", "values")) else "number" for title in titles]
         yield {
             said: f"classifying {len(paths)} files …",
@@ -210,19 +210,19 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             download: gr.File(visible=False),
             **dict(zip((python, command), texts(shelf.place(name), paths, rules, count, noises), strict=True)),
         }
-        started = time.perf_counter()
+        started, tiles = time.perf_counter(), studio.new_folder()
         for part in classify_files(flow, paths, rules, noises, BATCH, statistics, lambda file: uploaded(file, flow)):
             new = rows_of(flow, part, statistics, names, count, noises)
             rows, unread = rows + new, unread + part.unread
             for best, x in zip(new[:: len(rules) or 1], part.x, strict=True):
-                shown.append((tile(x), f"{best[0]}" + (f": {best[3]} ({best[1]})" if rules else "")))
+                images.append((shown(x, tiles), (f"{best[3]}: " if rules else "") + f"{best[0]}"))
             yield {
-                said: f"{len(shown) + len(unread)} of {len(paths)} files …",
-                previews: shown[:PREVIEWS],
+                said: f"{len(images) + len(unread)} of {len(paths)} files …",
+                previews: images[:PREVIEWS],
                 table: gr.Dataframe(rows, headers=titles, datatype=kinds, column_count=len(titles)),
             }
         yield {
-            said: summary(flow, len(shown), unread, time.perf_counter() - started),
+            said: summary(flow, len(images), unread, time.perf_counter() - started),
             download: gr.File(save(studio.new_folder(), titles, rows), visible=True),
         }
 

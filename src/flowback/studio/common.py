@@ -68,6 +68,16 @@ def tile(image: Tensor, least: int = SHOWN) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
+def shown(image: Tensor, folder: Path, least: int = SHOWN) -> str:
+    """A file in the folder with an image as it is shown, for results that hold it again and again.
+
+    Gradio writes an image anew whenever a result holds it, while a browser reads it; a file is copied once.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".png", dir=folder, delete=False) as stream:
+        tile(image, least).save(stream)
+    return stream.name
+
+
 def picture(**options: Any) -> gr.Image:
     """An image to upload, of which handlers get the path: nothing but `uploaded` opens it, which says what is wrong."""
     image = gr.Image(**options)

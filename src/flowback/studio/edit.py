@@ -1,7 +1,7 @@
 """The tab in which one's own images are edited: painted anew, mixed, made another class, and moved through z by hand."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -28,7 +28,7 @@ from flowback.studio.common import (
     picture,
     same,
     says_problems,
-    tile,
+    shown,
     uploaded,
 )
 from flowback.studio.draw import SEEDS
@@ -43,7 +43,7 @@ CANVAS = 320  # pixels of a side, at least, on which one paints
 PAINTED = 0.25  # share of a pixel that is painted, from which on it is drawn anew
 EVERY = 10  # steps of inpainting between two looks at it
 DIRECTIONS = 4  # of z, a slider each
-STARTS = ("the image above", "fresh noise")
+STARTS = ("the image", "fresh noise")
 
 
 # ---- what the controls mean ------------------------------------------------------------------------------------------
@@ -206,9 +206,9 @@ class Results:
         """The same in Python and as a command."""
         return {self.python: texts[0], self.command: texts[1]}
 
-    def show(self, text: str, images: Iterable[Tensor], captions: Iterable[str]) -> dict[Any, Any]:
-        """Some images `[C, H, W]`."""
-        return {self.said: text, self.images: [(tile(x), name) for x, name in zip(images, captions, strict=False)]}
+    def show(self, text: str, images: Sequence[tuple[str, str]]) -> dict[Any, Any]:
+        """Files of images, with captions."""
+        return {self.said: text, self.images: list(images)}
 
     def keep(self, files: list[str]) -> dict[Any, Any]:
         """Files to download."""
@@ -249,7 +249,14 @@ class Source:
             key = number(number_, "the seed", 0, SEEDS, whole=True)
             return own_image(shelf.flow(name), key, studio.new_folder())
 
-        file = picture(label=title, sources=["upload", "clipboard"], height=220, elem_classes="pixels", format="png")
+        file = picture(
+            label=title,
+            sources=["upload", "clipboard"],
+            height=220,
+            elem_classes="pixels",
+            format="png",
+            buttons=["fullscreen"],
+        )
         with gr.Row():
             key = gr.Number(seed, precision=0, minimum=0, maximum=SEEDS, label="Seed", min_width=80)
             draw = gr.Button("Use an image of the flow", size="sm", min_width=140)
@@ -295,7 +302,7 @@ def _inpaint(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
 
     @says_problems
     def show(name: str, file: str | None) -> Any:
-        return file and tile(uploaded(file, shelf.flow(name))[0], CANVAS)
+        return file and shown(uploaded(file, shelf.flow(name))[0], studio.new_folder(), CANVAS)
 
     @says_problems
     def run(name: str, file: Any, label: Any, painted: Any, box: Any, *values: Any) -> Iterator[dict[Any, Any]]:
@@ -307,10 +314,11 @@ def _inpaint(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         texts = inpaint_texts(shelf.place(name), y.tolist(), names, n, most, guesses, key)
         yield out.begin(f"drawing {n} times with seed {key} …", texts)
         captions = ["as given", "what is known", *(f"drawing {i}" for i in range(n))]
-        images, accepted = x, ""
+        images, accepted, tiles = x, "", studio.new_folder()
         for i, part in enumerate(drawings(flow, x, mask, y, n, most, guesses, key), start=1):
             images = beside(x, mask, part.x.cpu())[0]
-            yield out.show(f"step {min(i * EVERY, most)} of {most} …", images, captions)
+            items = [(shown(image, tiles), caption) for image, caption in zip(images, captions, strict=True)]
+            yield out.show(f"step {min(i * EVERY, most)} of {most} …", items)
             accepted = f"; {100 * float(part.acceptance.mean()):.0f} % of the steps were accepted" if most else ""
         files = save(studio.new_folder(), "inpainted.png", images, image=x[0], mask=255 * mask[0].byte())
         yield {out.said: f"{n} drawings, seed {key}{_as_class(y, names)}{accepted}", **out.keep(files)}
@@ -354,18 +362,18 @@ def _interpolate(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         x = torch.cat([uploaded(file, flow), uploaded(file_b, flow)])
         n, y = number(steps, "images on the way", 2, 32, whole=True), labels_of(flow, x, [label, label_b], names)
         yield out.begin(f"{n} images …", interpolate_texts(shelf.place(name), y.tolist(), names, n)) | {way: None}
-        images, data = [], as_data(flow, x)
-        captions = [f"{100 * i / (n - 1):.0f} %" for i in range(n)]
-        for image in walk(flow, data[:1], data[1:], n, y[:1], y[1:]):
+        images, items, tiles, data = [], [], studio.new_folder(), as_data(flow, x)
+        for i, image in enumerate(walk(flow, data[:1], data[1:], n, y[:1], y[1:])):
             images.append(to_uint8(image[0]).cpu())
-            yield out.show(f"{len(images)} of {n} images …", images, captions)
-        strip = torch.stack(images)
-        files = save(studio.new_folder(), "interpolation.png", strip, image=x[0], other=x[1])
+            items.append((shown(images[-1], tiles), f"{100 * i / (n - 1):.0f} %"))
+            yield out.show(f"{i + 1} of {n} images …", items)
+        files = save(studio.new_folder(), "interpolation.png", torch.stack(images), image=x[0], other=x[1])
+        strip = [file for file, _ in items]
         yield {out.said: f"{n} images{_as_class(y, names)}", way: strip, there: show(strip, at), **out.keep(files)}
 
     @says_problems
-    def show(strip: Tensor | None, at: Any) -> Any:
-        return None if strip is None else tile(strip[place_on(strip, at)], CANVAS)
+    def show(strip: list[str] | None, at: Any) -> str | None:
+        return strip and nearest(strip, at)
 
     values = [chosen, source.file, source.label, other.file, other.label, steps, place]
     running = go.click(run, values, [*out, way, there], **ONE_AT_A_TIME)
@@ -373,9 +381,10 @@ def _interpolate(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
     place.change(show, [way, place], there, show_progress="hidden", queue=False)
 
 
-def place_on(strip: Tensor, at: Any) -> int:
-    """Which image of a walk is nearest to a place, per cent."""
-    return round(number(at, "the place", 0, 100) / 100 * (len(strip) - 1))
+def nearest(strip: Sequence[str], at: Any) -> str | None:
+    """Of the images of a walk, the one nearest to a place, per cent; None if it is gone, as results go after an hour."""
+    file = strip[round(number(at, "the place", 0, 100) / 100 * (len(strip) - 1))]
+    return file if Path(file).is_file() else None
 
 
 def _swap(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
@@ -399,10 +408,12 @@ def _swap(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         targets = class_numbers(chosen_classes, names) if chosen_classes else shown_classes(flow)
         y = labels_of(flow, x, [label], names)
         yield out.begin("…", swap_texts(shelf.place(name), y.tolist(), names, targets))
-        images, captions = [x[0]], ["as given", *(f"as {names[k]}" for k in targets)]
+        images, tiles = [x[0]], studio.new_folder()
+        items = [(shown(x[0], tiles), "as given")]
         for k in targets:
             images.append(swap_class(flow, x, y, torch.full_like(y, k))[0].cpu())
-            yield out.show(f"{len(images) - 1} of {len(targets)} classes …", images, captions)
+            items.append((shown(images[-1], tiles), f"as {names[k]}"))
+            yield out.show(f"{len(images) - 1} of {len(targets)} classes …", items)
         files = save(studio.new_folder(), "swapped.png", torch.stack(images), image=x[0])
         yield {out.said: f"{len(targets)} classes, z kept{_as_class(y, names)}", **out.keep(files)}
 
@@ -459,13 +470,13 @@ def _walk(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         image, z = moved(shelf.flow(place.flow), place, turns, scale)
         folder = studio.new_folder()
         save_tensors({"z": z, "labels": place.y}, folder / "z.safetensors")
-        for title, shown in (("here", image), ("image", place.x)):
-            if shown is not None:
-                save_png(as_pixels(shown[0]), folder / f"{title}.png")
+        for title, x in (("here", image), ("image", place.x)):
+            if x is not None:
+                save_png(as_pixels(x[0]), folder / f"{title}.png")
         texts = walk_texts(shelf.place(place.flow), place, turns, scale)
         return {
             said: f"seed {place.seed}{_as_class(place.y, shelf.classes(place.flow))}",
-            there: tile(image[0], CANVAS),
+            there: shown(image[0], studio.new_folder(), CANVAS),
             files: gr.File([str(file) for file in sorted(folder.iterdir())], visible=True),
             **dict(zip((python, command), texts, strict=True)),
         }
@@ -484,4 +495,4 @@ def _as_class(y: Tensor, names: list[str]) -> str:
     return f", as {' and '.join(words)}" if words else ""
 
 
-SECTIONS = {"Inpaint": _inpaint, "Interpolate": _interpolate, "Change the class": _swap, "Walk in z": _walk}
+SECTIONS = {"Inpaint": _inpaint, "Interpolate": _interpolate, "Swap": _swap, "Walk": _walk}
