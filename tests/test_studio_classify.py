@@ -222,17 +222,17 @@ def test_an_image_of_the_flow_can_be_tried(flow, tmp_path):
 
 
 def handler(run, name, folder):
-    """A handler of the tab, by its function's name: from inputs to what components show, by label, each step."""
+    """A handler of the tab on a flow, by its function's name: from inputs to what components show, by label, each step."""
     shelf = Shelf([str(run)], torch.device("cpu"))
     with gr.Blocks() as blocks:
         chosen = gr.Dropdown(shelf.refresh(), value=shelf.refresh()[0])
         tab.build(Studio(shelf, folder=folder), chosen)
-    (found,) = (fn for fn in blocks.fns.values() if fn.name == name)
-    return lambda *inputs: [{getattr(c, "label", None): v for c, v in step.items()} for step in found.fn(*inputs)]
+    (found,) = (fn.fn for fn in blocks.fns.values() if fn.name == name)
+    return lambda flow, *inputs: [{getattr(c, "label", None): v for c, v in step.items()} for step in found(flow, *inputs)]
 
 
 def test_the_page_streams_its_table(run, files, tmp_path):
-    steps = handler(run, "run", tmp_path)(str(run), files, tab.EVERY, 3, 1)
+    steps = handler(run, "run", tmp_path)("run", files, tab.EVERY, 3, 1)
     assert len(steps) == 4  # begun, two batches, done
     assert len(steps[2]["A row for each file and rule"].constructor_args["value"]) == 80
     assert len(steps[2]["Images as the flow sees them"]) == 20
@@ -243,6 +243,6 @@ def test_the_page_streams_its_table(run, files, tmp_path):
 
 def test_the_page_says_what_is_wrong_in_a_sentence(run, tmp_path):
     with pytest.raises(gr.Error, match="1 to 500 files, got none"):
-        handler(run, "run", tmp_path)(str(run), None, "exact", 3, 1)
+        handler(run, "run", tmp_path)("run", None, "exact", 3, 1)
     with pytest.raises(gr.Error, match="one of the list"):
         handler(run, "run", tmp_path)("/etc", None, "exact", 3, 1)

@@ -51,7 +51,7 @@ def page(small_run, tmp_path):
 
     def call(name, *inputs, number=0):
         fn = [fn for fn in blocks.fns.values() if fn.name == name][number].fn
-        steps = fn(str(small_run), *inputs) if name != "move" else fn(*inputs)
+        steps = fn(shelf.refresh()[0], *inputs) if name != "move" else fn(*inputs)
         steps = steps if not isinstance(steps, dict) else [steps]
         return [{getattr(c, "label", None) or type(c).__name__: v for c, v in step.items()} for step in steps]
 

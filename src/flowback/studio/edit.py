@@ -373,7 +373,7 @@ def _interpolate(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
 
     @says_problems
     def show(strip: list[str] | None, at: Any) -> str | None:
-        return strip and nearest(strip, at)
+        return nearest(strip, at) if strip else None
 
     values = [chosen, source.file, source.label, other.file, other.label, steps, place]
     running = go.click(run, values, [*out, way, there], **ONE_AT_A_TIME)
@@ -381,7 +381,7 @@ def _interpolate(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
     place.change(show, [way, place], there, show_progress="hidden", queue=False)
 
 
-def nearest(strip: Sequence[str], at: Any) -> str | None:
+def nearest(strip: list[str], at: Any) -> str | None:
     """Of the images of a walk, the one nearest to a place, per cent; None if it is gone, as results go after an hour."""
     file = strip[round(number(at, "the place", 0, 100) / 100 * (len(strip) - 1))]
     return file if Path(file).is_file() else None
