@@ -280,7 +280,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
 def _inpaint(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
     shelf = studio.shelf
     canvas = painting(
-        label="Paint over what is to be drawn anew",
+        label="Paint what to draw anew",
         sources=[],
         transforms=[],
         layers=False,
@@ -351,6 +351,7 @@ def _interpolate(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
                 format="png",
                 height=300,
                 elem_classes="pixels",
+                buttons=["fullscreen"],
                 alt_text="on the way",
             )
             place = gr.Slider(0, 100, 50, step=1, label="Place on the way (%)")
@@ -439,6 +440,7 @@ def _walk(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
                 format="png",
                 height=300,
                 elem_classes="pixels",
+                buttons=["fullscreen"],
                 alt_text="the image of this z",
             )
             files = gr.File(label="Download", file_count="multiple", interactive=False, visible=False)
