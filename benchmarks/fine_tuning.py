@@ -14,7 +14,7 @@ from statistics import mean
 
 from flowback.cli import main as flowback
 from flowback.core.devices import machine
-from flowback.quickstart import recipe
+from flowback.runs.config import recipe
 from flowback.runs.log import read_metrics
 
 PLAIN = ["--alignment.strategy=none"]

@@ -37,7 +37,7 @@ from flowback.data import cache as cache_module
 from flowback.data.cache import ArrayCache
 from flowback.data.sources import DiskSplit, Texts
 from flowback.data.splits import MemorySplit
-from flowback.quickstart import recipe
+from flowback.runs.config import recipe
 
 SIZE: tuple[int, int] = (500, 375)
 CLASSES = 10

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from flowback.core.devices import machine
-from flowback.quickstart import recipe
+from flowback.runs.config import recipe
 from flowback.runs.log import read_metrics
 
 # processes, threads of each, strategy

@@ -30,8 +30,7 @@ from torch import nn
 from flowback.alignment import Alignment
 from flowback.core.devices import autocast, keep_freed_memory, machine, pick_device, synchronize
 from flowback.flow.tarflow import TarFlow
-from flowback.quickstart import recipe
-from flowback.runs.config import RunConfig
+from flowback.runs.config import RunConfig, recipe
 from flowback.runs.log import read_metrics
 from flowback.training import train
 from flowback.training.apply import checkpoint_layers, compile_blocks

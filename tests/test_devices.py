@@ -24,8 +24,8 @@ from flowback.core.devices import device_name, pick_device
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solver
 from flowback.latents import load_autoencoder
-from flowback.quickstart import quickstart, recipe
-from flowback.runs.config import RunConfig
+from flowback.quickstart import quickstart
+from flowback.runs.config import RunConfig, recipe
 from flowback.runs.log import read_metrics
 from flowback.tasks.autotune import autotune
 from flowback.tasks.classify import classify, fit_statistics

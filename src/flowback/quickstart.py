@@ -1,7 +1,6 @@
 """The main job, small: a plain and an aligned flow on digits, with the same seed and steps, and a report on both."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from flowback.core.console import console
@@ -12,13 +11,6 @@ from flowback.runs.config import RunConfig
 from flowback.training import train
 
 DRAWS = 4  # noise draws averaged in an accuracy
-
-
-def recipe(name: str) -> Path:
-    """The file of a recipe that ships with the package: `configs/<name>.yaml`."""
-    package = Path(__file__).parent
-    candidates = (package / "configs" / f"{name}.yaml", package.parents[1] / "configs" / f"{name}.yaml")
-    return next(file for file in candidates if file.exists())
 
 
 def quickstart(config: RunConfig) -> dict[str, Any]:

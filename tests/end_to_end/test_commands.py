@@ -18,9 +18,8 @@ from sklearn.datasets import load_digits
 
 from builders import SMALL_RUN
 from flowback.cli import VERBS, build_parser, main
-from flowback.quickstart import recipe
 from flowback.runs.checkpoint import load_flow
-from flowback.runs.config import RunConfig
+from flowback.runs.config import RunConfig, recipe
 from flowback.tasks.classify import classify
 
 FLOWBACK = [sys.executable, "-c", "from flowback.cli import main; raise SystemExit(main())"]

@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
-import docstring_parser
 import torch
 from jsonargparse import Namespace
 from torch import Tensor
@@ -20,6 +19,7 @@ from flowback.core.files import check_place, names_folder, write_whole
 from flowback.data import as_images
 from flowback.latents import Flow
 from flowback.runs.checkpoint import class_names
+from flowback.runs.config import descriptions
 from flowback.tasks.classify import likely_labels
 
 T = TypeVar("T")
@@ -33,10 +33,9 @@ def add_flow(command: Parser) -> None:
 
 def add_options(command: Parser, config: type, *skip: str) -> None:
     """Options for the fields of a dataclass, with the types, defaults and descriptions of it; tuples have commas."""
-    descriptions = {entry.arg_name: entry.description for entry in docstring_parser.parse(config.__doc__ or "").params}
-    types = get_type_hints(config)
+    about, types = descriptions(config), get_type_hints(config)
     for field in (field for field in fields(config) if field.name not in skip):
-        kind, default, text = types[field.name], field.default, descriptions[field.name]
+        kind, default, text = types[field.name], field.default, about[field.name]
         if isinstance(default, tuple):
             kind, default, text = str, ",".join(map(str, default)), f"{text} With commas."
         command.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=default, help=text)

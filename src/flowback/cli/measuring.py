@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import docstring_parser
 from jsonargparse import Namespace
 
 from flowback.cli.common import add_flow, add_options, add_output, read_options, say
@@ -12,6 +11,7 @@ from flowback.cli.parser import Verb
 from flowback.data import DataConfig
 from flowback.reports.compare import write_comparison
 from flowback.reports.evaluate import EvaluationConfig, evaluate, evaluation_file
+from flowback.runs.config import descriptions
 
 
 def add(verb: Verb) -> None:
@@ -20,10 +20,10 @@ def add(verb: Verb) -> None:
     add_flow(command)
     add_options(command, EvaluationConfig, "weights")
     add_output(command, None, "a folder, or a .json file, for what is measured (default: the flow's own folder)")
-    types, texts = get_type_hints(DataConfig), docstring_parser.parse(DataConfig.__doc__ or "").params
-    for text in (text for text in texts if text.arg_name != "workers" and text.arg_name in types):
-        kind, about = types[text.arg_name] | None, f"in place of the run's: {text.description}"
-        command.add_argument(f"--data.{text.arg_name}", type=kind, default=None, help=about)
+    types, texts = get_type_hints(DataConfig), descriptions(DataConfig)
+    for name in (name for name in texts if name != "workers" and name in types):
+        about = f"in place of the run's: {texts[name]}"
+        command.add_argument(f"--data.{name}", type=types[name] | None, default=None, help=about)
 
     command = verb("compare", _compare)
     command.add_argument("runs", type=str, nargs="+", help="folders of runs")

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 
 import torch
 from jsonargparse import Namespace
@@ -21,7 +20,7 @@ from flowback.cli.common import (
 )
 from flowback.cli.parser import Verb
 from flowback.core.devices import pick_device
-from flowback.core.distributed import PeerLost, is_first
+from flowback.core.distributed import ENDS_WITH_INPUT, PeerLost, end_with_input, is_first
 from flowback.core.errors import InputError
 from flowback.core.files import check_place
 from flowback.flow.autotune import FILE
@@ -31,7 +30,6 @@ from flowback.tasks.autotune import ROWS, autotune
 from flowback.tasks.sampling import Request, checked_store, in_turn, sample_to_disk
 
 OUTPUTS = (".png", ".npz", "")
-STARTED = "FLOWBACK_STARTED_BY_SAMPLE"  # in the environment of processes whose standard input ends with the first one
 
 
 def add(verb: Verb) -> None:
@@ -56,8 +54,7 @@ def add(verb: Verb) -> None:
 def _sample(options: Namespace) -> int:
     if options.processes < 1:
         raise InputError(f"processes must be at least 1, got {options.processes}")
-    if STARTED in os.environ:
-        threading.Thread(target=_end_with_input, daemon=True).start()
+    end_with_input(lambda: os._exit(1))
     starts = options.processes > 1 and "RANK" not in os.environ
     device = pick_device(options.device, turn=int(os.environ.get("LOCAL_RANK", 0)))
     flow, _ = load_flow(options.run, options.weights, "cpu" if starts else device)
@@ -98,7 +95,7 @@ def _start(options: Namespace) -> None:
             words.append(f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}")
     words += ["--", options.run]
     threads = max(1, torch.get_num_threads() // options.processes)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), STARTED: "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), ENDS_WITH_INPUT: "1"}
     pipe = subprocess.PIPE
     # in a session of their own, so that an interruption reaches this process alone, which ends them once
     with subprocess.Popen(
@@ -114,13 +111,6 @@ def _start(options: Namespace) -> None:
         reason = re.search(r"^[\w.: ]*[Ee]rror: (.+)|exitcode: -(\d+)", errors, re.MULTILINE)
         said = f" ({reason[1] or f'signal {reason[2]}'})" if reason else ""
         raise PeerLost(f"a process ended early{said}; what was drawn is kept, run the same command again to resume")
-
-
-def _end_with_input() -> None:
-    """End this process when its standard input ends."""
-    while os.read(0, 1024):
-        pass
-    os._exit(1)
 
 
 def _autotune(options: Namespace) -> int:

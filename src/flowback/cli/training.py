@@ -1,5 +1,6 @@
 """`flowback quickstart`, `flowback train` and `flowback cache`."""
 
+import signal
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from jsonargparse import Namespace, set_loader
 from flowback.cli.common import add_output, say
 from flowback.cli.parser import Parser, Verb
 from flowback.core.console import command, console
-from flowback.core.distributed import is_first
+from flowback.core.distributed import end_with_input, is_first
 from flowback.core.errors import InputError
-from flowback.runs.config import RunConfig, load_yaml
+from flowback.runs.config import RunConfig, load_yaml, recipe
 from flowback.training import train
 from flowback.training.budget import Device, plan
 from flowback.training.build import first_flow, settle
@@ -53,7 +54,7 @@ def _add_recipe(command: Parser) -> None:
 
 
 def _quickstart(options: Namespace) -> int:
-    from flowback.quickstart import quickstart, recipe  # with its figures, which training does not need
+    from flowback.quickstart import quickstart  # with its figures, which training does not need
 
     digits = RunConfig.read(recipe("digits"))
     changes = {"seed": options.seed, **({} if options.steps is None else {"steps": options.steps})}
@@ -74,6 +75,7 @@ def _quickstart(options: Namespace) -> int:
 
 
 def _train(options: Namespace) -> int:
+    end_with_input(lambda: signal.raise_signal(signal.SIGTERM))
     config = _run_config(options)
     if options.dry_run:
         with console.status("counting one step on 1, 8 and 64 devices …"):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +14,24 @@ T = TypeVar("T")
 # what ends a run with a checkpoint: Ctrl-C, an end that is asked for, a closed connection, the warnings of queues
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 ENDING = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
+
+
+ENDS_WITH_INPUT = "FLOWBACK_ENDS_WITH_INPUT"  # in the environment of processes that end when their standard input does
+
+
+def end_with_input(end: Callable[[], Any]) -> None:
+    """Where `ENDS_WITH_INPUT` asks for it, call `end` in a thread once standard input ends.
+
+    So a process ends when the one that started it closes the pipe, or ends itself, however that happens.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        end()
+
+    if ENDS_WITH_INPUT in os.environ:
+        threading.Thread(target=wait, daemon=True).start()
 
 
 class PeerLost(RuntimeError):

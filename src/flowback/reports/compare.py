@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from flowback.latents import Flow
 from flowback.reports.card import FIDELITY
 from flowback.reports.evaluate import FILE, write_json
 from flowback.reports.figures import draw_cost_accuracy, draw_curves, draw_overview, draw_probe, draw_sweep
-from flowback.runs.checkpoint import load_flow
+from flowback.runs.checkpoint import State, load_flow, newest
 from flowback.runs.config import RunConfig, flat
 from flowback.runs.folder import run_data
-from flowback.runs.log import read_metrics
+from flowback.runs.log import read_metrics, series
 from flowback.tasks.sampling import shown_classes
 
 # what a run is judged by while it trains: column of metrics.csv -> (title, whether larger is better)
@@ -53,20 +54,28 @@ GUIDANCE = 1.0  # of the guided samples
 
 @dataclass
 class Record:
-    """A run and all that is known of it."""
+    """A run and all that is known of it; of a flow that is no run, and of a run that was not evaluated, less is."""
 
     name: str
     flow: Flow
-    data: ImageSet
+    folder: Path
     config: dict[str, Any]  # flat, by dotted names
     rows: list[dict[str, float]]  # of metrics.csv
     evaluation: dict[str, Any]
 
+    @cached_property
+    def data(self) -> ImageSet:
+        """The images of the run, found when they are first asked for."""
+        return run_data(self.folder, RunConfig.read(self.folder / "config.yaml").data)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is an evaluation.json."""
+        return "strategy" in self.evaluation
+
     def series(self, column: str, against: str = "step") -> tuple[list[float], list[float]]:
         """A column of metrics.csv against steps or seconds, without what is not finite."""
-        found = [(row[against], row[column]) for row in self.rows if column in row and against in row]
-        found = [(x, value) for x, value in found if math.isfinite(value)]
-        return [x for x, _ in found], [value for _, value in found]
+        return series(self.rows, column, against)
 
 
 def load_record(run: str | Path, name: str, device: torch.device | str = "cpu") -> Record:
@@ -79,16 +88,32 @@ def load_record(run: str | Path, name: str, device: torch.device | str = "cpu") 
     for file, what in (("config.yaml", "train"), ("metrics.csv", "train"), (FILE, "evaluate")):
         if not (folder / file).is_file():
             raise InputError(f"{run} has no {file}; expected runs on which `flowback {what}` was run")
-    config = RunConfig.read(folder / "config.yaml")
-    flow, _ = load_flow(run, device=device)
+    record = read_record(run, name, load_flow(run, device=device)[0])
+    _ = record.data  # where it is not there, that is said now, and not after all is drawn
+    return record
+
+
+def read_record(run: str | Path, name: str, flow: Flow) -> Record:
+    """What is known of a run, or of a flow that is none: without an evaluation, how long it was trained.
+
+    Raises:
+        InputError: if a file that is there cannot be read.
+    """
+    folder, checkpoint = Path(run), newest(Path(run))
+    file, log, found = folder / "config.yaml", folder / "metrics.csv", folder / FILE
+    options = flat(yaml.safe_load(RunConfig.read(file).to_yaml())) if file.is_file() else {}
+    rows = read_metrics(log) if log.is_file() else []
+    if not found.is_file():
+        state = None if checkpoint is None else State.read(checkpoint)
+        evaluation = {} if state is None else {"steps": state.step, "seconds": state.seconds}
+        return Record(name, flow, folder, options, rows, evaluation)
     try:
-        evaluation = read_json(folder / FILE)
+        evaluation = read_json(found)
         if missing := {"steps", "seconds", "strategy"} - set(evaluation):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}, perhaps of an earlier version")
     except (ValueError, TypeError) as error:
-        raise InputError(f"{folder / FILE} cannot be read ({error}); evaluate the run again") from error
-    data, options = run_data(folder, config.data), flat(yaml.safe_load(config.to_yaml()))
-    return Record(name, flow, data, options, read_metrics(folder / "metrics.csv"), evaluation)
+        raise InputError(f"{found} cannot be read ({error}); evaluate the run again") from error
+    return Record(name, flow, folder, options, rows, evaluation)
 
 
 def names_of(runs: Sequence[str | Path]) -> list[str]:
@@ -174,10 +199,12 @@ def figures(record: Record) -> Iterator[tuple[str, Any, str, Callable[..., Any] 
         top = max(probe, key=lambda row: row["accuracy"])
         where = f"(block {top['block']}, layer {top['layer']})"
         yield "best linear probe", 100 * top["accuracy"], "{:.1f} % " + where, max
-    yield "training steps", e["steps"], "{}", None
-    yield "seconds of training", e["seconds"], "{:.0f}", None
+    if "steps" in e:
+        yield "training steps", e["steps"], "{}", None
+        yield "seconds of training", e["seconds"], "{:.0f}", None
     yield "parameters", sum(p.numel() for p in record.flow.parameters()) / 1e6, "{:.2f} M", None
-    yield "measured with", e["weights"], "{}", None
+    if "weights" in e:
+        yield "measured with", e["weights"], "{}", None
 
 
 def table(records: list[Record]) -> list[tuple[str, list[str], int | None]]:

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
@@ -283,6 +284,18 @@ class RunConfig:
             raise InputError(f"this is not the configuration of a run ({error})") from error
 
 
+def recipe(name: str) -> Path:
+    """The file of a recipe that ships with the package: `configs/<name>.yaml`."""
+    package = Path(__file__).parents[1]
+    candidates = (package / "configs" / f"{name}.yaml", package.parents[1] / "configs" / f"{name}.yaml")
+    return next(file for file in candidates if file.exists())
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that ship with the package."""
+    return sorted(file.stem for file in recipe("digits").parent.glob("*.yaml"))
+
+
 RENAMED = {  # options of version 0.1.0, by dotted names; None for what is gone
     "train.clip": "train.grad_clip",
     "train.accumulate": "train.grad_accum_steps",
@@ -346,6 +359,11 @@ def _nodes(node: Any, known: dict[int, float]) -> float:
         parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_nodes(part, known) for part in parts)
     return known[id(node)]
+
+
+def descriptions(config: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of its fields, by their names."""
+    return {entry.arg_name: entry.description or "" for entry in docstring_parser.parse(config.__doc__ or "").params}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

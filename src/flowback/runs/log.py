@@ -89,6 +89,13 @@ def _write_rows(file: Path, mode: str, rows: list[dict[str, float]]) -> None:
         writer.writerows(rows)
 
 
+def series(rows: list[dict[str, float]], column: str, against: str = "step") -> tuple[list[float], list[float]]:
+    """A column of metrics.csv against steps or seconds, without what is not finite."""
+    found = [(row[against], row[column]) for row in rows if column in row and against in row]
+    found = [(x, value) for x, value in found if math.isfinite(value)]
+    return [x for x, _ in found], [value for _, value in found]
+
+
 def read_metrics(file: Path) -> list[dict[str, float]]:
     """The rows of a metrics.csv, as numbers; empty fields are left out, and lines that are not whole or no numbers.
 

@@ -9,11 +9,11 @@ from gradio.themes import Base, Default
 
 from flowback.core.console import say
 from flowback.core.errors import InputError
-from flowback.studio import classify, draw, edit
+from flowback.studio import classify, compare, draw, edit, train
 from flowback.studio.common import UPLOAD, Studio, says_problems
 
-TABS: tuple[ModuleType, ...] = (draw, classify, edit)
-LOCAL_TABS: tuple[ModuleType, ...] = ()  # that only this machine may use: they start processes and write runs
+TABS: tuple[ModuleType, ...] = (draw, classify, edit, compare)
+LOCAL_TABS: tuple[ModuleType, ...] = (train,)  # that only this machine may use: they start processes and write runs
 WAITING = 64  # people in the queue, at most
 SESSIONS = 200  # pages whose state is kept, at most
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched
@@ -22,7 +22,11 @@ CSS = """
 .card { border-collapse: collapse; font-size: 0.9rem; }
 .card th { text-align: left; font-weight: 600; padding-right: 1rem; vertical-align: top; white-space: nowrap; }
 .card td { overflow-wrap: anywhere; }
-.grid-container img, .pixels img { image-rendering: pixelated; }
+.figures { overflow-x: auto; }
+.figures .card :is(th, td) { white-space: normal; padding: 0.25rem 0.5rem; }
+.figures .card td { min-width: 4.5em; }
+.options .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
+.grid-container img, .pixels img, figure img { image-rendering: pixelated; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; padding-top: 2rem !important; }
 .grid-wrap.fixed-height { min-height: 0 !important; height: auto !important; max-height: 75vh !important; }
 .pixels img { width: 100%; height: 100%; object-fit: contain; }

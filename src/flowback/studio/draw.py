@@ -19,7 +19,7 @@ from flowback.flow.decoding import DECODERS
 from flowback.flow.patches import unpatchify
 from flowback.latents import Flow
 from flowback.studio.common import ONE_AT_A_TIME, Studio, class_numbers, number, same, says_problems, shown, tile
-from flowback.studio.shelf import python_of, shell
+from flowback.studio.shelf import Shelf, python_of, shell
 from flowback.tasks.editing import slerp
 from flowback.tasks.sampling import Drawn, Request, as_pixels, draw_batches
 
@@ -97,17 +97,26 @@ def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, 
 
 def texts(place: str, drawing: Drawing) -> tuple[str, str]:
     """The same drawing in Python and on the command line."""
-    r, defaults = drawing.request, Request()
-    changed = {name: value for name, value in vars(r).items() if value != getattr(defaults, name) or name == "num"}
-    options = ", ".join(f"{name}={value!r}" for name, value in changed.items())
     python = "from pathlib import Path\n\nfrom flowback.tasks.sampling import Request, sample_to_disk\n"
-    python += f"{python_of(place)}\nrequest = Request({options})\n"
+    python += f"{python_of(place)}\nrequest = {request_text(drawing.request)}\n"
     python += f"sample_to_disk(flow, request, Path('samples.png'), method={drawing.method!r})"
-    words = ["-o", "samples.png", f"--num={r.num}", f"--seed={r.seed}", f"--guidance={r.guidance:g}"]
-    words += [f"--temperature={r.temperature:g}", f"--denoise={str(r.denoise).lower()}", f"--method={drawing.method}"]
+    return python, sample_command(place, drawing.request, drawing.method, "samples.png")
+
+
+def request_text(request: Request) -> str:
+    """A request in Python, without what is its default."""
+    defaults = Request()
+    changed = {k: value for k, value in vars(request).items() if value != getattr(defaults, k) or k == "num"}
+    return f"Request({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+
+def sample_command(place: str, r: Request, method: str, output: str) -> str:
+    """The command that draws a request into a file."""
+    words = ["-o", output, f"--num={r.num}", f"--seed={r.seed}", f"--guidance={r.guidance:g}"]
+    words += [f"--temperature={r.temperature:g}", f"--denoise={str(r.denoise).lower()}", f"--method={method}"]
     if min(r.labels) >= 0:
         words.append(f"--labels={','.join(map(str, r.labels))}")
-    return python, shell("sample", place, *words)
+    return shell("sample", place, *words)
 
 
 def save(folder: Path, parts: list[Drawn]) -> list[str]:
@@ -119,29 +128,40 @@ def save(folder: Path, parts: list[Drawn]) -> list[str]:
     return [str(folder / name) for name in ("samples.png", "samples.npz", "z.safetensors")]
 
 
+def controls(shelf: Shelf, chosen: gr.Dropdown) -> list[Any]:
+    """The controls of a drawing, for the chosen flow: of the method, and of what `requested` takes, in its order."""
+    names = shelf.classes(shelf.refresh()[0])
+    classes = gr.Dropdown(names, multiselect=True, label="Classes", info="none chosen: all in turn", visible=bool(names))
+    num = gr.Slider(1, MOST, 16, step=1, label="Number of images")
+    guidance = gr.Slider(
+        0, 6, 0, step=0.1, label="Guidance", info="away from the average of all classes", visible=bool(names)
+    )
+    temperature = gr.Slider(0.05, 1.5, 1, step=0.05, label="Temperature", info="standard deviation of z")
+    with gr.Accordion("More", open=False):
+        method = gr.Dropdown(
+            ["auto", *DECODERS], value="auto", label="Decoding", info="speed only: the images are the same"
+        )
+        denoise = gr.Checkbox(True, label="Remove the noise of training")
+    with gr.Row():
+        seed = gr.Number(0, precision=0, minimum=0, maximum=SEEDS, label="Seed", min_width=120)
+        other = gr.Button("Other seed", size="sm", min_width=100)
+    other.click(lambda: int(torch.randint(SEEDS, ())), None, seed, queue=False)
+
+    def adapt(name: str) -> tuple[gr.Dropdown, gr.Slider]:
+        names = shelf.classes(name)
+        return gr.Dropdown(names, value=[], visible=bool(names)), gr.Slider(value=0, visible=bool(names))
+
+    chosen.change(says_problems(adapt), chosen, [classes, guidance])
+    return [method, classes, num, guidance, temperature, denoise, seed]
+
+
 def build(studio: Studio, chosen: gr.Dropdown) -> None:
     """Add the tab to the page."""
     shelf = studio.shelf
-    names = shelf.classes(shelf.refresh()[0])
     drawing = gr.State(None, time_to_live=3600)
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
-            classes = gr.Dropdown(
-                names, multiselect=True, label="Classes", info="none chosen: all in turn", visible=bool(names)
-            )
-            num = gr.Slider(1, MOST, 16, step=1, label="Number of images")
-            guidance = gr.Slider(
-                0, 6, 0, step=0.1, label="Guidance", info="away from the average of all classes", visible=bool(names)
-            )
-            temperature = gr.Slider(0.05, 1.5, 1, step=0.05, label="Temperature", info="standard deviation of z")
-            with gr.Accordion("More", open=False):
-                method = gr.Dropdown(
-                    ["auto", *DECODERS], value="auto", label="Decoding", info="speed only: the images are the same"
-                )
-                denoise = gr.Checkbox(True, label="Remove the noise of training")
-            with gr.Row():
-                seed = gr.Number(0, precision=0, minimum=0, maximum=SEEDS, label="Seed", min_width=120)
-                other = gr.Button("Other seed", size="sm", min_width=100)
+            values = controls(shelf, chosen)
             with gr.Row():
                 go = gr.Button("Draw", variant="primary", min_width=100)
                 stop = gr.Button("Stop", min_width=80)
@@ -220,20 +240,12 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             return None, "Choose an image above."
         return replace(made, chosen=event.index), f"Image #{event.index} is chosen."
 
-    values = [classes, num, guidance, temperature, denoise, seed]
     outputs = [said, grid, files, python, command, drawing]
-    running = go.click(draw, [chosen, method, *values], outputs, **ONE_AT_A_TIME)
+    running = go.click(draw, [chosen, *values], outputs, **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, said, cancels=[running], queue=False)
-    other.click(lambda: int(torch.randint(SEEDS, ())), None, seed, queue=False)
     grid.select(choose, drawing, [drawing, which], queue=False)
     path.click(show_path, drawing, [steps, told], **ONE_AT_A_TIME)
-    more.click(draw_alike, [drawing, strength, seed], [steps, told], **ONE_AT_A_TIME)
-
-    def adapt(name: str) -> tuple[gr.Dropdown, gr.Slider]:
-        names = shelf.classes(name)
-        return gr.Dropdown(names, value=[], visible=bool(names)), gr.Slider(value=0, visible=bool(names))
-
-    chosen.change(says_problems(adapt), chosen, [classes, guidance])
+    more.click(draw_alike, [drawing, strength, values[-1]], [steps, told], **ONE_AT_A_TIME)
 
 
 def _there(made: Drawing | None) -> Drawing:
