@@ -131,13 +131,16 @@ def test_a_reload_in_the_middle(page, slow):
     done(page)
 
 
-def test_two_people_at_once(browser, server):
+def test_two_people_at_once(browser, server, slow):
     contexts = [browser.new_context() for _ in range(2)]
     pages = [context.new_page() for context in contexts]
     for page in pages:
         page.goto(server)
-    for page in pages:
-        click(page, "Draw")
+    click(pages[0], "Draw")
+    pages[0].get_by_text("drawing 16 images").first.wait_for()
+    click(pages[1], "Draw")
+    pages[1].get_by_text("queue: 1/1").first.wait_for()  # sees the place
+    slow.set()
     for page in pages:
         done(page)
     for context in contexts:

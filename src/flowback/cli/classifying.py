@@ -1,14 +1,20 @@
 """`flowback classify`."""
 
-import torch
 from jsonargparse import Namespace
 
 from flowback.cli.common import add_flow, add_images, say
 from flowback.cli.parser import Verb
 from flowback.core.errors import InputError
-from flowback.data import as_images
 from flowback.runs.checkpoint import class_names, load_flow
-from flowback.tasks.classify import RULES, ClassStatistics, classify, likeliest, listed_only, rule_named
+from flowback.tasks.classify import (
+    RULES,
+    ClassStatistics,
+    classify_files,
+    likeliest,
+    readable,
+    rule_named,
+    usual_rule,
+)
 
 SHOWN = 5  # files that cannot be read and are named
 
@@ -30,37 +36,25 @@ def _classify(options: Namespace) -> int:
     flow, _ = load_flow(options.run, options.weights, options.device)
     names = class_names(options.run, flow)
     statistics = ClassStatistics.load(flow.core.folder, flow.num_classes)
-    rule = options.rule or ("shortlist_3" if statistics else "single_gradient")
+    rule = options.rule or usual_rule(statistics)
     rule_named(rule, flow.num_classes)
-    calibrated = statistics is not None and rule in statistics.temperatures
-    likely = calibrated or rule == "exact" or rule.startswith("shortlist")
-    form, unread = "{} {:.3f}" if likely else "{} {:+.2f}", []
-    for start in range(0, len(options.images), options.batch_size):
-        files, images = [], []
-        for file in options.images[start : start + options.batch_size]:
-            try:
-                images.append(as_images(file, flow.image_size, flow.channels))
-                files.append(file)
-            except InputError as error:  # the others are classified all the same
-                unread.append(str(error))
-        if not images:
+    kind, unread = "", []
+    for part in classify_files(flow, options.images, [rule], options.draws, options.batch_size, statistics):
+        unread += part.unread  # the others are classified all the same
+        if not part.files:
             continue
-        scores = classify(flow, torch.cat(images), rule=rule, draws=options.draws, batch_size=options.batch_size).cpu()
-        scores = listed_only(scores)
-        shown = scores.softmax(dim=1) if likely else scores
-        if calibrated and statistics is not None:
-            shown = statistics.probabilities(rule, scores)
+        shown, kind = readable(rule, part.scores[rule], statistics)
+        form = "{} {:+.2f}" if kind == "scores" else "{} {:.3f}"
         top = shown.topk(min(options.top, flow.num_classes), dim=1)
         for file, best, values, classes in zip(
-            files, likeliest(scores).tolist(), top.values.tolist(), top.indices.tolist(), strict=True
+            part.files, likeliest(part.scores[rule]).tolist(), top.values.tolist(), top.indices.tolist(), strict=True
         ):
             if best < 0:
                 say(f"{file}: no score is a finite number")
                 continue
             say(f"{file}: {', '.join(form.format(names[k], value) for k, value in zip(classes, values, strict=True))}")
-    if len(unread) < len(options.images):
-        what = "calibrated probabilities" if calibrated else "probabilities, not calibrated" if likely else "scores"
-        say(f"{what}, by {rule}" + ("" if statistics else "; `flowback evaluate` makes a better rule and calibrates it"))
+    if kind:
+        say(f"{kind}, by {rule}" + ("" if statistics else "; `flowback evaluate` makes a better rule and calibrates it"))
     if unread:
         more = f"; {len(unread) - SHOWN} more cannot be read" if len(unread) > SHOWN else ""
         raise InputError("; ".join(unread[:SHOWN]) + more)

@@ -20,7 +20,7 @@ from flowback.data import as_images
 from flowback.latents import Flow
 from flowback.runs.checkpoint import class_names
 from flowback.runs.config import descriptions
-from flowback.tasks.classify import classify, likeliest
+from flowback.tasks.classify import likely_labels
 
 T = TypeVar("T")
 
@@ -108,13 +108,7 @@ def labelled_batches(options: Namespace, flow: Flow, size: int, overlap: int = 0
         for start in range(0, max(1, len(files) - overlap), size):
             part = slice(start, start + size + overlap)
             x = as_images(files[part], flow.image_size, flow.channels)
-            if given is not None:
-                y = given[part]
-            elif flow.num_classes:
-                y = likeliest(classify(flow, x, rule="exact")).cpu()
-            else:
-                y = torch.full((len(x),), -1)
-            yield x, y
+            yield x, likely_labels(flow, x) if given is None else given[part]
 
     return batches()
 

@@ -25,7 +25,7 @@ from flowback.core.units import to_uint8
 from flowback.data import load_image
 from flowback.data.pictures import save_grid, save_images
 from flowback.runs.checkpoint import class_names, load_flow
-from flowback.tasks.editing import BATCH, inpaint, interpolate, swap_class
+from flowback.tasks.editing import BATCH, beside, box_mask, inpaint, interpolate, swap_class
 from flowback.tasks.sampling import shown_classes
 
 
@@ -156,9 +156,7 @@ def _inpaint(options: Namespace) -> int:
         for x, y in batches:
             many, labels = x.repeat_interleave(options.num, dim=0), y.repeat_interleave(options.num)
             result = inpaint(flow, many, mask, labels, options.steps, options.tries, generator)
-            drawn = result.x.cpu().unflatten(0, (len(x), options.num))
-            masked = torch.where(mask, torch.zeros_like(x), x)
-            rows.append(to_uint8(torch.cat([x[:, None], masked[:, None], drawn], dim=1).flatten(0, 1)))
+            rows.append(to_uint8(beside(x, mask, result.x.cpu()).flatten(0, 1)))
             shares.append(result.acceptance.cpu())
     accepted = f"; {100 * float(torch.cat(shares).mean()):.0f} % of the steps were accepted" if options.steps else ""
     say(f"{len(options.images) * options.num} drawings in {output}{accepted}")
@@ -174,14 +172,4 @@ def _mask(options: Namespace, height: int, width: int) -> Tensor:
         raise InputError("where to draw is not clear; use either --mask or --box")
     if options.mask is not None:
         return (load_image(Path(options.mask), (height, width), 1) > 127)[None]
-    try:
-        left, top, across, down = (int(word) for word in options.box.split(","))
-    except ValueError as error:
-        raise InputError(f"--box {options.box} is not a box; expected four numbers, LEFT,TOP,WIDTH,HEIGHT") from error
-    if not (0 <= left < left + across <= width and 0 <= top < top + down <= height):
-        raise InputError(
-            f"--box {options.box} does not lie in the image; expected what lies within {width}x{height} pixels"
-        )
-    mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
-    mask[..., top : top + down, left : left + across] = True
-    return mask
+    return box_mask(options.box, height, width)

@@ -9,10 +9,10 @@ from gradio.themes import Base, Default
 
 from flowback.core.console import say
 from flowback.core.errors import InputError
-from flowback.studio import compare, draw, train
+from flowback.studio import classify, compare, draw, edit, train
 from flowback.studio.common import UPLOAD, Studio, says_problems
 
-TABS: tuple[ModuleType, ...] = (draw, compare)
+TABS: tuple[ModuleType, ...] = (draw, classify, edit, compare)
 LOCAL_TABS: tuple[ModuleType, ...] = (train,)  # that only this machine may use: they start processes and write runs
 WAITING = 64  # people in the queue, at most
 SESSIONS = 200  # pages whose state is kept, at most
@@ -27,9 +27,10 @@ CSS = """
 .figures .card td { min-width: 4.5em; }
 .figures .card th { min-width: 6em; overflow-wrap: anywhere; }
 .options .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
-.grid-container img, figure img { image-rendering: pixelated; }
+.grid-container img, .pixels img, figure img { image-rendering: pixelated; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; padding-top: 2rem !important; }
 .grid-wrap.fixed-height { min-height: 0 !important; height: auto !important; max-height: 75vh !important; }
+.pixels img { width: 100%; height: 100%; object-fit: contain; }
 """
 
 
@@ -50,7 +51,7 @@ def page(studio: Studio) -> gr.Blocks:
                     tab.build(studio, chosen)
         chosen.change(says_problems(studio.shelf.card), chosen, card)
         again.click(lambda name: _offered(studio, name), chosen, chosen, queue=False)
-        blocks.load(lambda: _offered(studio, None), None, chosen, queue=False)
+        blocks.load(lambda: _offered(studio, None), None, chosen, queue=False, api_name="offered")
     return blocks.queue(max_size=WAITING, default_concurrency_limit=8)
 
 

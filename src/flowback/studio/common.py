@@ -18,8 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from flowback.core.errors import InputError, plain
-from flowback.core.units import to_uint8
+from flowback.core.units import from_levels, to_uint8
+from flowback.data import load_image
+from flowback.data.pictures import save_png
+from flowback.latents import Flow
 from flowback.studio.shelf import Shelf
+from flowback.tasks.sampling import Request, as_pixels, draw_batches
 
 SHOWN = 112  # pixels of a side, at least, in which an image is shown
 KEPT_SECONDS = 3600  # that results are kept for download
@@ -55,13 +59,49 @@ class Studio:
         return Path(tempfile.mkdtemp(prefix="result-", dir=self.folder))
 
 
-def tile(image: Tensor) -> Image.Image:
-    """An image `[C, H, W]`, uint8 or in [-1, 1], as it is shown: small ones enlarged without smoothing."""
+def tile(image: Tensor, least: int = SHOWN) -> Image.Image:
+    """An image `[C, H, W]`, uint8 or in [-1, 1], as it is shown: enlarged to `least` pixels without smoothing."""
     pixels = image if image.dtype == torch.uint8 else to_uint8(torch.where(image.isfinite(), image, 0))
     pixels = pixels.cpu().expand(3, -1, -1) if len(pixels) == 1 else pixels.cpu()
-    factor = max(1, math.ceil(SHOWN / min(pixels.shape[1:])))
+    factor = max(1, math.ceil(least / min(pixels.shape[1:])))
     pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def shown(image: Tensor, folder: Path, least: int = SHOWN) -> str:
+    """A file in the folder with an image as it is shown, for results that hold it again and again.
+
+    Gradio writes an image anew whenever a result holds it, while a browser reads it; a file is copied once.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".png", dir=folder, delete=False) as stream:
+        tile(image, least).save(stream)
+    return stream.name
+
+
+def picture(**options: Any) -> gr.Image:
+    """An image to upload, of which handlers get the path: nothing but `uploaded` opens it, which says what is wrong."""
+    image = gr.Image(**options)
+    image.preprocess = lambda payload: payload and payload.path  # pyright: ignore[reportAttributeAccessIssue]
+    return image
+
+
+def uploaded(file: str | None, flow: Flow) -> Tensor:
+    """An uploaded file as the flow sees it: its center, resized, `[1, C, H, W]` in [-1, 1].
+
+    Raises:
+        InputError: if there is none, or it is no image.
+    """
+    if not file:
+        raise InputError("there is no image yet; upload one, or use one of the flow")
+    return from_levels(load_image(file, flow.image_size, flow.channels, Path(file).name)[None])
+
+
+def own_image(flow: Flow, seed: int, folder: Path) -> str:
+    """A file with an image that the flow drew, to try things with; classes are cycled by the seed."""
+    request = Request(num=1, labels=(seed % flow.num_classes if flow.num_classes else -1,), seed=seed)
+    file = folder / f"drawn_{seed}.png"
+    save_png(as_pixels(next(draw_batches(flow, request, [0])).x)[0], file)
+    return str(file)
 
 
 def problem(error: Exception) -> gr.Error:

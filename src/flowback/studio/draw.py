@@ -18,7 +18,7 @@ from flowback.data.pictures import save_grid
 from flowback.flow.decoding import DECODERS
 from flowback.flow.patches import unpatchify
 from flowback.latents import Flow
-from flowback.studio.common import ONE_AT_A_TIME, Studio, class_numbers, number, same, says_problems, tile
+from flowback.studio.common import ONE_AT_A_TIME, Studio, class_numbers, number, same, says_problems, shown, tile
 from flowback.studio.shelf import Shelf, python_of, shell
 from flowback.tasks.editing import slerp
 from flowback.tasks.sampling import Drawn, Request, as_pixels, draw_batches
@@ -196,7 +196,8 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         made = Drawing(name, request, method)
         texts_ = dict(zip((python, command), texts(shelf.place(name), made), strict=True))
         started, parts, labels = time.perf_counter(), [], shelf.classes(name)
-        shown: list[tuple[Any, str]] = []
+        images: list[tuple[str, str]] = []
+        folder = studio.new_folder()
         yield {
             said: f"drawing {request.num} images with seed {request.seed} …",
             grid: [],
@@ -206,14 +207,14 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         for part in draw_batches(flow, request, range(request.num), method, columns(request.num)):
             parts.append(part)
             for x, y in zip(part.x, part.y.tolist(), strict=True):
-                shown.append((tile(x), f"#{len(shown)}" + (f", {labels[y]}" if y >= 0 else "")))
-            yield {grid: shown, said: f"{len(shown)} of {request.num} images, seed {request.seed} …"}
+                images.append((shown(x, folder), f"#{len(images)}" + (f", {labels[y]}" if y >= 0 else "")))
+            yield {grid: images, said: f"{len(images)} of {request.num} images, seed {request.seed} …"}
         seconds = time.perf_counter() - started
         bad = sum(int((~part.x.isfinite()).flatten(1).any(1).sum()) for part in parts)
         note = f"; {bad} had numbers that are not finite, grey there: less guidance or temperature may help" if bad else ""
         yield {
             said: f"{request.num} images, seed {request.seed}, {seconds:.1f} s{note}",
-            files: gr.File(save(studio.new_folder(), parts), visible=True),
+            files: gr.File(save(folder, parts), visible=True),
             drawing: made,
         }
 

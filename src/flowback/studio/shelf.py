@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 from threading import Lock
 from typing import Any
 
@@ -173,6 +173,12 @@ def python_of(place: str) -> str:
     return f"from flowback.runs.checkpoint import load_flow\n\nflow, _ = load_flow({json.dumps(place)})"
 
 
-def shell(verb: str, place: str, *words: str) -> str:
+def shell(verb: str, place: str, *words: str | PurePath) -> str:
     """A command on a flow."""
     return command("flowback", verb, Path(place), *words)
+
+
+def words_of(labels: Sequence[int], names: Sequence[str]) -> str:
+    """Classes as a command takes them: by number, or by name where names are numbers."""
+    by_name = any(name.isdecimal() for name in names)
+    return ",".join(names[label] if by_name else str(label) for label in labels)

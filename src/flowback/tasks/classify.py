@@ -17,7 +17,7 @@ depend on the class far more than on the image, so they can be estimated from un
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor
 from flowback.core.devices import put
 from flowback.core.errors import InputError
 from flowback.core.files import read_json, write_whole
-from flowback.data.images import Images
+from flowback.data.images import Images, as_images
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow, as_data
 
@@ -115,13 +115,17 @@ def single_gradient(
 
 def z_score(flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None, batch_size: int = ROWS) -> Tensor:
     """`single_gradient`, standardized class by class; without `statistics` by those in the flow's folder."""
+    return _needed(flow, statistics).standardized(single_gradient(flow, noisy))
+
+
+def _needed(flow: TarFlow, statistics: ClassStatistics | None) -> ClassStatistics:
     statistics = statistics or ClassStatistics.load(flow.folder, flow.num_classes)
     if statistics is None:
         raise InputError(
             "z_score and shortlists need class statistics, and this flow has none: run `flowback evaluate`, or give "
             "statistics=fit_statistics(flow, images); single_gradient and exact need none"
         )
-    return statistics.standardized(single_gradient(flow, noisy))
+    return statistics
 
 
 def shortlist(m: int) -> Score:
@@ -244,12 +248,20 @@ def class_scores(
 
 
 def class_scores_by_all(
-    flow: TarFlow, x: Tensor, rules: Sequence[str], statistics: ClassStatistics, draws: int = 1, seed: int = 0
+    flow: TarFlow,
+    x: Tensor,
+    rules: Sequence[str],
+    statistics: ClassStatistics | None,
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 256,
 ) -> dict[str, Tensor]:
     """`class_scores` by several rules: rule -> scores `[B, K]`. Gradients and likelihoods are computed once for all."""
-    options: dict[str, Any] = {"draws": draws, "seed": seed, "statistics": statistics}
+    options: dict[str, Any] = {"draws": draws, "seed": seed, "statistics": statistics, "batch_size": batch_size}
     gradient = class_scores(flow, x, "single_gradient", **options)
-    scores = {"single_gradient": gradient, "z_score": statistics.standardized(gradient)}
+    scores = {"single_gradient": gradient}
+    if set(rules) - {"single_gradient", "exact"}:
+        scores["z_score"] = _needed(flow, statistics).standardized(gradient)
     if "exact" in rules:
         scores["exact"] = class_scores(flow, x, "exact", **options)
     lists = {rule: rule_named(rule, flow.num_classes)[2] for rule in rules if rule.startswith("shortlist_")}
@@ -350,6 +362,80 @@ def likeliest(scores: Tensor) -> Tensor:
     """The class `[B]` with the highest score of each image, of scores `[B, K]`; -1 where no score is a finite number."""
     best, classes = listed_only(scores).max(dim=1)
     return torch.where(best.isfinite(), classes, -1)
+
+
+def likely_labels(flow: Flow, images: Images) -> Tensor:
+    """The class of each image by the rule exact, `[B]`, on the CPU; -1 from an unconditional flow.
+
+    Images are in the forms of `classify`.
+    """
+    if not flow.num_classes:
+        return torch.full((len(as_images(images, flow.image_size, flow.channels)),), -1)
+    return likeliest(classify(flow, images, rule="exact")).cpu()
+
+
+def usual_rule(statistics: ClassStatistics | None) -> str:
+    """The rule for those who ask for none: a cheap one, and the best of these that can be used."""
+    return "shortlist_3" if statistics else "single_gradient"
+
+
+def readable(rule: str, scores: Tensor, statistics: ClassStatistics | None) -> tuple[Tensor, str]:
+    """A rule's scores `[B, K]` as people read them, larger is likelier, and in words what these numbers are."""
+    if statistics is not None and rule in statistics.temperatures:
+        return statistics.probabilities(rule, scores), "calibrated probabilities"
+    if rule == "exact" or rule.startswith("shortlist"):
+        return listed_only(scores).softmax(dim=1), "probabilities, not calibrated"
+    return listed_only(scores), "scores"
+
+
+@dataclass(frozen=True)
+class FileScores:
+    """A batch of image files under every class."""
+
+    files: list[str]  # those that can be read
+    x: Tensor  # [B, C, H, W], their images; without a batch dimension if there are none
+    scores: dict[str, Tensor]  # rule -> scores [B, K], on the CPU
+    unread: list[str]  # a sentence on each of the others
+
+
+def classify_files(
+    flow: Flow,
+    files: Sequence[str],
+    rules: Sequence[str],
+    draws: int = 1,
+    batch_size: int = 64,
+    statistics: ClassStatistics | None = None,
+    read: Callable[[str], Tensor] | None = None,
+) -> Iterator[FileScores]:
+    """`classify` image files, a batch after the other; those that cannot be read are named, and the others classified.
+
+    Args:
+        flow: a flow; without classes, no rules can be asked for.
+        files: their paths.
+        rules: as in `classify`, any number of them; what they share is computed once.
+        draws: noise draws whose scores are averaged.
+        batch_size: files that are read at once, and rows that the flow sees at once.
+        statistics: of this flow, as in `classify`.
+        read: makes an image `[1, C, H, W]` of a file; `as_images` by default.
+
+    Raises:
+        InputError: as `classify`.
+    """
+    read = read or (lambda file: as_images(file, flow.image_size, flow.channels))
+    for start in range(0, len(files), batch_size):
+        known, images, unread = [], [], []
+        for file in files[start : start + batch_size]:
+            try:
+                images.append(read(file))
+                known.append(file)
+            except InputError as error:
+                unread.append(str(error))
+        x, scores = torch.cat(images) if images else torch.empty(0), {}
+        if images and len(rules) == 1:
+            scores = {rules[0]: class_scores(flow.core, as_data(flow, x), rules[0], draws, batch_size, 0, statistics)}
+        elif images and rules:
+            scores = class_scores_by_all(flow.core, as_data(flow, x), rules, statistics, draws, 0, batch_size)
+        yield FileScores(known, x, {rule: found.cpu() for rule, found in scores.items()}, unread)
 
 
 def accuracies(

@@ -5,6 +5,7 @@ and returns images, too.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import adaptive_max_pool2d
 
 from flowback.core.devices import put
 from flowback.core.errors import InputError
-from flowback.core.seeds import draw
+from flowback.core.seeds import draw, keyed_normal
 from flowback.data.images import Images
 from flowback.flow.labels import Labels
 from flowback.flow.tarflow import TarFlow
@@ -55,13 +56,18 @@ def interpolate(
     parts = []
     for rows in (slice(start, start + batch_size) for start in range(0, B, batch_size)):
         a, b = (None if weights is None else weights[rows] for weights in (weights_a, weights_b))
-        (z_a, _), (z_b, _) = flow.core.encode(x_a[rows], a), flow.core.encode(x_b[rows], b)
-        images = []
-        for s in torch.linspace(0, 1, steps).tolist():
-            weights = None if a is None or b is None else torch.lerp(a, b, s)
-            images.append(flow.decode(slerp(z_a, z_b, s), weights))
-        parts.append(torch.stack(images, dim=1))
+        parts.append(torch.stack(list(walk(flow, x_a[rows], x_b[rows], steps, a, b)), dim=1))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def walk(flow: Flow, x_a: Tensor, x_b: Tensor, steps: int, y_a: Labels = None, y_b: Labels = None) -> Iterator[Tensor]:
+    """The images `[B, C, H, W]` of `interpolate`, a step after the other; `x_a` and `x_b` are as the flow sees them."""
+    a, b = flow.class_weights(y_a, len(x_a)), flow.class_weights(y_b, len(x_b))
+    (z_a, _), (z_b, _) = flow.core.encode(x_a, a), flow.core.encode(x_b, b)
+    for s in torch.linspace(0, 1, steps).tolist():
+        weights = None if a is None or b is None else torch.lerp(a, b, s)
+        yield flow.decode(slerp(z_a, z_b, s), weights)
 
 
 def slerp(z_a: Tensor, z_b: Tensor, s: float) -> Tensor:
@@ -73,6 +79,34 @@ def slerp(z_a: Tensor, z_b: Tensor, s: float) -> Tensor:
     parts = torch.sin((1 - s) * angle) * a / length_a + torch.sin(s * angle) * b / length_b
     direction = torch.where(angle.abs() < 1e-4, torch.lerp(a / length_a, b / length_b, s), parts / torch.sin(angle))
     return (direction * torch.lerp(length_a, length_b, s)).view_as(z_a)
+
+
+def turned(z: Tensor, angles: Sequence[float], seed: int = 0, length: float = 1.0) -> Tensor:
+    """Move a z by hand: turn it on its sphere, where it stays typical, and make it longer or shorter.
+
+    Args:
+        z: where the walk begins, `[N, D]`.
+        angles: radians along seeded directions, which are orthonormal and tangent to the sphere at z; the walk follows the
+            great circle of their sum.
+        seed: of the directions.
+        length: factor of z's length, as a temperature is.
+
+    Returns:
+        `[N, D]`, in the type and on the device of z.
+
+    Raises:
+        InputError: if z has too few numbers for so many directions.
+    """
+    if len(angles) >= z.numel():
+        raise InputError(f"a z of {z.numel()} numbers has {z.numel() - 1} directions to turn in, got {len(angles)} angles")
+    start = z.detach().cpu().double().flatten()
+    fresh = [keyed_normal(z.shape, seed, i).double().flatten() for i in range(len(angles))]
+    Q, R = torch.linalg.qr(torch.stack([start, *fresh], dim=1))
+    Q = Q * R.diagonal().sign()  # the first column is z's direction
+    way = Q[:, 1:] @ torch.tensor(angles, dtype=torch.float64)
+    angle = way.norm()
+    there = Q[:, 0] * angle.cos() + way * torch.sinc(angle / math.pi)
+    return put((length * start.norm() * there).view(z.shape).to(z.dtype), z.device)
 
 
 @torch.no_grad()
@@ -102,7 +136,28 @@ class Inpainting:
     acceptance: Tensor  # [B], share of the steps that were accepted; nan without steps
 
 
-@torch.inference_mode(False)  # it takes gradients
+def box_mask(box: str, height: int, width: int) -> Tensor:
+    """A box of pixels, LEFT,TOP,WIDTH,HEIGHT, as a mask `[1, 1, height, width]`, true inside.
+
+    Raises:
+        InputError: if it is none, or does not lie in the image.
+    """
+    try:
+        left, top, across, down = (int(word) for word in box.split(","))
+    except ValueError as error:
+        raise InputError(f"box {box} is not a box; expected four numbers, LEFT,TOP,WIDTH,HEIGHT") from error
+    if not (0 <= left < left + across <= width and 0 <= top < top + down <= height):
+        raise InputError(f"box {box} does not lie in the image; expected what lies within {width}x{height} pixels")
+    mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
+    mask[..., top : top + down, left : left + across] = True
+    return mask
+
+
+def beside(x: Tensor, mask: Tensor, drawn: Tensor) -> Tensor:
+    """Images `[B, C, H, W]`, what is known of them, and `n` drawings of each `[B * n, C, H, W]`: `[B, 2 + n, C, H, W]`."""
+    return torch.cat([x[:, None], torch.where(mask, 0, x)[:, None], drawn.unflatten(0, (len(x), -1))], dim=1)
+
+
 def inpaint(
     flow: Flow,
     x: Images,
@@ -133,7 +188,23 @@ def inpaint(
     Raises:
         InputError: if shapes or labels do not fit, or the number of steps or tries is impossible.
     """
-    for name, value, least in (("steps", steps, 0), ("tries", tries, 1)):
+    *_, result = inpaint_by_step(flow, x, mask, y, steps, tries, generator, every=max(1, steps))
+    return result
+
+
+@torch.inference_mode(False)  # it takes gradients
+def inpaint_by_step(
+    flow: Flow,
+    x: Images,
+    mask: Tensor,
+    y: Labels = None,
+    steps: int = 100,
+    tries: int = 8,
+    generator: torch.Generator | None = None,
+    every: int = 10,
+) -> Iterator[Inpainting]:
+    """`inpaint`, as it is after `every` so many steps, and at the end; looking at it changes nothing."""
+    for name, value, least in (("steps", steps, 0), ("tries", tries, 1), ("every", every, 1)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
     if mask.dtype != torch.bool:
@@ -151,6 +222,12 @@ def inpaint(
     log_prob, score = _score(flow, current, y, mask)
     trace, accepted = [log_prob], []
     size = x.new_full((len(x), 1, 1, 1), max(flow.config.noise_std, 0.02) ** 2)
+
+    def so_far() -> Inpainting:
+        drawn = torch.where(mask, flow.denoise(current, y), x)
+        rate = torch.stack(accepted).mean(0) if accepted else log_prob.new_full((len(x),), math.nan)
+        return Inpainting(whole.to_images(drawn), torch.stack(trace, dim=1), rate)
+
     for step in range(steps):
         ahead = current + 0.5 * size * score
         proposal = torch.where(mask, ahead + size.sqrt() * draw(torch.randn, x, generator), current)
@@ -170,9 +247,9 @@ def inpaint(
         if step < steps // 2:
             share = ratio.exp().clamp(max=1).nan_to_num(0)[:, None, None, None]
             size = size * torch.exp(0.5 * (share - ACCEPTANCE))
-    drawn = torch.where(mask, flow.denoise(current, y), x)
-    rate = torch.stack(accepted).mean(0) if accepted else log_prob.new_full((len(x),), math.nan)
-    return Inpainting(whole.to_images(drawn), torch.stack(trace, dim=1), rate)
+        if (step + 1) % every == 0 and step + 1 < steps:
+            yield so_far()
+    yield so_far()
 
 
 @torch.no_grad()
