@@ -92,7 +92,9 @@ def rows_of(
         for i, rest in enumerate(likelihoods(flow, part.x, y)):
             pairs = zip(classes[i], values[i], strict=True)
             best: Row = [text for k, value in pairs for text in (names[k], _figure(value))]
-            best, told = (best, kind) if y[i] >= 0 else ([None] * len(best), "no score is a finite number")
+            told = kind
+            if y[i] < 0:
+                best[:], told = [None] * len(best), "no score is a finite number"
             rows.append([files[i], rule, *best[:2], *rest, told, passes, *best[2:]])
         by_rule.append(rows)
     return [row for rows in zip(*by_rule, strict=True) for row in rows]
