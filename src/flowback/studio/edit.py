@@ -313,7 +313,7 @@ def _inpaint(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         y = labels_of(flow, x, [label], names)
         texts = inpaint_texts(shelf.place(name), y.tolist(), names, n, most, guesses, key)
         yield out.begin(f"drawing {n} times with seed {key} …", texts)
-        captions = ["as given", "what is known", *(f"drawing {i}" for i in range(n))]
+        captions = ["as given", "known", *(f"#{i}" for i in range(n))]
         images, accepted, tiles = x, "", studio.new_folder()
         for i, part in enumerate(drawings(flow, x, mask, y, n, most, guesses, key), start=1):
             images = beside(x, mask, part.x.cpu())[0]
