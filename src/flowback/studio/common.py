@@ -136,8 +136,12 @@ def says_problems(work: Callable[..., Any]) -> Callable[..., Any]:
 def same() -> tuple[gr.Code, gr.Code]:
     """Where an action is shown as Python and as a command."""
     with gr.Accordion("The same in Python and on the command line", open=False):
-        python = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True)
-        shell = gr.Code(language="shell", label="command", interactive=False, wrap_lines=True)
+        python = gr.Code(
+            language="python", label="Python", interactive=False, wrap_lines=True, show_line_numbers=False, max_lines=20
+        )
+        shell = gr.Code(
+            language="shell", label="command", interactive=False, wrap_lines=True, show_line_numbers=False, max_lines=20
+        )
     return python, shell
 
 
