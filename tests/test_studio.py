@@ -177,6 +177,54 @@ def test_no_file_of_the_server_can_be_read(server, runs):
                 assert b"root:" not in body
 
 
+def call(server, name, *values):
+    """What an endpoint of the page answers to values that no page would send."""
+    body = json.dumps({"data": list(values)}).encode()
+    request = urllib.request.Request(f"{server}/gradio_api/call/{name}", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            event = json.load(answer)["event_id"]
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+    return get(f"{server}/gradio_api/call/{name}/{event}")[1].decode()
+
+
+@pytest.mark.parametrize("place", ["/etc", "..", "runs/../../etc", NASTY, None, 3, ["a"], {"path": "/etc/passwd"}])
+def test_flows_that_are_not_offered_are_refused(server, place):
+    said = call(server, "draw", place, "auto", [], 4, 0, 1, True, 0)
+    assert "event: error" in said or "error" in said.lower()
+    assert "event: complete" not in said
+
+
+@pytest.mark.parametrize(
+    "values", [("auto", [], 10**9), ("auto", [], "4; ls"), ("no such", [], 4), ("auto", ["no such"], 4)]
+)
+def test_values_that_the_page_does_not_offer_are_refused(server, runs, values):
+    said = call(server, "draw", f"{runs.name}/plain", *values, 0, 1, True, 0)
+    assert "event: error" in said
+    assert "event: complete" not in said
+
+
+def test_files_of_the_server_are_no_uploads(server, runs):
+    secret = runs / "plain" / "config.yaml"
+    names = json.loads(get(f"{server}/gradio_api/info")[1])["named_endpoints"]
+    taken = 0
+    for name, endpoint in names.items():
+        kinds = [parameter["python_type"]["type"] for parameter in endpoint["parameters"]]
+        for place in (secret, "/etc/passwd", Path.home() / ".bashrc"):
+            for i, kind in enumerate(kinds):
+                if "filepath" not in kind and "path" not in kind:
+                    continue
+                file = {"path": str(place), "meta": {"_type": "gradio.FileData"}}
+                values = [p.get("parameter_default") for p in endpoint["parameters"]]
+                values[i] = [file] if kind.startswith("list") else file
+                said = call(server, name.strip("/"), *values)
+                assert "event: complete" not in said, (name, place)
+                assert "root:" not in said
+                taken += 1
+    assert taken > 5
+
+
 def test_only_this_machine_is_served_unless_asked(runs):
     with Studio(Shelf([str(runs)], CPU), local=False) as studio:
         blocks = serve(studio, host="0.0.0.0", password="secret")

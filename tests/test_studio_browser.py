@@ -1,5 +1,6 @@
 """The studio in a real browser: every job on a small real flow, at two sizes, by keyboard, without a network."""
 
+import re
 import shutil
 import threading
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from flowback.studio import draw
 from flowback.studio.app import serve
-from flowback.studio.common import Studio
+from flowback.studio.common import UPLOAD, Studio
 from flowback.studio.shelf import Shelf
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -206,3 +207,47 @@ def test_what_one_can_use_has_a_name(page):
         .map(e => e.outerHTML.slice(0, 200))"""
     )
     assert nameless == []
+
+
+def test_it_classifies_its_own_images(page):
+    open_tab(page, "Classify")
+    click(page, "Use images of the flow")
+    page.get_by_text(".png").first.wait_for()
+    click(page, "Classify")
+    page.get_by_role("gridcell").first.wait_for()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("text.png", b"not an image"), ("empty.png", b""), ("bomb.gif", b"GIF89a" + b"\xff" * 20)],
+    ids=["text", "empty", "cut"],
+)
+def test_files_that_are_no_images_are_named(page, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    open_tab(page, "Classify")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / name)
+    page.get_by_text(name).first.wait_for()
+    click(page, "Classify")
+    page.get_by_text("cannot be read").first.wait_for()
+
+
+def test_a_huge_file_is_refused(page, tmp_path):
+    with open(tmp_path / "huge.png", "wb") as stream:
+        stream.truncate(UPLOAD + 1)
+    open_tab(page, "Classify")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "huge.png")
+    page.get_by_text(re.compile("maximum allowed size|exceeds", re.IGNORECASE)).first.wait_for()
+
+
+def test_it_edits(page):
+    open_tab(page, "Edit")
+    click(page, "Use an image of the flow")
+    page.get_by_label("Or a box").fill("0,0,4,4")
+    click(page, "Draw anew")
+    page.get_by_text("accepted").first.wait_for()
+
+
+def test_it_compares(page):
+    open_tab(page, "Compare")
+    click(page, "Compare")
+    done(page, "16 images by each with seed 0,")

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from flowback import InputError, TarFlow
+from builders import random_flow, tiny_autoencoder
+from flowback import InputError, LatentFlow, TarFlow
 from flowback.cli import main
 from flowback.core.units import to_uint8
 from flowback.data import as_images
 from flowback.data.pictures import save_png
+from flowback.latents import load_autoencoder
 from flowback.measure.density import densities
 from flowback.runs.checkpoint import newest
 from flowback.studio import classify as tab
@@ -85,9 +87,9 @@ def test_page_python_and_command_tell_the_same(run, flow, files, rule, capsys):
         *lines, kind = capsys.readouterr().out.strip().splitlines()
         told[re.search(r"by (\w+)", kind)[1]] = lines, kind
     for i, row in enumerate(rows):
-        lines, kind = told[row[1]]
+        lines, kind = told[row[3]]
         form = "{:+.2f}" if row[6] == "scores" else "{:.3f}"
-        best = ", ".join(f"{row[k]} {form.format(row[k + 1])}" for k in (2, 8, 10))
+        best = ", ".join(f"{row[k]} {form.format(row[k + 1])}" for k in (1, 8, 10))
         file, found = lines[i // len(rules)].split(": ")
         assert file == row[0]
         assert re.sub(r"[^ ,]+(?=,|$)", "", found) == re.sub(r"[^ ,]+(?=,|$)", "", best)  # the same classes
@@ -103,7 +105,7 @@ def test_page_python_and_command_tell_the_same(run, flow, files, rule, capsys):
         for k in range(2)
         for rule in rules
         for row in rows[16 * len(rules) * k :][: 16 * len(rules)]
-        if row[1] == rule
+        if row[3] == rule
     ]
     assert [-n * flow.dims for n in nats] == pytest.approx(by_rule, abs=1e-2)
 
@@ -112,10 +114,10 @@ def test_likelihoods_are_of_the_class_of_the_row(flow, digits, files):
     rows, _ = page(flow, files[:4], ["exact"], 1, 1)
     x = as_images(files[:4], 8, 1)
     y = likeliest(classify(flow, x, "exact"))
-    assert [row[2] for row in rows] == [NAMES[k] for k in y.tolist()]
+    assert [row[1] for row in rows] == [NAMES[k] for k in y.tolist()]
     found = densities(flow, x, y)
     assert [row[5] for row in rows] == pytest.approx(found["bits_per_dim"].tolist(), abs=1e-4)
-    titles = ["file", "rule", "class", "value", "log-likelihood (nats)", "bits/dim", "values are", "passes"]
+    titles = ["file", "class", "value", "rule", "log-likelihood (nats)", "bits/dim", "values are", "passes"]
     assert tab.header(flow, 2) == [*titles, "class 2", "value 2"]
     assert rows[0][7] == 10
 
@@ -152,7 +154,7 @@ def test_files_of_the_same_name_are_told_apart(flow, files, tmp_path):
     shutil.copy(files[3], tmp_path / "b" / "00.png")
     rows, _ = page(flow, [files[0], str(tmp_path / "b" / "00.png")], ["exact", "single_gradient"])
     assert [row[0] for row in rows] == ["00.png"] * 4
-    assert [row[1] for row in rows] == ["exact", "single_gradient"] * 2
+    assert [row[3] for row in rows] == ["exact", "single_gradient"] * 2
     assert rows[0][5] != rows[2][5]
 
 
@@ -201,6 +203,19 @@ def test_an_unconditional_flow_has_likelihoods_only(tmp_path, files):
     exec(python, {"print": printed.append})
     assert printed[0]["bits_per_dim"].tolist() == pytest.approx([row[2] for row in rows], abs=1e-4)
     assert command.startswith("# no command")
+
+
+def test_likelihoods_in_latents_have_no_bits_of_pixels(tmp_path, files):
+    flow = LatentFlow(
+        random_flow(torch.float32, channels=3, image_size=4), load_autoencoder(str(tiny_autoencoder(tmp_path)))
+    )
+    _, rules, top, draws = tab.requested(flow, files[:2], "exact", 2, 1)
+    (part,) = classify_files(flow, files[:2], rules, draws, tab.BATCH)
+    rows = tab.rows_of(flow, part, None, NAMES, top, draws)
+    assert tab.header(flow, 2)[4:6] == ["log-likelihood (nats)", "values are"]
+    assert len(rows[0]) == len(tab.header(flow, 2))
+    assert "latents" in tab.summary(flow, 2, [], 1)
+    assert "bits" not in tab.summary(flow, 2, [], 1)
 
 
 def test_an_image_of_the_flow_can_be_tried(flow, tmp_path):

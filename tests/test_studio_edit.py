@@ -1,5 +1,6 @@
 """Editing on the page: the same as in Python and by the command; painted masks; walks that stay on their sphere."""
 
+import contextlib
 import math
 import shlex
 import shutil
@@ -12,10 +13,12 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from flowback import InputError, TarFlow
+from builders import random_flow, tiny_autoencoder
+from flowback import InputError, LatentFlow, TarFlow
 from flowback.cli import main
 from flowback.core.units import to_uint8
 from flowback.data.pictures import save_grid, save_png
+from flowback.latents import load_autoencoder
 from flowback.runs.checkpoint import newest
 from flowback.studio import edit as tab
 from flowback.studio.common import Studio
@@ -42,16 +45,25 @@ def files(digits, tmp_path, monkeypatch):
 
 @pytest.fixture
 def page(small_run, tmp_path):
-    """The tab's handlers, by their functions' names, in order: from inputs to what components show, by label, each step."""
-    shelf, folder = Shelf([str(small_run)], torch.device("cpu")), tmp_path / "results"
+    """The tab's handlers, by their functions' names, in order: from inputs to what components show, by label, each step.
+
+    Flow 0 has classes, flow 1 has none, flow 2 works in latents.
+    """
+    options = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 32, "blocks": 2, "layers": 1, "num_classes": 0}
+    TarFlow(**options).save_pretrained(tmp_path / "unconditional")
+    vae = load_autoencoder(str(tiny_autoencoder(tmp_path / "vae")))
+    LatentFlow(random_flow(torch.float32, channels=3, image_size=4), vae).save_pretrained(tmp_path / "latents")
+    places = [str(small_run), str(tmp_path / "unconditional"), str(tmp_path / "latents")]
+    shelf = Shelf(places, torch.device("cpu"))
+    folder = tmp_path / "results"
     folder.mkdir()
     with gr.Blocks() as blocks:
         chosen = gr.Dropdown(shelf.refresh(), value=shelf.refresh()[0])
         tab.build(Studio(shelf, folder=folder), chosen)
 
-    def call(name, *inputs, number=0):
+    def call(name, *inputs, number=0, flow=0):
         fn = [fn for fn in blocks.fns.values() if fn.name == name][number].fn
-        steps = fn(shelf.refresh()[0], *inputs) if name != "move" else fn(*inputs)
+        steps = fn(shelf.refresh()[flow], *inputs) if name != "move" else fn(*inputs)
         steps = steps if not isinstance(steps, dict) else [steps]
         return [{getattr(c, "label", None) or type(c).__name__: v for c, v in step.items()} for step in steps]
 
@@ -264,14 +276,26 @@ def test_bad_input_is_said_in_a_sentence(page, files, tmp_path):
         page("begin", files[0], tab.AUTO, "elsewhere", 0)
 
 
-def test_an_unconditional_flow_has_no_classes_to_change(tmp_path, files):
-    TarFlow(image_size=8, channels=1, patch_size=4, width=32, blocks=2, layers=1).save_pretrained(tmp_path / "flow")
-    flow = TarFlow.from_pretrained(tmp_path / "flow")
-    x = torch.zeros(2, 1, 8, 8)
-    assert tab.labels_of(flow, x, [tab.AUTO, None], []).tolist() == [-1, -1]
-    python, command = tab.inpaint_texts(str(tmp_path / "flow"), [-1], [], 1, 0, 1, 0)
-    assert "--labels" not in command
-    assert "torch.tensor([-1])" in python
+@pytest.mark.parametrize("flow", [1, 2])
+def test_flows_without_classes_and_in_latents_edit_too(page, files, tmp_path, flow):
+    for steps, grid in (
+        (page("run", files[0], tab.AUTO, None, "0,0,4,4", 1, 2, 1, 0, flow=flow), "inpainted.png"),
+        (page("run", files[0], None, files[1], None, 3, 50, number=1, flow=flow), "interpolation.png"),
+        (page("begin", files[0], tab.AUTO, tab.STARTS[0], 3, flow=flow), "decoded.png"),
+        (page("begin", None, tab.AUTO, tab.STARTS[1], 3, flow=flow), "decoded.png"),
+    ):
+        for name in ("image.png", "mask.png", "other.png", "z.safetensors"):
+            with contextlib.suppress(StopIteration):
+                shutil.copy(saved(steps, name), tmp_path)
+        assert ("--labels" in steps[0]["command"]) == (flow == 2 and grid != "decoded.png")
+        run_texts(steps[0]["Python"], steps[0]["command"], grid)
+        if grid != "decoded.png":
+            assert np.array_equal(pixels(grid), pixels(saved(steps, grid)))
+
+
+def test_an_unconditional_flow_has_no_classes_to_change(page, files):
+    with pytest.raises(gr.Error, match="no classes to change"):
+        page("run", files[0], tab.AUTO, [], number=2, flow=1)
 
 
 def test_classes_are_named_where_numbers_are_names():

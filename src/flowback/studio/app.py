@@ -10,7 +10,7 @@ from gradio.themes import Base, Default
 from flowback.core.console import say
 from flowback.core.errors import InputError
 from flowback.studio import classify, compare, draw, edit, train
-from flowback.studio.common import UPLOAD, Studio, says_problems
+from flowback.studio.common import SERVED, UPLOAD, Studio, says_problems
 
 TABS: tuple[ModuleType, ...] = (draw, classify, edit, compare)
 LOCAL_TABS: tuple[ModuleType, ...] = (train,)  # that only this machine may use: they start processes and write runs
@@ -30,6 +30,7 @@ CSS = """
 .grid-container img, .pixels img, figure img { image-rendering: pixelated; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; padding-top: 2rem !important; }
 .grid-wrap.fixed-height { min-height: 0 !important; height: auto !important; max-height: 75vh !important; }
+button[role=tab].selected { color: var(--body-text-color) !important; }
 .pixels img { width: 100%; height: 100%; object-fit: contain; }
 """
 
@@ -61,10 +62,12 @@ def _offered(studio: Studio, name: str | None) -> gr.Dropdown:
 
 
 def theme() -> Base:
-    """Gradio's own look, with the system's fonts and small print that can be read."""
-    small = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
-    small |= {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
-    return Default(font=FONTS, font_mono=MONO).set(**small)
+    """Gradio's own look, with the system's fonts, and with small print and buttons that can be read."""
+    colors = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
+    colors |= {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
+    for name in ("button_primary_background_fill", "button_primary_background_fill_dark"):
+        colors |= {name: "*primary_700", name.replace("fill", "fill_hover"): "*primary_800"}
+    return Default(font=FONTS, font_mono=MONO).set(**colors)
 
 
 def is_loopback(host: str) -> bool:
@@ -93,7 +96,7 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None, pass
     if not is_loopback(host) or password is not None:
         auth = ("flowback", password or secrets.token_urlsafe(9))
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    os.environ["GRADIO_TEMP_DIR"] = str(studio.folder / "served")  # which ends with the studio
+    os.environ.setdefault(SERVED, str(studio.folder / "served"))  # which ends with the studio
     try:
         blocks = page(studio)
         _, address, _ = blocks.launch(

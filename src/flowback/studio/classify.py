@@ -70,7 +70,7 @@ def header(flow: Flow, top: int) -> list[str]:
     if not flow.num_classes:
         return ["file", *likelihoods]
     others = [f"{title} {i}" for i in range(2, top + 1) for title in ("class", "value")]
-    return ["file", "rule", "class", "value", *likelihoods, "values are", "passes", *others]
+    return ["file", "class", "value", "rule", *likelihoods, "values are", "passes", *others]
 
 
 def rows_of(
@@ -92,8 +92,10 @@ def rows_of(
         for i, rest in enumerate(likelihoods(flow, part.x, y)):
             pairs = zip(classes[i], values[i], strict=True)
             best: Row = [text for k, value in pairs for text in (names[k], _figure(value))]
-            best, told = (best, kind) if y[i] >= 0 else ([None] * len(best), "no score is a finite number")
-            rows.append([files[i], rule, *best[:2], *rest, told, passes, *best[2:]])
+            told = kind
+            if y[i] < 0:
+                best[:], told = [None] * len(best), "no score is a finite number"
+            rows.append([files[i], *best[:2], rule, *rest, told, passes, *best[2:]])
         by_rule.append(rows)
     return [row for rows in zip(*by_rule, strict=True) for row in rows]
 
@@ -215,7 +217,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             new = rows_of(flow, part, statistics, names, count, noises)
             rows, unread = rows + new, unread + part.unread
             for best, x in zip(new[:: len(rules) or 1], part.x, strict=True):
-                images.append((shown(x, tiles), (f"{best[2]}: " if rules else "") + f"{best[0]}"))
+                images.append((shown(x, tiles), (f"{best[1]}: " if rules else "") + f"{best[0]}"))
             yield {
                 said: f"{len(images) + len(unread)} of {len(paths)} files …",
                 previews: images[:PREVIEWS],

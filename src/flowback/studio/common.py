@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -28,6 +29,7 @@ from flowback.tasks.sampling import Request, as_pixels, draw_batches
 SHOWN = 112  # pixels of a side, at least, in which an image is shown
 KEPT_SECONDS = 3600  # that results are kept for download
 UPLOAD = 20 * 2**20  # bytes of a file, at most
+SERVED = "GRADIO_TEMP_DIR"  # in the environment: where Gradio keeps what was uploaded and what is shown
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "flow", "concurrency_limit": 1}  # whatever computes shares one place
 
 
@@ -49,6 +51,8 @@ class Studio:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if os.environ.get(SERVED) == str(self.folder / "served"):
+            del os.environ[SERVED]
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def new_folder(self) -> Path:
@@ -132,8 +136,12 @@ def says_problems(work: Callable[..., Any]) -> Callable[..., Any]:
 def same() -> tuple[gr.Code, gr.Code]:
     """Where an action is shown as Python and as a command."""
     with gr.Accordion("The same in Python and on the command line", open=False):
-        python = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True)
-        shell = gr.Code(language="shell", label="command", interactive=False, wrap_lines=True)
+        python = gr.Code(
+            language="python", label="Python", interactive=False, wrap_lines=True, show_line_numbers=False, max_lines=20
+        )
+        shell = gr.Code(
+            language="shell", label="command", interactive=False, wrap_lines=True, show_line_numbers=False, max_lines=20
+        )
     return python, shell
 
 

@@ -313,7 +313,7 @@ def _inpaint(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         y = labels_of(flow, x, [label], names)
         texts = inpaint_texts(shelf.place(name), y.tolist(), names, n, most, guesses, key)
         yield out.begin(f"drawing {n} times with seed {key} …", texts)
-        captions = ["as given", "what is known", *(f"drawing {i}" for i in range(n))]
+        captions = ["as given", "known", *(f"#{i}" for i in range(n))]
         images, accepted, tiles = x, "", studio.new_folder()
         for i, part in enumerate(drawings(flow, x, mask, y, n, most, guesses, key), start=1):
             images = beside(x, mask, part.x.cpu())[0]
@@ -454,7 +454,8 @@ def _walk(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
             raise InputError(f"the start must be one of {', '.join(STARTS)}, got {how!r}")
         x = None if how == STARTS[1] else uploaded(file, flow)
         if x is None:
-            y = torch.tensor([key % len(names) if names and label == AUTO else (class_numbers(label, names) or [-1])[0]])
+            cycled = names[key % len(names)] if label == AUTO and names else label
+            y = torch.tensor(class_numbers(cycled, names)[:1] if names else [-1])
             z = flow.core.to_prior(flow.core.enter(noise(flow.core, key, 0)))
         else:
             y = labels_of(flow, x, [label], names)
@@ -485,7 +486,7 @@ def _walk(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
 
     outputs = [said, there, files, python, command]
     values = [chosen, source.file, source.label, start, seed]
-    go.click(begin, values, [begun, *angles, length, *outputs], **ONE_AT_A_TIME)
+    go.click(begin, values, [begun, *angles, length, *outputs], show_progress_on=there, **ONE_AT_A_TIME)
     sliders = [*angles, length]
     moves: Any = [slider.input for slider in sliders]
     gr.on(moves, move, [begun, *sliders], outputs, trigger_mode="always_last", show_progress="hidden", **ONE_AT_A_TIME)
