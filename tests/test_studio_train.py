@@ -215,6 +215,7 @@ def test_a_training_starts_stops_and_goes_on(shelf, tmp_path):
         first.fns["end"]()
     assert State.read(newest(run)).step > step
     assert "runs/new" in shelf.refresh()
+    assert "begun: step 2 of 2" in first.look("run: runs/begun")
     start = train.started(shelf, "run: runs/new", None, controls(shelf, "run: runs/new", train__eval_images=10.0))
     assert start.resume
     assert start.changes == {"train.eval_images": 10}

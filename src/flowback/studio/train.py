@@ -437,8 +437,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         return shown(start)
 
     def look(source: str, column: str, last: Any) -> Any:
-        training = trainer.training
-        run = watched(shelf, training, source)
+        run, training = watched(shelf, trainer.training, source)
         lines = [] if training is None else training.output()
         now = (str(run), column, trainer.runs, training and training.ending, lines, run and _changed(run))
         if now == last or column not in QUANTITIES:
@@ -472,12 +471,13 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
     gr.on([timer.tick, column.change], look, [source, column, seen], outputs, queue=False, show_progress="hidden")
 
 
-def watched(shelf: Shelf, training: Training | None, source: str) -> Path | None:
-    """The run that is shown: the one in training, or the last that was, or else the one that is chosen to go on with."""
-    if training is not None:
-        return training.start.folder
-    chosen = shelf.entries.get(str(source).removeprefix("run: "))
-    return None if chosen is None or newest(Path(chosen.place)) is None else Path(chosen.place)
+def watched(shelf: Shelf, training: Training | None, source: str) -> tuple[Path | None, Training | None]:
+    """The run that is shown, with its training: the one in training, else one chosen to go on with, else the last trained."""
+    entry = shelf.entries.get(str(source).removeprefix("run: "))
+    chosen = None if entry is None or newest(Path(entry.place)) is None else Path(entry.place)
+    if training is not None and (training.runs or chosen in (None, training.start.folder)):
+        return training.start.folder, training
+    return chosen, None
 
 
 def _offer(shelf: Shelf, run: Path) -> None:
