@@ -150,7 +150,7 @@ def _digits(config: DataConfig) -> ImageSet:
 
 
 def _digits_table() -> np.ndarray:
-    """The digits of scikit-learn, uint8 `[1797, 65]`: 64 pixels and the label. Their file is read without importing it all."""
+    """scikit-learn's digits, uint8 `[1797, 65]`: 64 pixels and the label; importing it all takes longer than its file."""
     found = find_spec("sklearn")
     if found is None:
         raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
