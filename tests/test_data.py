@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from flowback.core.errors import InputError
 from flowback.data import DataConfig, batches, load_data, load_image, step_generator
 from flowback.data.batches import StepOrder
-from flowback.data.datasets import DEBIAN_FASHION_MNIST
+from flowback.data.datasets import DEBIAN_FASHION_MNIST, _digits_table
 from flowback.data.splits import MemorySplit, split_indices
 
 
@@ -246,3 +247,8 @@ def test_digits_have_one_size():
         load_data(DataConfig(image_size=(8, 16)))
     with pytest.raises(InputError, match=r"data\.image_size must be 8, or null, for digits, got 16"):
         load_data(DataConfig(image_size=16))
+
+
+def test_digits_are_those_of_scikit_learn():
+    bunch, table = load_digits(), _digits_table()
+    assert np.array_equal(table, np.column_stack([bunch.data, bunch.target]))

@@ -1,9 +1,11 @@
 """The studio without a browser: what is offered and refused, and that the page, Python and the command draw the same."""
 
+import http.server
 import json
 import re
 import shlex
 import shutil
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -156,9 +158,9 @@ def test_images_alike_come_from_near_z(shelf, runs):
     assert torch.equal(far, again)
 
 
-def get(url):
+def get(url, **headers):
     try:
-        with urllib.request.urlopen(url) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -205,17 +207,38 @@ def test_values_that_the_page_does_not_offer_are_refused(server, runs, values):
     assert "event: complete" not in said
 
 
-def test_files_of_the_server_are_no_uploads(server, runs):
-    secret = runs / "plain" / "config.yaml"
+@pytest.fixture
+def elsewhere():
+    """An address of this machine that is none of the studio's, and what was asked there."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{other.server_port}/secret.png", asked
+        other.shutdown()
+
+
+def test_files_of_the_server_are_no_uploads_nor_is_what_it_reaches(server, runs, elsewhere):
+    address, asked = elsewhere
     names = json.loads(get(f"{server}/gradio_api/info")[1])["named_endpoints"]
     taken = 0
     for name, endpoint in names.items():
         kinds = [parameter["python_type"]["type"] for parameter in endpoint["parameters"]]
-        for place in (secret, "/etc/passwd", Path.home() / ".bashrc"):
+        for place in (runs / "plain" / "config.yaml", "/etc/passwd", Path.home() / ".bashrc", address):
             for i, kind in enumerate(kinds):
-                if "filepath" not in kind and "path" not in kind:
+                if "path" not in kind:
                     continue
-                file = {"path": str(place), "meta": {"_type": "gradio.FileData"}}
+                file = {"path": str(place), "url": address, "meta": {"_type": "gradio.FileData"}}
                 values = [p.get("parameter_default") for p in endpoint["parameters"]]
                 values[i] = [file] if kind.startswith("list") else file
                 said = call(server, name.strip("/"), *values)
@@ -223,6 +246,18 @@ def test_files_of_the_server_are_no_uploads(server, runs):
                 assert "root:" not in said
                 taken += 1
     assert taken > 5
+    assert asked == []
+
+
+def test_foreign_pages_cannot_pass_for_it(server):
+    """Not by a name that leads to this machine, and not by a form that is sent here."""
+    assert get(f"{server}/config")[0] == 200
+    assert get(f"{server}/config", Host="foreign.example")[0] == 400
+    body = json.dumps({"data": []}).encode()
+    url = f"{server}/gradio_api/call/offered"
+    sent = urllib.request.Request(url, body, {"Content-Type": "text/plain", "Origin": "http://foreign.example"})
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(sent)
 
 
 def test_only_this_machine_is_served_unless_asked(runs):

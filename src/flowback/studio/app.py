@@ -6,6 +6,8 @@ from types import ModuleType
 
 import gradio as gr
 from gradio.themes import Base, Default
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from flowback.core.console import say
 from flowback.core.errors import InputError
@@ -15,6 +17,7 @@ from flowback.studio.common import SERVED, UPLOAD, Studio, says_problems
 TABS: tuple[ModuleType, ...] = (draw, classify, edit, compare)
 LOCAL_TABS: tuple[ModuleType, ...] = (train,)  # that only this machine may use: they start processes and write runs
 WAITING = 64  # people in the queue, at most
+HERE = ["127.0.0.1", "localhost"]  # names that a browser may know this machine by: no page of a foreign one becomes ours
 SESSIONS = 200  # pages whose state is kept, at most
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
@@ -108,6 +111,9 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int | None = None, pass
             max_file_size=UPLOAD,
             state_session_capacity=SESSIONS,
             allowed_paths=[],
+            app_kwargs={
+                "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HERE if is_loopback(host) else ["*"])]
+            },
             share=False,
             quiet=True,
             footer_links=[],
