@@ -173,7 +173,7 @@ class Page:
     """The tab as a browser uses it: its functions by name, and what it last showed."""
 
     def __init__(self, shelf):
-        self.blocks = page(Studio(shelf))
+        self.blocks = page(Studio(shelf, folder=Path(shelf.places[0])))
         self.fns = {f.name: f.fn for f in self.blocks.fns.values() if f.fn and "studio.train" in f.fn.__module__}
         self.shown, self.seen = {}, None
 

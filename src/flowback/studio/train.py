@@ -472,7 +472,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
 
 
 def watched(shelf: Shelf, training: Training | None, source: str) -> tuple[Path | None, Training | None]:
-    """The run that is shown, with its training: the one in training, else one chosen to go on with, else the last trained."""
+    """The run that is shown, with its training: the one in training, else the chosen one, else the last trained."""
     entry = shelf.entries.get(str(source).removeprefix("run: "))
     chosen = None if entry is None or newest(Path(entry.place)) is None else Path(entry.place)
     if training is not None and (training.runs or chosen in (None, training.start.folder)):
