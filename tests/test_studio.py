@@ -124,7 +124,7 @@ def test_page_python_and_command_draw_the_same(shelf, runs, tmp_path, monkeypatc
     parts = list(draw_batches(flow, request, range(6), "auto", draw.columns(6)))
     (tmp_path / "page").mkdir()
     files = draw.save(tmp_path / "page", parts)
-    python, command = draw.texts(shelf.place(name), drawing)
+    python, command = draw.texts(shelf.place(name), drawing, shelf.classes(name))
     exec(python.replace("samples.png", "python.npz"), {})
     assert main([*shlex.split(command)[1:], "-o", "command.npz"]) == 0
     page, by_python, by_command = (np.load(file)["arr_0"] for file in (files[1], "python.npz", "command.npz"))
@@ -133,6 +133,10 @@ def test_page_python_and_command_draw_the_same(shelf, runs, tmp_path, monkeypatc
     z = load_file(files[2])
     assert z["z"].shape == (6, *flow.token_shape)
     assert z["labels"].tolist() == [3, 7] * 3
+
+
+def test_classes_whose_names_are_other_numbers_are_named():
+    assert "--labels=10,2" in draw.sample_command("run", Request(2, (1, 2)), "auto", "a.png", ["1", "10", "2"])
 
 
 def test_fewer_images_than_classes_are_spread_as_the_command_spreads_them():

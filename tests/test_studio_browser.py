@@ -251,3 +251,20 @@ def test_it_compares(page):
     open_tab(page, "Compare")
     click(page, "Compare")
     done(page, "16 images by each with seed 0,")
+
+
+def test_it_trains_stops_and_goes_on(page, runs):
+    open_tab(page, "Train")
+    page.get_by_label("Name of the new run").fill("browser")
+    page.get_by_text("alignment: with what").click()
+    strategy = page.get_by_label("strategy").locator("visible=true").first
+    strategy.fill("none")
+    strategy.press("Enter")
+    click(page, "Start")
+    page.get_by_text(re.compile(r"step [1-9]\d* of 1,?000")).first.wait_for(timeout=90_000)
+    page.reload()  # it goes on meanwhile
+    open_tab(page, "Train")
+    stop = page.get_by_role("button", name="Stop", exact=True).locator("visible=true")
+    stop.click()
+    page.get_by_role("button", name="Go on").locator("visible=true").and_(page.locator(":enabled")).wait_for(timeout=90_000)
+    assert list((runs / "browser" / "checkpoints").glob("step_*"))

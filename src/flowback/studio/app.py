@@ -54,14 +54,15 @@ def page(studio: Studio) -> gr.Blocks:
                 with gr.Tab(tab.NAME):
                     tab.build(studio, chosen)
         chosen.change(says_problems(studio.shelf.card), chosen, card)
-        again.click(lambda name: _offered(studio, name), chosen, chosen, queue=False)
-        blocks.load(lambda: _offered(studio, None), None, chosen, queue=False, api_name="offered")
+
+        @says_problems
+        def offered(name: str | None = None) -> gr.Dropdown:
+            names = studio.shelf.refresh()
+            return gr.Dropdown(names, value=name if name in names else names[0])
+
+        again.click(offered, chosen, chosen, api_visibility="private")
+        blocks.load(offered, None, chosen)
     return blocks.queue(max_size=WAITING, default_concurrency_limit=8)
-
-
-def _offered(studio: Studio, name: str | None) -> gr.Dropdown:
-    names = studio.shelf.refresh()
-    return gr.Dropdown(names, value=name if name in names else names[0])
 
 
 def theme() -> Base:

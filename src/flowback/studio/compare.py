@@ -25,6 +25,7 @@ from flowback.reports.compare import (
     read_record,
     table,
 )
+from flowback.runs.checkpoint import class_names
 from flowback.runs.log import COLUMNS, read_metrics, series
 from flowback.studio.common import ONE_AT_A_TIME, Studio, same, says_problems, tile
 from flowback.studio.draw import columns, controls, request_text, requested, sample_command
@@ -171,7 +172,8 @@ def texts(found: list[Record], request: Request, method: str) -> tuple[str, str]
     python += ["", f"runs = {[a, b]!r}", f"request = {request_text(request)}", "for i, run in enumerate(runs):"]
     python += [f"    sample_to_disk(load_flow(run)[0], request, Path(f'samples_{{i}}.png'), method={method!r})"]
     python += ["write_comparison(runs, Path('comparison'))"] * reported
-    shell = [sample_command(run, request, method, f"samples_{i}.png") for i, run in enumerate((a, b))]
+    names = [class_names(run, record.flow) for run, record in zip((a, b), found, strict=True)]
+    shell = [sample_command(run, request, method, f"samples_{i}.png", names[i]) for i, run in enumerate((a, b))]
     shell += [command("flowback", "compare", Path(a), Path(b), "-o", "comparison")] * reported
     return "\n".join(python), "\n".join(shell)
 

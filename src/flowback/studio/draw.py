@@ -1,7 +1,7 @@
 """The tab in which images are drawn: new ones, how they come to be, and more like one of them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from flowback.flow.decoding import DECODERS
 from flowback.flow.patches import unpatchify
 from flowback.latents import Flow
 from flowback.studio.common import ONE_AT_A_TIME, Studio, class_numbers, number, same, says_problems, shown, tile
-from flowback.studio.shelf import Shelf, python_of, shell
+from flowback.studio.shelf import Shelf, python_of, shell, words_of
 from flowback.tasks.editing import slerp
 from flowback.tasks.sampling import Drawn, Request, as_pixels, draw_batches
 
@@ -95,12 +95,12 @@ def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, 
     return flow.to_images(x.float()).float().cpu()
 
 
-def texts(place: str, drawing: Drawing) -> tuple[str, str]:
-    """The same drawing in Python and on the command line."""
+def texts(place: str, drawing: Drawing, names: Sequence[str]) -> tuple[str, str]:
+    """The same drawing in Python and on the command line; `names` of the flow's classes."""
     python = "from pathlib import Path\n\nfrom flowback.tasks.sampling import Request, sample_to_disk\n"
     python += f"{python_of(place)}\nrequest = {request_text(drawing.request)}\n"
     python += f"sample_to_disk(flow, request, Path('samples.png'), method={drawing.method!r})"
-    return python, sample_command(place, drawing.request, drawing.method, "samples.png")
+    return python, sample_command(place, drawing.request, drawing.method, "samples.png", names)
 
 
 def request_text(request: Request) -> str:
@@ -110,12 +110,12 @@ def request_text(request: Request) -> str:
     return f"Request({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
 
-def sample_command(place: str, r: Request, method: str, output: str) -> str:
-    """The command that draws a request into a file."""
+def sample_command(place: str, r: Request, method: str, output: str, names: Sequence[str]) -> str:
+    """The command that draws a request into a file; `names` of the flow's classes."""
     words = ["-o", output, f"--num={r.num}", f"--seed={r.seed}", f"--guidance={r.guidance:g}"]
     words += [f"--temperature={r.temperature:g}", f"--denoise={str(r.denoise).lower()}", f"--method={method}"]
     if min(r.labels) >= 0:
-        words.append(f"--labels={','.join(map(str, r.labels))}")
+        words.append(f"--labels={words_of(r.labels, names)}")
     return shell("sample", place, *words)
 
 
@@ -194,7 +194,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         if method not in ("auto", *DECODERS):
             raise InputError(f"decoding must be one of auto, {', '.join(DECODERS)}, got {method!r}")
         made = Drawing(name, request, method)
-        texts_ = dict(zip((python, command), texts(shelf.place(name), made), strict=True))
+        texts_ = dict(zip((python, command), texts(shelf.place(name), made, shelf.classes(name)), strict=True))
         started, parts, labels = time.perf_counter(), [], shelf.classes(name)
         images: list[tuple[str, str]] = []
         folder = studio.new_folder()
