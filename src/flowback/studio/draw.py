@@ -223,8 +223,10 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         flow, made = shelf.flow(_there(made).flow), _there(made)
         images, _ = trajectory(flow, made.request, made.chosen, made.method)
         blocks = len(images) - 1
-        captions = ["z", *(f"after block {blocks - i}" for i in range(blocks))]
-        told_ = f"Image #{made.chosen} from noise, block by block; the last one is not denoised."
+        captions = ["z", *(f"block {blocks - i}" for i in range(blocks))]
+        told_ = (
+            f"Image #{made.chosen} from noise, block by block: after the last block first. The last image is not denoised."
+        )
         return {steps: [(tile(x), text) for x, text in zip(images, captions, strict=True)], told: told_}
 
     @says_problems
