@@ -255,7 +255,10 @@ def test_it_compares(page):
 
 def test_it_trains_stops_and_goes_on(page, runs):
     open_tab(page, "Train")
-    page.get_by_label("Name of the new run").fill("browser")
+    name = page.get_by_label("Name of the new run")
+    while name.input_value() != "browser":  # the page sets it once it is loaded
+        name.fill("browser")
+        page.wait_for_timeout(1000)
     page.get_by_text("alignment: with what").click()
     strategy = page.get_by_label("strategy").locator("visible=true").first
     strategy.fill("none")

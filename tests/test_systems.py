@@ -59,7 +59,7 @@ WITHOUT_POSIX = """
         torch.set_num_threads(1)
         import flowback
         for module in pkgutil.walk_packages(flowback.__path__, "flowback."):
-            if not module.name.endswith("__main__"):
+            if not module.name.startswith(("flowback.studio", "flowback.__main__")):  # Gradio looks at the system's name
                 importlib.import_module(module.name)
         from flowback.cli import main
         run, out, image, *small = sys.argv[1:]

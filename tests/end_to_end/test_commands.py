@@ -40,7 +40,7 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys, mo
         train=replace(full.train, batch_size=16, eval_images=20, warmup=2),
     )
     (tmp_path / "small.yaml").write_text(small.to_yaml())
-    monkeypatch.setattr("flowback.quickstart.recipe", lambda name: tmp_path / "small.yaml")
+    monkeypatch.setattr("flowback.cli.training.recipe", lambda name: tmp_path / "small.yaml")
     run = tmp_path / "run"
     assert main(["quickstart", f"--run={run}", "--steps=30", "--seed=5"]) == 0
     report = json.loads((run / "report.json").read_text())
