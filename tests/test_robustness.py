@@ -361,6 +361,7 @@ def check_name(flow, tmp_path, name):
 @given(NAMES)
 @example("[run]")
 @example("-run")
+@example("-é")
 @example("1")
 def test_a_flow_and_its_images_may_be_called_anything(small_run, tmp_path, name):
     check_name(checkpoint.newest(small_run), tmp_path, name)

@@ -193,7 +193,8 @@ def typed_path(text: str) -> str:
     for part in Path(text).relative_to(found).parts:
         forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
         found /= next((form for form in forms if os.path.lexists(found / form)), part)
-    return str(found) + ("/" if text.endswith("/") else "")
+    here = "./" if text.startswith("./") else ""  # without it -é would be an option
+    return here + str(found) + ("/" if text.endswith("/") else "")
 
 
 def cache_folder() -> Path:
