@@ -51,7 +51,7 @@ $(TRAINED)/report.json: | $(READY)
 bench: setup $(TRAINED)/report.json
 	for file in benchmarks/*.py; do \
 		case $$file in */gpu.py) continue;; esac; \
-		case $$file in */convergence.py|*/decoding.py|*/refinement.py) run=$(TRAINED)/aligned;; *) run=;; esac; \
+		case $$file in */convergence.py|*/decoding.py|*/refinement.py|*/studio.py) run=$(TRAINED)/aligned;; *) run=;; esac; \
 		$(BIN)/python $$file $$run || exit 1; \
 	done
 
