@@ -22,7 +22,7 @@ from flowback.studio import draw
 from flowback.studio.app import serve
 from flowback.studio.common import Studio, class_numbers, number, problem
 from flowback.studio.shelf import Shelf
-from flowback.tasks.sampling import Request, draw_batches
+from flowback.tasks.sampling import Request, alike, draw_batches, trajectory
 
 CPU = torch.device("cpu")
 NASTY = "<img src=x onerror=document.title='taken'>"
@@ -146,7 +146,7 @@ def test_fewer_images_than_classes_are_spread_as_the_command_spreads_them():
 
 def test_the_trajectory_ends_at_the_image(shelf, runs):
     flow, request = shelf.flow(f"{runs.name}/plain"), Request(4, (1, 2), seed=3, denoise=False)
-    images, largest = draw.trajectory(flow, request, 2)
+    images, largest = trajectory(flow, request, 2)
     assert len(images) == len(largest) == flow.config.blocks + 1
     (drawn,) = draw_batches(flow, request, [2])
     torch.testing.assert_close(images[-1:], drawn.x, atol=1e-5, rtol=0)
@@ -155,11 +155,23 @@ def test_the_trajectory_ends_at_the_image(shelf, runs):
 def test_images_alike_come_from_near_z(shelf, runs):
     flow, request = shelf.flow(f"{runs.name}/plain"), Request(4, (1, 2), seed=3, denoise=False)
     (drawn,) = draw_batches(flow, request, [2])
-    near, far = (draw.alike(flow, request, 2, share, 9, 3) for share in (0.001, 1.0))
+    near, far = (alike(flow, request, 2, share, 9, 3) for share in (0.001, 1.0))
     assert (to_uint8(near).int() - to_uint8(drawn.x).int()).abs().max() <= 3
     assert (far - drawn.x).abs().mean() > 10 * (near - drawn.x).abs().mean()
-    again = draw.alike(flow, request, 2, 1.0, 9, 3)
+    again = alike(flow, request, 2, 1.0, 9, 3)
     assert torch.equal(far, again)
+
+
+@pytest.mark.parametrize(
+    "call", ["trajectory(flow, request, 2, method='auto')[0]", "alike(flow, request, 2, 0.4, seed=1, num=3)"]
+)
+def test_what_is_done_with_one_image_is_shown_in_python(shelf, runs, call):
+    name = f"{runs.name}/plain"
+    drawing = draw.Drawing(name, Request(4, (1, 2), seed=3), "auto", 2)
+    found: dict = {}
+    exec(draw.texts_of_one(shelf.place(name), drawing, call)[0], found)
+    expected = eval(call, {**found, "flow": shelf.flow(name), "request": drawing.request})
+    torch.testing.assert_close(found["images"], expected, atol=1e-5, rtol=0)
 
 
 def get(url, **headers):

@@ -9,22 +9,18 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
-from torch import Tensor
 
 from flowback.core.errors import InputError
 from flowback.core.files import save_tensors
-from flowback.core.seeds import keyed_normal
 from flowback.data.pictures import save_grid
 from flowback.flow.decoding import DECODERS
-from flowback.flow.patches import unpatchify
-from flowback.latents import Flow
 from flowback.studio.common import ONE_AT_A_TIME, Studio, class_numbers, number, same, says_problems, shown, tile
 from flowback.studio.shelf import Shelf, python_of, shell, words_of
-from flowback.tasks.editing import slerp
-from flowback.tasks.sampling import Drawn, Request, as_pixels, draw_batches
+from flowback.tasks.sampling import Drawn, Request, alike, as_pixels, draw_batches, trajectory
 
 NAME = "Draw"
 MOST = 64  # images at once
+ALIKE = 8  # images like a chosen one
 SEEDS = 2**31 - 1
 
 
@@ -65,42 +61,20 @@ def requested(
     )
 
 
-def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -> tuple[Tensor, Tensor]:
-    """Image `index` of a request as it comes to be: z, then what each block makes of it; `[blocks + 1, C, H, W]`.
-
-    Returns:
-        The images, each scaled to be visible if its numbers are larger than an image's; and the largest number of each.
-    """
-    core, patch = flow.core, flow.core.config.patch_size
-    drawn = next(draw_batches(flow, replace(request, denoise=False), [index], method))
-    steps = [drawn.z.to(core.device)]
-    steps += [tokens for tokens, _ in core.decode_by_block(steps[0], drawn.y, request.as_guidance(), method)]
-    grids = torch.cat([unpatchify(tokens, patch, core.image_size) for tokens in steps])
-    largest = grids.abs().flatten(1).quantile(0.98, dim=1).clamp(min=1)
-    images = [flow.to_images(grids[:-1] / largest[:-1, None, None, None]), flow.to_images(grids[-1:])]
-    return torch.cat(images).cpu(), largest.cpu()
-
-
-def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, num: int, method: str = "auto") -> Tensor:
-    """Images `[num, C, H, W]` whose z lies at share `strength` of the way from that of image `index` to fresh noise.
-
-    They keep its class, guidance and temperature. The way is a great circle, so every z on it is typical.
-    """
-    drawn, core = next(draw_batches(flow, replace(request, denoise=False), [index], method)), flow.core
-    fresh = torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)])
-    fresh = request.temperature * core.to_prior(core.enter(fresh))
-    z, y = slerp(core.enter(drawn.z).expand_as(fresh), fresh, strength), drawn.y.expand(num)
-    x = core.decode(z, y, request.as_guidance(), method)
-    x = core.denoise(x, y) if request.denoise else x
-    return flow.to_images(x.float()).float().cpu()
-
-
 def texts(place: str, drawing: Drawing, names: Sequence[str]) -> tuple[str, str]:
     """The same drawing in Python and on the command line; `names` of the flow's classes."""
     python = "from pathlib import Path\n\nfrom flowback.tasks.sampling import Request, sample_to_disk\n"
     python += f"{python_of(place)}\nrequest = {request_text(drawing.request)}\n"
     python += f"sample_to_disk(flow, request, Path('samples.png'), method={drawing.method!r})"
     return python, sample_command(place, drawing.request, drawing.method, "samples.png", names)
+
+
+def texts_of_one(place: str, drawing: Drawing, call: str) -> tuple[str, str]:
+    """What is done with the chosen image of a drawing: the call of a function of `flowback.tasks.sampling`."""
+    name = call.partition("(")[0]
+    python = f"from flowback.tasks.sampling import Request, {name}\n{python_of(place)}\n"
+    python += f"request = {request_text(drawing.request)}\nimages = {call}"
+    return python, "# no command does this"
 
 
 def request_text(request: Request) -> str:
@@ -185,7 +159,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
                     object_fit="contain",
                     height="auto",
                     format="png",
-                    buttons=["fullscreen"],
+                    buttons=["download_all", "fullscreen"],
                 )
 
     @says_problems
@@ -227,15 +201,19 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         told_ = (
             f"Image #{made.chosen} from noise, block by block: after the last block first. The last image is not denoised."
         )
-        return {steps: [(tile(x), text) for x, text in zip(images, captions, strict=True)], told: told_}
+        call = f"trajectory(flow, request, {made.chosen}, method={made.method!r})[0]"
+        texts_ = dict(zip((python, command), texts_of_one(shelf.place(made.flow), made, call), strict=True))
+        return {steps: [(tile(x), text) for x, text in zip(images, captions, strict=True)], told: told_, **texts_}
 
     @says_problems
     def draw_alike(made: Drawing | None, strength: Any, seed: Any) -> dict[Any, Any]:
         made, flow = _there(made), shelf.flow(_there(made).flow)
         share, key = number(strength, "how different", 0, 1), number(seed, "the seed", 0, SEEDS, whole=True)
-        images = alike(flow, made.request, made.chosen, share, key + 1, 8, made.method)
-        told_ = f"8 images whose z is {100 * share:.0f} % of the way from that of image #{made.chosen} to other noise."
-        return {steps: [(tile(x), f"like #{made.chosen}, {i}") for i, x in enumerate(images)], told: told_}
+        images = alike(flow, made.request, made.chosen, share, key + 1, ALIKE, made.method)
+        call = f"alike(flow, request, {made.chosen}, {share}, seed={key + 1}, num={ALIKE}, method={made.method!r})"
+        texts_ = dict(zip((python, command), texts_of_one(shelf.place(made.flow), made, call), strict=True))
+        told_ = f"{ALIKE} images whose z is {100 * share:.0f} % of the way from that of #{made.chosen} to other noise."
+        return {steps: [(tile(x), f"like #{made.chosen}, {i}") for i, x in enumerate(images)], told: told_, **texts_}
 
     def choose(made: Drawing | None, event: gr.SelectData) -> tuple[Drawing | None, str]:
         if made is None:
@@ -246,8 +224,8 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
     running = go.click(draw, [chosen, *values], outputs, **ONE_AT_A_TIME)
     stop.click(lambda: "stopped", None, said, cancels=[running], queue=False)
     grid.select(choose, drawing, [drawing, which], queue=False)
-    path.click(show_path, drawing, [steps, told], **ONE_AT_A_TIME)
-    more.click(draw_alike, [drawing, strength, values[-1]], [steps, told], **ONE_AT_A_TIME)
+    path.click(show_path, drawing, [steps, told, python, command], **ONE_AT_A_TIME)
+    more.click(draw_alike, [drawing, strength, values[-1]], [steps, told, python, command], **ONE_AT_A_TIME)
 
 
 def _there(made: Drawing | None) -> Drawing:

@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,8 +36,10 @@ from flowback.data.splits import spread
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solved
 from flowback.flow.guidance import Guidance
+from flowback.flow.patches import unpatchify
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
+from flowback.tasks.editing import slerp
 from flowback.tasks.refinement import OBJECTIVES, best_of, refine
 
 MOST_ROWS = 20  # of a picture, a class each
@@ -149,6 +151,36 @@ def draw_batches(
             x, report = flow.decode_with_report(chosen, y, guidance, method, compile=compile)
             x = flow.denoise(x, y, batch_size) if request.denoise else x
         yield Drawn(whole.to_images(x.float()).float().cpu(), chosen.cpu(), y, report)
+
+
+def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -> tuple[Tensor, Tensor]:
+    """Image `index` of a request as it comes to be: z, then what each block makes of it; `[blocks + 1, C, H, W]`.
+
+    Returns:
+        The images, each scaled to be visible if its numbers are larger than an image's; and the largest number of each.
+    """
+    core, patch = flow.core, flow.core.config.patch_size
+    drawn = next(draw_batches(flow, replace(request, denoise=False), [index], method))
+    steps = [drawn.z.to(core.device)]
+    steps += [tokens for tokens, _ in core.decode_by_block(steps[0], drawn.y, request.as_guidance(), method)]
+    grids = torch.cat([unpatchify(tokens, patch, core.image_size) for tokens in steps])
+    largest = grids.abs().flatten(1).quantile(0.98, dim=1).clamp(min=1)
+    images = [flow.to_images(grids[:-1] / largest[:-1, None, None, None]), flow.to_images(grids[-1:])]
+    return torch.cat(images).cpu(), largest.cpu()
+
+
+def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, num: int, method: str = "auto") -> Tensor:
+    """Images `[num, C, H, W]` whose z lies at share `strength` of the way from that of image `index` to fresh noise.
+
+    They keep its class, guidance and temperature. The way is a great circle, so every z on it is typical.
+    """
+    drawn, core = next(draw_batches(flow, replace(request, denoise=False), [index], method)), flow.core
+    fresh = torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)])
+    fresh = request.temperature * core.to_prior(core.enter(fresh))
+    z, y = slerp(core.enter(drawn.z).expand_as(fresh), fresh, strength), drawn.y.expand(num)
+    x = core.decode(z, y, request.as_guidance(), method)
+    x = core.denoise(x, y) if request.denoise else x
+    return flow.to_images(x.float()).float().cpu()
 
 
 def draw(
