@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import TimeoutError, sync_playwright
 from safetensors.torch import load_file
 
 from flowback.studio import draw
@@ -25,8 +26,7 @@ def browser():
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
         pytest.skip(f"needs a browser: {', '.join(NAMES)} (Debian's package chromium)")
-    sync = pytest.importorskip("playwright.sync_api")
-    with sync.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
@@ -54,6 +54,7 @@ def page(browser, server):
     context.set_default_timeout(WAIT)
     page = context.new_page()
     page.goto(server)
+    page.get_by_role("button", name="Draw", exact=True).wait_for()
     yield page
     context.close()
 
@@ -79,6 +80,18 @@ def click(page, name):
 
 def done(page, text="16 images, seed 0,"):
     page.get_by_text(text).first.wait_for()
+
+
+def upload(page, file, said):
+    """Give a file to the open tab; again where the page was not ready for it."""
+    for last in (False, False, False, True):
+        page.locator("input[type=file]").first.set_input_files(file)
+        try:
+            page.get_by_text(said).first.wait_for(timeout=WAIT / 4)
+            return
+        except TimeoutError:
+            if last:
+                raise
 
 
 def open_tab(page, name):
@@ -225,8 +238,7 @@ def test_it_classifies_its_own_images(page):
 def test_files_that_are_no_images_are_named(page, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     open_tab(page, "Classify")
-    page.locator("input[type=file]").first.set_input_files(tmp_path / name)
-    page.get_by_text(name).first.wait_for()
+    upload(page, tmp_path / name, name)
     click(page, "Classify")
     page.get_by_text("cannot be read").first.wait_for()
 
@@ -235,8 +247,7 @@ def test_a_huge_file_is_refused(page, tmp_path):
     with open(tmp_path / "huge.png", "wb") as stream:
         stream.truncate(UPLOAD + 1)
     open_tab(page, "Classify")
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "huge.png")
-    page.get_by_text(re.compile("maximum allowed size|exceeds", re.IGNORECASE)).first.wait_for()
+    upload(page, tmp_path / "huge.png", re.compile("maximum allowed size|exceeds", re.IGNORECASE))
 
 
 def test_it_edits(page):
