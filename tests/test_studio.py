@@ -269,6 +269,7 @@ def test_foreign_pages_cannot_pass_for_it(server):
     """Not by a name that leads to this machine, and not by a form that is sent here."""
     assert get(f"{server}/config")[0] == 200
     assert get(f"{server}/config", Host="foreign.example")[0] == 400
+    assert "event: complete" in call(server, "offered")
     body = json.dumps({"data": []}).encode()
     url = f"{server}/gradio_api/call/offered"
     sent = urllib.request.Request(url, body, {"Content-Type": "text/plain", "Origin": "http://foreign.example"})

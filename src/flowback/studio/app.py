@@ -61,7 +61,7 @@ def page(studio: Studio) -> gr.Blocks:
             return gr.Dropdown(names, value=name if name in names else names[0])
 
         again.click(offered, chosen, chosen, api_visibility="private")
-        blocks.load(offered, None, chosen)
+        blocks.load(offered, None, chosen, api_name="offered")
     return blocks.queue(max_size=WAITING, default_concurrency_limit=8)
 
 
