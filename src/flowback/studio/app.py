@@ -60,7 +60,7 @@ def page(studio: Studio) -> gr.Blocks:
             names = studio.shelf.refresh()
             return gr.Dropdown(names, value=name if name in names else names[0])
 
-        again.click(offered, chosen, chosen, api_visibility="private")
+        again.click(offered, chosen, chosen, api_name="look_again")
         blocks.load(offered, None, chosen, api_name="offered")
     return blocks.queue(max_size=WAITING, default_concurrency_limit=8)
 
