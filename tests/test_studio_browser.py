@@ -17,7 +17,7 @@ from flowback.studio.common import UPLOAD, Studio
 from flowback.studio.shelf import Shelf
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WAIT = 30_000  # ms
+WAIT = 90_000  # ms, on a busy machine
 NASTY = "<img src=x onerror=document.title='taken'>"
 
 
@@ -66,7 +66,7 @@ def slow(monkeypatch):
 
     def waiting(*arguments):
         for part in real(*arguments):
-            go_on.wait(20)
+            go_on.wait(60)
             yield part
 
     monkeypatch.setattr(draw, "draw_batches", waiting)
@@ -275,10 +275,12 @@ def test_it_trains_stops_and_goes_on(page, runs):
     strategy.fill("none")
     strategy.press("Enter")
     click(page, "Start")
-    page.get_by_text(re.compile(r"step [1-9]\d* of 1,?000")).first.wait_for(timeout=90_000)
+    page.get_by_text(re.compile(r"step [1-9]\d* of 1,?000")).first.wait_for(timeout=3 * WAIT)
     page.reload()  # it goes on meanwhile
     open_tab(page, "Train")
     stop = page.get_by_role("button", name="Stop", exact=True).locator("visible=true")
     stop.click()
-    page.get_by_role("button", name="Go on").locator("visible=true").and_(page.locator(":enabled")).wait_for(timeout=90_000)
+    page.get_by_role("button", name="Go on").locator("visible=true").and_(page.locator(":enabled")).wait_for(
+        timeout=3 * WAIT
+    )
     assert list((runs / "browser" / "checkpoints").glob("step_*"))
