@@ -27,12 +27,16 @@ from flowback.latents import load_autoencoder
 from flowback.quickstart import quickstart
 from flowback.runs.config import RunConfig, recipe
 from flowback.runs.log import read_metrics
+from flowback.studio import classify as tab
+from flowback.studio import edit
 from flowback.tasks.autotune import autotune
-from flowback.tasks.classify import classify, fit_statistics
+from flowback.tasks.classify import classify, classify_files, fit_statistics
 from flowback.tasks.editing import inpaint, interpolate, swap_class
 from flowback.tasks.refinement import agreement, best_of, refine
+from flowback.tasks.sampling import Request, alike, trajectory
 
 Y = torch.tensor([0, 1, 2])
+DRAWN = Request(3, (0, 1, 2), guidance=0.5, seed=4)
 MASK = (torch.arange(6) >= 3).expand(1, 1, 6, 6)
 STRATEGIES = [("forward", "one_step"), ("detach", "one_step")]
 STRATEGIES += [("reverse", gradient) for gradient in ("cached", "one_step", 2, "exact", "sequential")]
@@ -509,3 +513,27 @@ def test_saved_precisions_work_in_the_verbs(second, run, tmp_path):
         assert load_file(folder / "model.safetensors")["blocks.0.proj_in.weight"].dtype == dtype
         for command in ("sample", "classify", "encode", "inpaint", "swap"):
             perform(VERBS[command].replace("RUN", str(folder)), run, tmp_path / str(dtype), second)
+
+
+STUDIO = {
+    "trajectory": lambda flow: trajectory(flow, DRAWN, 1),
+    "alike": lambda flow: alike(flow, DRAWN, 1, 0.4, seed=5, num=2),
+    "walk by hand": lambda flow: edit.moved(flow, edit.Start("", noise(flow)[:1], Y[:1], 3, None), [20, -10], 0.9)[0],
+    "inpaint by step": lambda flow: [p.x.cpu() for p in edit.drawings(flow, images(flow)[:1], MASK, Y[:1], 2, 4, 2, 0)][-1],
+    "likelihoods": lambda flow: torch.tensor(tab.likelihoods(flow, images(flow), labels(flow))),
+    "classify files": lambda flow: next(
+        classify_files(
+            flow, "abc", ["exact", "single_gradient"], 2, read=lambda file: images(flow)["abc".index(file)][None]
+        )
+    ).scores["exact"],
+}
+
+
+@pytest.mark.parametrize("name", STUDIO)
+def test_what_the_studio_does_equals_the_cpus(second, name):
+    here = STUDIO[name](random_flow())
+    flow = random_flow().to(second)
+    with second.counted() as counts:
+        there = STUDIO[name](flow)
+    assert counts.operations > 0
+    torch.testing.assert_close(there, here, atol=1e-6, rtol=1e-6)

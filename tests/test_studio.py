@@ -19,7 +19,7 @@ from flowback import InputError
 from flowback.cli import main
 from flowback.core.units import to_uint8
 from flowback.studio import draw
-from flowback.studio.app import serve
+from flowback.studio.app import page, serve
 from flowback.studio.common import Studio, class_numbers, number, problem
 from flowback.studio.shelf import Shelf
 from flowback.tasks.sampling import Request, alike, draw_batches, trajectory
@@ -65,23 +65,27 @@ def test_runs_are_found_and_nothing_else(shelf, runs):
             shelf.flow(name)
 
 
-def test_a_run_that_is_trained_on_is_loaded_anew(shelf, runs):
-    name = f"{runs.name}/plain"
-    flow = shelf.flow(name)
-    assert shelf.flow(name) is flow
-    assert (
-        main(
-            [
-                "train",
-                f"--config={runs / 'plain' / 'config.yaml'}",
-                f"--run={runs / 'plain'}",
-                "--train.resume=true",
-                "--train.steps=3",
-            ]
-        )
-        == 0
-    )
-    assert shelf.flow(name) is not flow
+def test_a_run_that_is_trained_on_is_loaded_anew(runs, tmp_path):
+    run = shutil.copytree(runs / "plain", tmp_path / "plain")
+    shelf = Shelf([str(run)], CPU)
+    flow = shelf.flow("plain")
+    assert shelf.flow("plain") is flow
+    assert main(["train", f"--config={run / 'config.yaml'}", "--train.resume", "--train.steps=3"]) == 0
+    assert shelf.flow("plain") is not flow
+
+
+def test_a_damaged_run_keeps_no_other_from_being_shown(runs, tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copytree(runs / "plain", tmp_path / name)
+    next((tmp_path / "a").glob("checkpoints/*/model.safetensors")).write_bytes(b"no tensors")
+    with Studio(Shelf([str(tmp_path)], CPU)) as studio:
+        assert studio.shelf.first() == f"{tmp_path.name}/b"
+        assert "left aside" in capsys.readouterr().out
+        page(studio)
+        shutil.rmtree(tmp_path / "b")
+        studio.shelf.refresh()
+        with pytest.raises(InputError, match="none of the flows"):
+            studio.shelf.first()
 
 
 def test_names_are_no_markup(shelf, runs):
@@ -94,14 +98,12 @@ def test_names_are_no_markup(shelf, runs):
 def test_a_card_says_what_is_known(shelf, runs):
     facts = shelf.facts(f"{runs.name}/plain")
     assert facts["data"] == "digits"
-    assert "3 steps" in facts["trained"] or "2 steps" in facts["trained"]
+    assert "2 steps" in facts["trained"]
     assert "2 blocks" in facts["flow"]
 
 
 @pytest.mark.parametrize("value", [None, "3", float("nan"), 0, 65, 1.5, True])
 def test_numbers_are_checked(value):
-    if value is True:
-        return
     with pytest.raises(InputError, match="the number must be a whole number of 1 to 64"):
         number(value, "the number", 1, 64, whole=True)
 
@@ -146,8 +148,8 @@ def test_fewer_images_than_classes_are_spread_as_the_command_spreads_them():
 
 def test_the_trajectory_ends_at_the_image(shelf, runs):
     flow, request = shelf.flow(f"{runs.name}/plain"), Request(4, (1, 2), seed=3, denoise=False)
-    images, largest = trajectory(flow, request, 2)
-    assert len(images) == len(largest) == flow.config.blocks + 1
+    images = trajectory(flow, request, 2)
+    assert len(images) == flow.config.blocks + 1
     (drawn,) = draw_batches(flow, request, [2])
     torch.testing.assert_close(images[-1:], drawn.x, atol=1e-5, rtol=0)
 
@@ -163,7 +165,7 @@ def test_images_alike_come_from_near_z(shelf, runs):
 
 
 @pytest.mark.parametrize(
-    "call", ["trajectory(flow, request, 2, method='auto')[0]", "alike(flow, request, 2, 0.4, seed=1, num=3)"]
+    "call", ["trajectory(flow, request, 2, method='auto')", "alike(flow, request, 2, 0.4, seed=1, num=3)"]
 )
 def test_what_is_done_with_one_image_is_shown_in_python(shelf, runs, call):
     name = f"{runs.name}/plain"

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_the_page_compares(runs, shelf, both):
         pairs, curves = (file for file in last["Download"].value)
         width = Image.open(pairs["path"]).width
         assert width == 2 + 2 * draw.columns(6) * (32 + 2)
-        rows = list(csv.DictReader(open(curves["path"])))  # noqa: SIM115
+        rows = list(csv.DictReader(Path(curves["path"]).read_text("utf-8").splitlines()))
         assert {row["run"] for row in rows} == {"plain", "aligned"}
         assert len(rows) == 2 * len(read_metrics(runs / "both" / "plain" / "metrics.csv"))
 

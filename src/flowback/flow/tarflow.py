@@ -242,9 +242,9 @@ class TarFlow(io.Pretrained, nn.Module):
         compile: bool = False,
     ) -> tuple[Tensor, list[Solved]]:
         """`decode`, and how each block was decoded, block 1 first, with its residual."""
-        *_, (tokens, _) = steps = list(self.decode_by_block(z, y, guidance, method, tolerance, known, compile))
-        report = [solved for _, solved in reversed(steps)]
-        return unpatchify(tokens, self.config.patch_size, self.image_size), report
+        steps = list(self.decode_by_block(z, y, guidance, method, tolerance, known, compile))
+        x = unpatchify(steps[-1][0], self.config.patch_size, self.image_size)
+        return x, [solved for _, solved in reversed(steps)]
 
     def decode_by_block(
         self,

@@ -40,15 +40,15 @@ button[role=tab].selected { color: var(--body-text-color) !important; }
 
 def page(studio: Studio) -> gr.Blocks:
     """The page, not served yet."""
-    names = studio.shelf.refresh()
+    names, first = studio.shelf.refresh(), studio.shelf.first()
     with gr.Blocks(title="flowback studio", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown("# flowback studio")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
-                chosen = gr.Dropdown(names, value=names[0], label="Flow", filterable=True)
+                chosen = gr.Dropdown(names, value=first, label="Flow", filterable=True)
                 again = gr.Button("Look for new runs", size="sm")
             with gr.Column(scale=3, min_width=300), gr.Accordion("About this flow", open=False):
-                card = gr.HTML(studio.shelf.card(names[0]))
+                card = gr.HTML(studio.shelf.card(first))
         with gr.Tabs():
             for tab in (*TABS, *(LOCAL_TABS if studio.local else ())):
                 with gr.Tab(tab.NAME):
@@ -58,7 +58,7 @@ def page(studio: Studio) -> gr.Blocks:
         @says_problems
         def offered(name: str | None = None) -> gr.Dropdown:
             names = studio.shelf.refresh()
-            return gr.Dropdown(names, value=name if name in names else names[0])
+            return gr.Dropdown(names, value=name if name in names else studio.shelf.first())
 
         again.click(offered, chosen, chosen, api_name="look_again")
         blocks.load(offered, None, chosen, api_name="offered")

@@ -180,7 +180,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         with gr.Column(scale=1, min_width=280):
             files = gr.File(label=f"Image files, at most {MOST}", file_count="multiple", height=180)
             own = gr.Button("Use images of the flow", size="sm")
-            settings = controls(shelf.refresh()[0])
+            settings = controls(chosen.value)
             with gr.Row():
                 go = gr.Button("Classify", variant="primary", min_width=100)
                 stop = gr.Button("Stop", min_width=80)

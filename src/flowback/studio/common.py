@@ -151,7 +151,9 @@ def number(value: Any, name: str, least: float, most: float, whole: bool = False
     Raises:
         InputError: if it is none, or out of bounds.
     """
-    good = isinstance(value, int | float) and math.isfinite(value) and least <= value <= most
+    good = (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most
+    )
     if not good or (whole and value != int(value)):
         kind = "a whole number" if whole else "a number"
         raise InputError(f"{name} must be {kind} of {least:g} to {most:g}, got {value!r}")

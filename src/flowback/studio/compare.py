@@ -195,13 +195,12 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
 
     def others(name: str, now: str | None = None) -> gr.Dropdown:
         names = [other for other in shelf.entries if other != name]
-        return gr.Dropdown(names, value=now if now in names else sibling(list(shelf.entries.values()), name))
+        value = now if now in names else sibling(list(shelf.entries.values()), name)
+        return gr.Dropdown(names, value=value, label="The other flow", filterable=True)
 
-    names = shelf.refresh()
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
-            first = sibling(list(shelf.entries.values()), names[0])
-            other = gr.Dropdown(names[1:], value=first, label="The other flow", filterable=True)
+            other = others(chosen.value)
             values = controls(shelf, chosen)
             with gr.Row():
                 go = gr.Button("Compare", variant="primary", min_width=100)

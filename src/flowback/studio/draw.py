@@ -104,7 +104,7 @@ def save(folder: Path, parts: list[Drawn]) -> list[str]:
 
 def controls(shelf: Shelf, chosen: gr.Dropdown) -> list[Any]:
     """The controls of a drawing, for the chosen flow: of the method, and of what `requested` takes, in its order."""
-    names = shelf.classes(shelf.refresh()[0])
+    names = shelf.classes(chosen.value)
     classes = gr.Dropdown(names, multiselect=True, label="Classes", info="none chosen: all in turn", visible=bool(names))
     num = gr.Slider(1, MOST, 16, step=1, label="Number of images")
     guidance = gr.Slider(
@@ -195,13 +195,13 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
     @says_problems
     def show_path(made: Drawing | None) -> dict[Any, Any]:
         flow, made = shelf.flow(_there(made).flow), _there(made)
-        images, _ = trajectory(flow, made.request, made.chosen, made.method)
+        images = trajectory(flow, made.request, made.chosen, made.method)
         blocks = len(images) - 1
         captions = ["z", *(f"block {blocks - i}" for i in range(blocks))]
         told_ = (
             f"Image #{made.chosen} from noise, block by block: after the last block first. The last image is not denoised."
         )
-        call = f"trajectory(flow, request, {made.chosen}, method={made.method!r})[0]"
+        call = f"trajectory(flow, request, {made.chosen}, method={made.method!r})"
         texts_ = dict(zip((python, command), texts_of_one(shelf.place(made.flow), made, call), strict=True))
         return {steps: [(tile(x), text) for x, text in zip(images, captions, strict=True)], told: told_, **texts_}
 

@@ -51,8 +51,11 @@ STARTS = ("the image", "fresh noise")
 
 def painting(**options: Any) -> gr.ImageEditor:
     """An image to paint on, of which handlers get layers as bytes or paths: nothing but `mask_of` opens them."""
+
+    def as_it_came(file: Any, flatten_on_white: bool = False) -> Any:
+        return getattr(file, "path", file)
+
     editor = gr.ImageEditor(**options)
-    as_it_came: Any = lambda file, flatten_on_white=False: getattr(file, "path", file)  # noqa: E731
     editor.convert_and_format_image = as_it_came
     return editor
 
@@ -260,7 +263,7 @@ class Source:
         with gr.Row():
             key = gr.Number(seed, precision=0, minimum=0, maximum=SEEDS, label="Seed", min_width=80)
             draw = gr.Button("Use an image of the flow", size="sm", min_width=140)
-        label = classes(shelf.refresh()[0])
+        label = classes(chosen.value)
         draw.click(own, [chosen, key], file, **ONE_AT_A_TIME)
         chosen.change(says_problems(classes), chosen, label)
         return cls(file, label)
@@ -396,7 +399,7 @@ def _swap(studio: Studio, chosen: gr.Dropdown, source: Source) -> None:
         told = "none chosen: all, or 20 of them" if names else "this flow is unconditional: it knows no classes"
         return gr.Dropdown(names, value=[], multiselect=True, label="Classes to change to", info=told)
 
-    to = classes(shelf.refresh()[0])
+    to = classes(chosen.value)
     go, stop = _run_buttons("Change the class")
     out = Results.build()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flowback.core.console import command
+from flowback.core.console import command, say
 from flowback.core.errors import InputError, plain
 from flowback.core.files import read_json
 from flowback.flow.io import find_folder
@@ -65,6 +65,20 @@ class Shelf:
                 found[entry.name] = entry
         self.entries = found
         return list(found)
+
+    def first(self) -> str:
+        """The first flow that can be loaded; those before it, which cannot, are said on the terminal.
+
+        Raises:
+            InputError: if none can.
+        """
+        for name in self.entries:
+            try:
+                self.card(name)
+                return name
+            except InputError as error:
+                say(f"left aside: {error}")
+        raise InputError(f"none of the flows in {', '.join(self.places)} can be loaded; use others")
 
     def place(self, name: str) -> str:
         """What a command takes for the flow of this name.

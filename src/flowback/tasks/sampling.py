@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -135,38 +135,50 @@ def draw_batches(
     flow: Flow, request: Request, numbers: Sequence[int], method: str = "auto", batch_size: int = 64, compile: bool = False
 ) -> Iterator[Drawn]:
     """Draw the images of these numbers, a batch after the other; on the CPU."""
-    whole, flow, guidance = flow, flow.core, request.as_guidance()
+    core, guidance = flow.core, request.as_guidance()
     for start in range(0, len(numbers), batch_size):
-        batch = numbers[start : start + batch_size]
-        y = torch.tensor([request.labels[i % len(request.labels)] for i in batch])
-        z = flow.enter(torch.stack([noise(flow, request.seed, i, request.best_of) for i in batch]))
-        z = request.temperature * flow.to_prior(z)
-        chosen = z[:, 0]
-        with autocast(flow.device, request.precision):
-            if request.best_of > 1:
-                chosen = best_of(flow, z, y, guidance, method=method, batch_size=batch_size, compile=compile)
-            if request.refine:
-                options = {"objective": request.objective, "guidance": guidance, "batch_size": batch_size}
-                chosen = refine(flow, chosen, y, request.refine, **options, compile=compile)
-            x, report = flow.decode_with_report(chosen, y, guidance, method, compile=compile)
-            x = flow.denoise(x, y, batch_size) if request.denoise else x
-        yield Drawn(whole.to_images(x.float()).float().cpu(), chosen.cpu(), y, report)
+        with autocast(core.device, request.precision):
+            z, y = starts(core, request, numbers[start : start + batch_size], method, batch_size, compile)
+            x, report = core.decode_with_report(z, y, guidance, method, compile=compile)
+            x = core.denoise(x, y, batch_size) if request.denoise else x
+        yield Drawn(flow.to_images(x.float()).float().cpu(), z.cpu(), y, report)
 
 
-def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -> tuple[Tensor, Tensor]:
+def starts(
+    flow: TarFlow,
+    request: Request,
+    numbers: Sequence[int],
+    method: str = "auto",
+    batch_size: int = 64,
+    compile: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What the images of these numbers are decoded from: z `[B, N, D]`, on the flow's device, and labels `[B]`."""
+    guidance = request.as_guidance()
+    y = torch.tensor([request.labels[i % len(request.labels)] for i in numbers])
+    candidates = flow.enter(torch.stack([noise(flow, request.seed, i, request.best_of) for i in numbers]))
+    candidates = request.temperature * flow.to_prior(candidates)
+    z = candidates[:, 0]
+    if request.best_of > 1:
+        z = best_of(flow, candidates, y, guidance, method=method, batch_size=batch_size, compile=compile)
+    if request.refine:
+        options = {"objective": request.objective, "guidance": guidance, "batch_size": batch_size}
+        z = refine(flow, z, y, request.refine, **options, compile=compile)
+    return z, y
+
+
+def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -> Tensor:
     """Image `index` of a request as it comes to be: z, then what each block makes of it; `[blocks + 1, C, H, W]`.
 
-    Returns:
-        The images, each scaled to be visible if its numbers are larger than an image's; and the largest number of each.
+    All but the last are scaled where their numbers are larger than an image's. The noise of training is not removed.
     """
     core, patch = flow.core, flow.core.config.patch_size
-    drawn = next(draw_batches(flow, replace(request, denoise=False), [index], method))
-    steps = [drawn.z.to(core.device)]
-    steps += [tokens for tokens, _ in core.decode_by_block(steps[0], drawn.y, request.as_guidance(), method)]
-    grids = torch.cat([unpatchify(tokens, patch, core.image_size) for tokens in steps])
-    largest = grids.abs().flatten(1).quantile(0.98, dim=1).clamp(min=1)
-    images = [flow.to_images(grids[:-1] / largest[:-1, None, None, None]), flow.to_images(grids[-1:])]
-    return torch.cat(images).cpu(), largest.cpu()
+    with autocast(core.device, request.precision):
+        z, y = starts(core, request, [index], method)
+        steps = [z, *(tokens for tokens, _ in core.decode_by_block(z, y, request.as_guidance(), method))]
+    x = torch.cat([unpatchify(tokens, patch, core.image_size) for tokens in steps])
+    largest = x[:-1].abs().flatten(1).quantile(0.98, dim=1).clamp(min=1)
+    x[:-1] /= largest[:, None, None, None]
+    return flow.to_images(x).cpu()
 
 
 def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, num: int, method: str = "auto") -> Tensor:
@@ -174,12 +186,14 @@ def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, 
 
     They keep its class, guidance and temperature. The way is a great circle, so every z on it is typical.
     """
-    drawn, core = next(draw_batches(flow, replace(request, denoise=False), [index], method)), flow.core
-    fresh = torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)])
-    fresh = request.temperature * core.to_prior(core.enter(fresh))
-    z, y = slerp(core.enter(drawn.z).expand_as(fresh), fresh, strength), drawn.y.expand(num)
-    x = core.decode(z, y, request.as_guidance(), method)
-    x = core.denoise(x, y) if request.denoise else x
+    core = flow.core
+    with autocast(core.device, request.precision):
+        z, y = starts(core, request, [index], method)
+        fresh = torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)])
+        fresh = request.temperature * core.to_prior(core.enter(fresh))
+        y = y.expand(num)
+        x = core.decode(slerp(z.expand_as(fresh), fresh, strength), y, request.as_guidance(), method)
+        x = core.denoise(x, y) if request.denoise else x
     return flow.to_images(x.float()).float().cpu()
 
 
