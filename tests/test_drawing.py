@@ -18,7 +18,7 @@ from flowback.core.devices import pick_device
 from flowback.core.distributed import PeerLost
 from flowback.core.files import write_whole
 from flowback.core.units import to_uint8
-from flowback.latents.autoencoder import load_autoencoder
+from flowback.latents import load_autoencoder
 from flowback.tasks.refinement import best_of, refine
 from flowback.tasks.sampling import Request, checked_store, class_grid, draw, noise, sample_to_disk
 

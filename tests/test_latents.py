@@ -18,7 +18,8 @@ from flowback.core.units import from_levels
 from flowback.data import DataConfig
 from flowback.flow import io
 from flowback.flow.config import FlowConfig
-from flowback.latents import Autoencoder, AutoencoderConfig, load_autoencoder
+from flowback.latents import Autoencoder, load_autoencoder
+from flowback.latents.loading import read_config
 from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig, TrainConfig
 from flowback.tasks.classify import fit_statistics
 from flowback.tasks.editing import inpaint, interpolate, swap_class
@@ -426,7 +427,7 @@ def test_what_are_no_flow_and_autoencoder_is_named(flow, vae):
 
 
 def test_impossible_facts_of_an_autoencoder_are_named(vae):
-    known = AutoencoderConfig.of(str(vae))
+    known = read_config(str(vae))
     assert known.latent_size((8, 12)) == (4, 6)
     for size in ((9, 8), (8, 9)):
         with pytest.raises(InputError, match=rf"multiple of 2, got \[{size[0]}, {size[1]}\]"):

@@ -92,4 +92,4 @@ def _typed(word: str) -> str:
 
 
 def _is_bool(action: Any) -> bool:
-    return getattr(action, "_typehint", None) is bool
+    return getattr(action, "_typehint", None) in (bool, bool | None)

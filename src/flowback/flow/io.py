@@ -29,19 +29,24 @@ CARD = "README.md"
 MOST_TOKENS = 2**20
 MOST_UNSEEN = 10**8  # numbers of a flow that are made on the word of a config.json
 WEIGHTS = "model.safetensors"
-AUTOENCODER = ("autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors")
-FILES = ("config.json", WEIGHTS, AUTOTUNE, "classification.json", "classes.json", *AUTOENCODER)  # all that is downloaded
+AUTOENCODER = [f"autoencoder/{prefix}.safetensors" for prefix in ("model", "diffusion_pytorch_model", "encoder")]
+FILES = ("config.json", WEIGHTS, AUTOTUNE, "classification.json", "classes.json", "autoencoder/config.json", *AUTOENCODER)
 
 
 class Pretrained:
     """What a model that lives in such a folder has: `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
-    A model says what its config.json holds (`describe`) and is made from it again (`build`); its weights are those of
-    its `core`, the flow.
+    A model says what its config.json holds (`describe`) and is made from it again (`build`), and which module's weights
+    are written (`stored`).
     """
 
     if TYPE_CHECKING:
         core: Any
+
+    @property
+    def stored(self) -> nn.Module:
+        """What has the weights that are written: here the `core`, the flow."""
+        return self.core
 
     def describe(self) -> dict[str, Any]:
         """What config.json holds besides the model's name: here the fields of `config`."""
@@ -56,7 +61,7 @@ class Pretrained:
         """Write config.json, model.safetensors and, where decoders were measured, decoding.json into the folder `path`."""
         folder = Path(path)
         config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}
-        save_tensors(self.core.state_dict(), folder / WEIGHTS)
+        save_tensors(self.stored.state_dict(), folder / WEIGHTS)
         write_whole(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
         if self.core.autotune is not None:
             self.core.autotune.save(folder)
@@ -99,7 +104,7 @@ class Pretrained:
         if model != cls.__name__:
             raise InputError(f"{folder} holds a {model}, not a {cls.__name__}; flowback.from_pretrained loads either")
         made: Any = cls.build(description, folder)
-        load_tensors(made.core, folder / WEIGHTS)
+        load_tensors(made.stored, folder / WEIGHTS)
         made.core.autotune, made.core.folder = Autotune.load(folder), folder
         return made.eval().to(where)
 

@@ -279,6 +279,11 @@ class TarFlow(io.Pretrained, nn.Module):
             raise InputError(f"known must be {batch} images and a boolean mask, got {len(x)} and {where.dtype}")
         return tokens, patchify(put(where, self.device).expand_as(x), self.config.patch_size)
 
+    @property
+    def denoises(self) -> bool:
+        """Whether samples have noise that is to be removed (compare `LatentFlow.denoises`)."""
+        return self.config.noise == "gaussian" and self.config.noise_std > 0
+
     def denoise(self, x: Tensor, y: Labels = None, batch_size: int = 64) -> Tensor:
         """Remove the training noise by one score step, `x + sigma^2 grad_x log p(x)` (Tweedie; TARFlow, eq. 8).
 
@@ -286,7 +291,7 @@ class TarFlow(io.Pretrained, nn.Module):
         images `[B, C, H, W]`; a backward pass takes `batch_size` of them, which bounds the memory.
         """
         x, parts = self.enter(x).detach(), []
-        if self.config.noise != "gaussian" or not self.config.noise_std:
+        if not self.denoises:
             return x.clone()
         classes = self.class_weights(y, len(x))
         for start in range(0, len(x), batch_size):
@@ -306,7 +311,7 @@ class TarFlow(io.Pretrained, nn.Module):
         *,
         guidance: float | Guidance = 0.0,
         temperature: float = 1.0,
-        denoise: bool = True,
+        denoise: bool | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         method: str | Sequence[str] = "auto",
@@ -321,7 +326,7 @@ class TarFlow(io.Pretrained, nn.Module):
             y: labels, as in `encode`. None draws them uniformly, if the flow has any.
             guidance: scale, or a `Guidance`; 0 for none.
             temperature: standard deviation of z, as a multiple of the prior's.
-            denoise: whether the score step removes the training noise (Gaussian noise only).
+            denoise: whether the score step removes the training noise; None for yes, where it is Gaussian.
             seed: of z and of drawn labels; or give a `generator`.
             generator: source of z and of drawn labels.
             method: as in `decode`.
@@ -353,7 +358,7 @@ class TarFlow(io.Pretrained, nn.Module):
             x = self.decode(z[rows], weights, guidance, method, compile=compile)
             if return_log_prob:
                 log_probs.append(self.log_prob(x, weights))
-            images.append(self.denoise(x, weights, batch_size) if denoise else x)
+            images.append(x if denoise is False else self.denoise(x, weights, batch_size))
         x = torch.cat(images).unflatten(0, shape)
         return (x, torch.cat(log_probs).unflatten(0, shape)) if return_log_prob else x
 

@@ -1,29 +1,29 @@
-"""A frozen autoencoder (diffusers' AutoencoderKL) whose latents a flow models instead of pixels.
+"""What all autoencoders share: images to a grid of latents and back, and what a flow has to know of its own.
 
-The flow sees `(latent - shift) * scale`, which has about unit variance (Rombach et al., arXiv 2112.10752); both numbers are
-those of the autoencoder's configuration. They, the hash of the weights and the kind of latent are saved with the flow:
-another autoencoder than the one of training is refused.
+A flow sees `(latent - shift) * scale`, which has about unit variance (Rombach et al., arXiv 2112.10752). Both, the hash of
+the weights and the kind of latent are saved with the flow: another autoencoder than the one of training is refused.
 """
 
+import json
 import math
-import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from flowback.core.devices import put
-from flowback.core.errors import InputError, only_errors
-from flowback.core.files import file_hash, read_json, typed_path
+from flowback.core.errors import InputError
+from flowback.core.files import file_hash, read_json, save_tensors, write_whole
 from flowback.core.seeds import Generators, draw
-from flowback.flow.io import find_folder, tensor_shapes
+from flowback.core.units import as_size
+from flowback.flow.io import load_tensors
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-FILES = ("config.json", WEIGHTS, "vae/config.json", f"vae/{WEIGHTS}")
 BATCH = 16  # images at once; an autoencoder's first layers are the largest thing in memory
+FORMAT = 1
 POSTERIORS = ("mean", "sample")
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,26 +31,34 @@ class AutoencoderConfig:
     """What a flow has to know of its autoencoder; it is saved with the flow.
 
     Args:
-        name: a folder or hub id of a diffusers AutoencoderKL.
+        name: a folder or hub id; null if the autoencoder was trained together with the flow, whose weights hold its own.
+        kind: kl, semantic or joint.
         channels: of the latents.
         downsample: image pixels per latent, along a side.
-        scale, shift: the flow sees `(latent - shift) * scale`.
+        scale, shift: the flow sees `(latent - shift) * scale`; a number each, or one for each channel.
         weights: hash of the weights; others are refused.
         posterior: which latent of an image: the mean of the autoencoder's posterior, or a sample of it.
         image_channels: of the images.
+        image_size: height and width of the only images that it takes, pixels; null for all that are multiples of
+            `downsample`.
+        noise_std: the strongest Gaussian noise on a flow's latents that the decoder was trained with. What a flow of at
+            most this noise draws is not denoised.
 
     Raises:
         InputError: if a value is impossible.
     """
 
-    name: str
+    name: str | None
     channels: int
     downsample: int
-    scale: float
-    shift: float
-    weights: str
+    scale: float | tuple[float, ...] = 1.0
+    shift: float | tuple[float, ...] = 0.0
+    weights: str = ""
     posterior: str = "mean"
     image_channels: int = 3
+    kind: str = "kl"
+    image_size: tuple[int, int] | None = None
+    noise_std: float = 0.0
 
     def __post_init__(self) -> None:
         if self.posterior not in POSTERIORS:
@@ -59,30 +67,20 @@ class AutoencoderConfig:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise InputError(f"the autoencoder's {name} must be a whole number of at least 1, got {value!r}")
         for name in ("scale", "shift"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or (name == "scale" and not value):
-                raise InputError(f"the autoencoder's {name} must be a finite number, of a scale not 0, got {value!r}")
-
-    @classmethod
-    def of(cls, name: str, posterior: str = "mean") -> "AutoencoderConfig":
-        """Read it from the autoencoder in a folder, or on the hub.
-
-        Raises:
-            InputError: if there is none.
-        """
-        folder = _folder(name)
-        config = _config(folder)
-        local = Path(typed_path(name))
-        return cls(
-            name=str(local.resolve()) if local.is_dir() else name,
-            channels=config["latent_channels"],
-            downsample=2 ** (len(config["block_out_channels"]) - 1),
-            scale=config["scaling_factor"],
-            shift=config.get("shift_factor") or 0.0,
-            weights=_weights_hash(folder),
-            posterior=posterior,
-            image_channels=config["in_channels"],
-        )
+            if isinstance(value := getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(value))
+            values = getattr(self, name)
+            values = values if isinstance(values, tuple) else (values,)
+            if len(values) not in (1, self.channels) or not all(_is_number(v) and (v or name == "shift") for v in values):
+                raise InputError(
+                    f"the autoencoder's {name} must be a finite number, or one for each of {self.channels} channels, of a "
+                    f"scale not 0, got {value!r}"
+                )
+        if not _is_number(self.noise_std) or self.noise_std < 0:
+            raise InputError(f"the autoencoder's noise_std must be a finite number of at least 0, got {self.noise_std!r}")
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", as_size(self.image_size, "the autoencoder's image_size"))
+            self.latent_size(self.image_size)
 
     @property
     def moments(self) -> int:
@@ -95,28 +93,63 @@ class AutoencoderConfig:
         Raises:
             InputError: if the autoencoder does not take images of this size.
         """
+        if self.image_size not in (None, tuple(size)):
+            raise InputError(f"the autoencoder's image size must be {list(self.image_size)}, got {list(size)}")
         if size[0] % self.downsample or size[1] % self.downsample:
             raise InputError(f"the autoencoder's image size must be a multiple of {self.downsample}, got {list(size)}")
         return size[0] // self.downsample, size[1] // self.downsample
 
 
-class Autoencoder(nn.Module):
-    """Images to latents and back, by a frozen model, which stays in eval mode. Inputs are moved to its device.
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-    Differentiable in images and latents, not in its own weights.
+
+class Autoencoder(nn.Module):
+    """Images to latents and back. Inputs are moved to its device.
+
+    A kind writes `_moments`, `_decode` and `reconstruct`. While it is trained it is a module like others; `freeze` ends
+    that for good. Frozen, it stays in eval mode, and is differentiable in images and latents, not in its own weights.
 
     Args:
-        model: a diffusers AutoencoderKL.
         config: what a flow has to know of it.
     """
 
-    def __init__(self, model: nn.Module, config: AutoencoderConfig) -> None:
-        super().__init__()
-        self.model, self.config = model.requires_grad_(False).eval(), config
+    kind: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ("config.json", WEIGHTS)  # of its folder
+    scale: Tensor
+    shift: Tensor
 
-    def train(self, mode: bool = True) -> "Autoencoder":
-        """Stays in eval mode: the autoencoder is frozen."""
-        return super().train(False)
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.frozen = False
+        self.set_config(config)
+
+    def set_config(self, config: AutoencoderConfig) -> None:
+        """Change what is known of it, and with it the scale and shift of latents."""
+        self.config = config
+        for name in ("scale", "shift"):
+            values = torch.tensor(getattr(config, name), dtype=torch.get_default_dtype()).view(-1, 1, 1)
+            before = getattr(self, name, values)
+            self.register_buffer(name, values.to(before.device, before.dtype), persistent=False)
+
+    def freeze(self) -> Self:
+        """Put it into eval mode for good, without gradients of its weights."""
+        self.frozen = True
+        return self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """As of other modules; a frozen one stays in eval mode."""
+        return super().train(mode and not self.frozen)
+
+    @property
+    def core(self) -> Self:
+        """What has weights of its own: itself (compare `LatentFlow.core`)."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.scale.device
 
     def encode(self, images: Tensor, generator: Generators = None) -> Tensor:
         """Images `[B, C, H, W]` in [-1, 1] to latents `[B, channels, H/downsample, W/downsample]`, as a flow sees them."""
@@ -124,13 +157,7 @@ class Autoencoder(nn.Module):
 
     def moments(self, images: Tensor) -> Tensor:
         """The posterior's mean, `[B, channels, …]`; where latents are samples, then its standard deviation, as channels."""
-        model: Any = self.model
-        parts = []
-        for part in put(images, model.device).split(BATCH):
-            posterior = model.encode(part.to(model.dtype)).latent_dist
-            both = [posterior.mean] if self.config.posterior == "mean" else [posterior.mean, posterior.std]
-            parts.append(torch.cat(both, dim=1).to(images.dtype))
-        return torch.cat(parts)
+        return torch.cat([self._moments(part).to(images.dtype) for part in put(images, self.device).split(BATCH)])
 
     def from_moments(self, moments: Tensor, generator: Generators = None) -> Tensor:
         """Latents as a flow sees them of what `moments` returned; a sample is drawn from `generator`."""
@@ -138,114 +165,114 @@ class Autoencoder(nn.Module):
         if self.config.posterior == "sample":
             mean, std = moments.chunk(2, dim=1)
             latent = mean + std * draw(torch.randn, mean, generator)
-        return (latent - self.config.shift) * self.config.scale
+        return (latent - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents as a flow sees them to images `[B, C, H, W]`, nearly in [-1, 1]."""
-        model: Any = self.model
-        parts = (put(latents, model.device) / self.config.scale + self.config.shift).split(BATCH)
-        return torch.cat([model.decode(part.to(model.dtype)).sample.to(latents.dtype) for part in parts])
+        parts = (put(latents, self.device) / self.scale + self.shift).split(BATCH)
+        return torch.cat([self._decode(part).to(latents.dtype) for part in parts])
+
+    def _moments(self, images: Tensor) -> Tensor:
+        """`moments` of a few images."""
+        raise NotImplementedError
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """A few latents, without scale and shift, to images."""
+        raise NotImplementedError
+
+    def fit(self, images: Any) -> None:
+        """What has a closed form, before training. `images` gives batches `[B, C, H, W]` in [-1, 1], each time anew."""
+
+    def reconstruct(self, images: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Encode, disturb, decode: what training compares with the images.
+
+        Args:
+            images: `[B, C, H, W]` in [-1, 1].
+            noise: standard normal, `[B, channels, H/downsample, W/downsample]`.
+            levels: of the noise, uniform in [0, 1), `[B]`.
+
+        Returns:
+            Images `[B, C, H, W]`, and terms of the loss that are the kind's own, by name, weighted.
+        """
+        raise NotImplementedError
+
+    def settle(self, images: Tensor) -> None:
+        """What follows from trained weights, such as the scale of latents, from some training images `[B, C, H, W]`."""
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json holds besides the model's name, for `build`: facts, and the kind's options."""
+        facts = asdict(self.config)
+        return {"facts": {k: v for k, v in facts.items() if k not in ("name", "kind", "weights", "posterior")}}
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors into the folder `path`."""
+        folder = Path(path)
+        config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}
+        save_tensors(self.state_dict(), folder / WEIGHTS)
+        write_whole(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+
+    @classmethod
+    def facts(cls, folder: Path, name: str | None, posterior: str) -> AutoencoderConfig:
+        """What a flow has to know of the autoencoder in a folder.
+
+        Raises:
+            InputError: if it is not usable.
+        """
+        if posterior != "mean":
+            raise InputError(f"latents.posterior must be mean with a {cls.kind} autoencoder, got {posterior!r}")
+        return cls.known(read_description(folder), name, weights_hash(folder, WEIGHTS), folder)
+
+    @classmethod
+    def known(cls, description: dict[str, Any], name: str | None, weights: str, folder: Path) -> AutoencoderConfig:
+        """What a flow has to know of the autoencoder that a config.json in `folder` describes.
+
+        Raises:
+            InputError: if it describes none.
+        """
+        try:
+            return AutoencoderConfig(name=name, kind=cls.kind, weights=weights, **description["facts"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / 'config.json'} does not describe a {cls.kind} autoencoder ({error})") from error
+
+    @classmethod
+    def build(cls, description: dict[str, Any], config: AutoencoderConfig, folder: Path) -> Self:
+        """The autoencoder that a config.json in `folder` describes, without its weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: Path, config: AutoencoderConfig) -> Self:
+        """The autoencoder in a folder, frozen.
+
+        Raises:
+            InputError: if it is not whole.
+        """
+        made = cls.build(read_description(folder), config, folder)
+        load_tensors(made, folder / WEIGHTS)
+        return made.freeze()
 
 
-@torch.inference_mode(False)  # tensors that are made in it never get a gradient
-def load_autoencoder(config: str | AutoencoderConfig, posterior: str = "mean") -> Autoencoder:
-    """Load an autoencoder by name, or the one that a flow was trained with.
-
-    Args:
-        config: a folder or hub id; or what a flow knows of its own.
-        posterior: with a name: "mean" or "sample", which latent stands for an image.
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says of an autoencoder.
 
     Raises:
-        InputError: if there is none, or its weights are not those that the flow was trained with.
+        InputError: if it is missing, or no object.
     """
-    name = config if isinstance(config, str) else config.name
-    found = AutoencoderConfig.of(name, posterior)
-    if isinstance(config, str):
-        config = found
-    elif found.weights != config.weights:
-        raise InputError(
-            f"the autoencoder {name} must have the weights {config.weights}, in whose latents the flow was trained, "
-            f"got {found.weights}"
-        )
-    for size in ("channels", "downsample", "image_channels"):
-        if getattr(found, size) != getattr(config, size):
-            raise InputError(f"the autoencoder {name} has {size} {getattr(found, size)}, the flow {getattr(config, size)}")
-    return Autoencoder(_load(_folder(name)), config)
-
-
-def copy_files(name: str, target: Path) -> None:
-    """Copy the files of an autoencoder, by folder or hub id, into a folder.
-
-    Raises:
-        InputError: if there is none.
-    """
-    source = _folder(name)
-    _config(source)
-    target.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", WEIGHTS):
-        shutil.copyfile(source / file, target / file)
-
-
-def _load(folder: Path) -> nn.Module:
-    try:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    except ImportError as error:
-        raise InputError("latents need the package diffusers: pip install 'flowback[latent]'") from error
-    if (folder / f"{WEIGHTS}.index.json").exists():  # it would be read instead, and may name files anywhere
-        raise InputError(f"the autoencoder in {folder} is cut into several files; expected {WEIGHTS} alone")
-    _check_size(AutoencoderKL, folder)
-    options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False, "output_loading_info": True}
-    try:
-        with only_errors("diffusers"):
-            model, loaded = cast(Any, AutoencoderKL.from_pretrained(folder, **options))
-    except Exception as error:  # its loader raises many kinds
-        raise InputError(f"the autoencoder in {folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
-    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"]]  # of which it only warns
-    if wrong:
-        raise InputError(f"the weights in {folder} are not those of its config.json: {wrong[0]} is missing or superfluous")
-    return model
-
-
-def _check_size(kind: Any, folder: Path) -> None:
-    """Whether a config.json describes as many numbers as there are, before any memory is taken for them.
-
-    Raises:
-        InputError: if it does not.
-    """
-    config, held = _config(folder), tensor_shapes(folder / WEIGHTS)
-    try:
-        if int(config.get("layers_per_block", 1)) > len(held):
-            raise ValueError(f"it has more layers in a block than the weights have tensors, {len(held)}")
-        with torch.device("meta"), only_errors("diffusers"):
-            described = sum(tensor.numel() for tensor in kind.from_config(config).state_dict().values())
-        if described > sum(map(math.prod, held.values())):
-            raise ValueError(f"it describes {described} numbers, more than the weights have")
-    except Exception as error:  # whatever diffusers raises of what it cannot be made of
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the weights in {folder} are not those of its config.json ({reason})") from error
-
-
-def _folder(name: str) -> Path:
-    folder = find_folder(name, FILES)
-    return folder / "vae" if (folder / "vae").is_dir() else folder  # of a whole pipeline
-
-
-def _config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no readable config.json of an autoencoder ({error})") from error
-    needed = ("in_channels", "latent_channels", "block_out_channels", "scaling_factor")
-    known = isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL"
-    if not known or any(config.get(name) is None for name in needed) or not isinstance(config["block_out_channels"], list):
-        raise InputError(f"{folder / 'config.json'} does not describe a diffusers AutoencoderKL")
-    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-        raise InputError(f"{folder} scales every channel by itself; expected an autoencoder with one scaling_factor")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} does not describe an autoencoder")
     return config
 
 
-def _weights_hash(folder: Path) -> str:
+def weights_hash(folder: Path, file: str) -> str:
+    """The hash by which a flow knows the weights of its autoencoder.
+
+    Raises:
+        InputError: if there are none.
+    """
     try:
-        return file_hash(folder / WEIGHTS)[:16]
+        return file_hash(folder / file)[:16]
     except OSError as error:
-        raise InputError(f"{folder} has no {WEIGHTS}; expected an autoencoder saved as safetensors") from error
+        raise InputError(f"{folder} has no {file}; expected an autoencoder saved as safetensors") from error

@@ -16,7 +16,8 @@ from flowback.flow import io
 from flowback.flow.decoding import Solved
 from flowback.flow.labels import Labels
 from flowback.flow.tarflow import TarFlow
-from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, copy_files, load_autoencoder
+from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig
+from flowback.latents.loading import build_autoencoder, copy_files, load_autoencoder
 
 
 class LatentFlow(io.Pretrained, nn.Module):
@@ -24,7 +25,8 @@ class LatentFlow(io.Pretrained, nn.Module):
 
     Args:
         flow: models latents: its channels are the autoencoder's, and its noise is Gaussian, since latents have no bins.
-        autoencoder: frozen; it moves with `.to()`.
+        autoencoder: frozen; it moves with `.to()`. One without a name was trained together with the flow: its weights are
+            saved with the flow's.
 
     Raises:
         InputError: if the two do not fit each other.
@@ -50,6 +52,16 @@ class LatentFlow(io.Pretrained, nn.Module):
     def core(self) -> TarFlow:
         """The flow in its own space, that of latents."""
         return self.flow
+
+    @property
+    def stored(self) -> nn.Module:
+        """What has the weights that are written: the flow, or both where the autoencoder was trained with it."""
+        return self if self.autoencoder.config.name is None else self.flow
+
+    @property
+    def denoises(self) -> bool:
+        """Whether samples have noise that is to be removed: more than the decoder was trained with."""
+        return self.flow.config.noise_std > self.autoencoder.config.noise_std
 
     @property
     def device(self) -> torch.device:
@@ -100,8 +112,11 @@ class LatentFlow(io.Pretrained, nn.Module):
         return self.to_images(x), report
 
     def sample(self, num: int | tuple[int, ...] | None = None, y: Labels = None, **options: Any) -> Any:
-        """Draw images: as `TarFlow.sample`; a log-probability is that of the latents."""
-        drawn = self.flow.sample(num, y, **options)
+        """Draw images: as `TarFlow.sample`; a log-probability is that of the latents.
+
+        Where `denoise` is not given, latents are denoised if `denoises` says so.
+        """
+        drawn = self.flow.sample(num, y, **{"denoise": self.denoises} | {k: v for k, v in options.items() if v is not None})
         x, rest = (drawn[0], drawn[1:]) if isinstance(drawn, tuple) else (drawn, ())
         images = self.to_images(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
         return (images, *rest) if rest else images
@@ -112,7 +127,11 @@ class LatentFlow(io.Pretrained, nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What config.json holds: the options of the flow, and what it has to know of the autoencoder."""
-        return {"flow": asdict(self.flow.config), "autoencoder": asdict(self.autoencoder.config)}
+        described = {"flow": asdict(self.flow.config), "autoencoder": asdict(self.autoencoder.config)}
+        if self.stored is self:
+            own = {"model": type(self.autoencoder).__name__, **self.autoencoder.describe()}
+            described["autoencoder"] = own
+        return described
 
     def save_portable(self, path: str | Path, with_autoencoder: bool = False) -> None:
         """`save_pretrained`, with the autoencoder in the folder `autoencoder` if it is not on the hub, or if asked.
@@ -121,6 +140,8 @@ class LatentFlow(io.Pretrained, nn.Module):
             InputError: if the autoencoder's files are gone.
         """
         self.save_pretrained(path)
+        if self.stored is self:
+            return
         file, name = Path(path) / "config.json", self.autoencoder.config.name
         if with_autoencoder or Path(name).is_dir() or not io.is_hub_id(name):
             copy_files(name, file.parent / "autoencoder")
@@ -130,10 +151,17 @@ class LatentFlow(io.Pretrained, nn.Module):
 
     @classmethod
     def build(cls, description: dict[str, Any], folder: Path) -> Self:
-        """The flow without its weights, and the autoencoder: that in the folder, if there is one, or else the one named."""
+        """The flow without its weights, and the autoencoder: that in the folder, if there is one, or else the one named.
+
+        One that was trained together with the flow has no weights yet, either.
+        """
         try:
-            config = AutoencoderConfig(**description["autoencoder"])
+            known = dict(description["autoencoder"])
+            own = known.pop("model", None)
             flow: TarFlow = io.build_checked(TarFlow, dict(description["flow"]), folder)
+            if own is not None:
+                return cls(flow, build_autoencoder(own, known, folder).freeze())
+            config = AutoencoderConfig(**known)
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / 'config.json'} does not describe a LatentFlow ({error})") from error
         inside = folder / "autoencoder"

@@ -115,17 +115,21 @@ def controls(shelf: Shelf, chosen: gr.Dropdown) -> list[Any]:
         method = gr.Dropdown(
             ["auto", *DECODERS], value="auto", label="Decoding", info="speed only: the images are the same"
         )
-        denoise = gr.Checkbox(True, label="Remove the noise of training")
+        denoise = gr.Checkbox(shelf.flow(chosen.value).denoises, label="Remove the noise of training")
     with gr.Row():
         seed = gr.Number(0, precision=0, minimum=0, maximum=SEEDS, label="Seed", min_width=120)
         other = gr.Button("Other seed", size="sm", min_width=100)
     other.click(lambda: int(torch.randint(SEEDS, ())), None, seed, queue=False)
 
-    def adapt(name: str) -> tuple[gr.Dropdown, gr.Slider]:
-        names = shelf.classes(name)
-        return gr.Dropdown(names, value=[], visible=bool(names)), gr.Slider(value=0, visible=bool(names))
+    def adapt(name: str) -> tuple[gr.Dropdown, gr.Slider, gr.Checkbox]:
+        names, denoises = shelf.classes(name), shelf.flow(name).denoises
+        return (
+            gr.Dropdown(names, value=[], visible=bool(names)),
+            gr.Slider(value=0, visible=bool(names)),
+            gr.Checkbox(denoises),
+        )
 
-    chosen.change(says_problems(adapt), chosen, [classes, guidance])
+    chosen.change(says_problems(adapt), chosen, [classes, guidance, denoise])
     return [method, classes, num, guidance, temperature, denoise, seed]
 
 

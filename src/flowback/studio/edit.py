@@ -35,7 +35,7 @@ from flowback.studio.draw import SEEDS
 from flowback.studio.shelf import python_of, shell, words_of
 from flowback.tasks.classify import likely_labels
 from flowback.tasks.editing import Inpainting, beside, box_mask, inpaint_by_step, swap_class, turned, walk
-from flowback.tasks.sampling import as_pixels, noise, shown_classes
+from flowback.tasks.sampling import as_pixels, finished, noise, shown_classes
 
 NAME = "Edit"
 AUTO = "as the flow classifies it"
@@ -110,8 +110,7 @@ def moved(flow: Flow, start: Start, angles: Sequence[float], length: float) -> t
     """The image `[1, C, H, W]` at angles, degrees, from the start of a walk, and its z `[1, N, D]`; on the CPU."""
     z = turned(start.z[0], [math.radians(angle) for angle in angles], start.seed, length)[None]
     x = flow.core.decode(z, start.y)
-    x = flow.core.denoise(x, start.y) if start.x is None else x
-    return flow.to_images(x).cpu(), z.cpu()
+    return finished(flow, x, start.y, None if start.x is None else False), z.cpu()
 
 
 # ---- the same in Python and on the command line ----------------------------------------------------------------------
@@ -163,9 +162,9 @@ def walk_texts(place: str, start: Start, angles: Sequence[float], length: float)
     imports = "from flowback.tasks.editing import turned\n"
     end = f"z = turned(z[0], torch.tensor({list(angles)}).deg2rad().tolist(), seed={start.seed}, length={length})[None]\n"
     if start.x is None:
-        imports += "from flowback.tasks.sampling import noise\n"
+        imports += "from flowback.tasks.sampling import finished, noise\n"
         lines = f"z = flow.core.to_prior(flow.core.enter(noise(flow.core, {start.seed}, 0)))\n"
-        end += "image = flow.to_images(flow.core.denoise(flow.core.decode(z, y), y))"
+        end += "image = finished(flow, flow.core.decode(z, y), y)"
     else:
         lines = "z = flow.encode(x, y)[0]\n"
         end += "image = flow.decode(z, y)"

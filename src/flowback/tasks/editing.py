@@ -224,7 +224,7 @@ def inpaint_by_step(
     size = x.new_full((len(x), 1, 1, 1), max(flow.config.noise_std, 0.02) ** 2)
 
     def so_far() -> Inpainting:
-        drawn = torch.where(mask, flow.denoise(current, y), x)
+        drawn = torch.where(mask, flow.denoise(current, y) if whole.denoises else current, x)
         rate = torch.stack(accepted).mean(0) if accepted else log_prob.new_full((len(x),), math.nan)
         return Inpainting(whole.to_images(drawn), torch.stack(trace, dim=1), rate)
 

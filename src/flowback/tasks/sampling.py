@@ -36,6 +36,7 @@ from flowback.data.splits import spread
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solved
 from flowback.flow.guidance import Guidance
+from flowback.flow.labels import Labels
 from flowback.flow.patches import unpatchify
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
@@ -60,7 +61,7 @@ class Request:
         schedule: scale along the tokens: constant, or annealed (rising from 0 at the first token).
         guided: which parameters are guided: both, a or mu.
         temperature: standard deviation of z.
-        denoise: remove the noise of training by one score step.
+        denoise: remove the noise of training by one score step; null for yes, but of latents whose decoder has seen it.
         seed: seed of the images; each is a function of it and of its own number.
         precision: 32-true or bf16-mixed.
         best_of: candidates for each image, of which the one that the flow takes most surely for its label is kept.
@@ -77,7 +78,7 @@ class Request:
     schedule: str = "constant"
     guided: str = "both"
     temperature: float = 1.0
-    denoise: bool = True
+    denoise: bool | None = None
     seed: int = 0
     precision: str = "32-true"
     best_of: int = 1
@@ -140,8 +141,17 @@ def draw_batches(
         with autocast(core.device, request.precision):
             z, y = starts(core, request, numbers[start : start + batch_size], method, batch_size, compile)
             x, report = core.decode_with_report(z, y, guidance, method, compile=compile)
-            x = core.denoise(x, y, batch_size) if request.denoise else x
-        yield Drawn(flow.to_images(x.float()).float().cpu(), z.cpu(), y, report)
+            x = finished(flow, x, y, request.denoise, batch_size)
+        yield Drawn(x, z.cpu(), y, report)
+
+
+def finished(flow: Flow, x: Tensor, y: Labels, denoise: bool | None = None, batch_size: int = 64) -> Tensor:
+    """What `flow.core.decode` drew, `[B, *core.data_shape]`, as images `[B, C, H, W]`, on the CPU.
+
+    The noise of training is removed first if `denoise` says so; None for where `flow.denoises`.
+    """
+    x = flow.core.denoise(x, y, batch_size) if (flow.denoises if denoise is None else denoise) else x
+    return flow.to_images(x.float()).float().cpu()
 
 
 def starts(
@@ -193,8 +203,7 @@ def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, 
         fresh = request.temperature * core.to_prior(core.enter(fresh))
         y = y.expand(num)
         x = core.decode(slerp(z.expand_as(fresh), fresh, strength), y, request.as_guidance(), method)
-        x = core.denoise(x, y) if request.denoise else x
-    return flow.to_images(x.float()).float().cpu()
+        return finished(flow, x, y, request.denoise)
 
 
 def draw(

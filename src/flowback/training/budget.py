@@ -19,6 +19,7 @@ from flowback.data.splits import MemorySplit
 from flowback.encoders import load_encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import AutoencoderConfig
+from flowback.latents.loading import read_config
 from flowback.runs.config import LatentConfig, RunConfig
 from flowback.tasks.classify import Effort
 from flowback.training.apply import checkpoint_layers
@@ -215,7 +216,7 @@ def _autoencoder(config: LatentConfig) -> AutoencoderConfig | None:
     """What is known of a configuration's autoencoder: what is published of it, or else what its folder says."""
     if config.autoencoder in AUTOENCODERS:
         return AutoencoderConfig(name=config.autoencoder, posterior=config.posterior, **AUTOENCODERS[config.autoencoder])
-    return None if config.autoencoder is None else AutoencoderConfig.of(config.autoencoder, config.posterior)
+    return None if config.autoencoder is None else read_config(config.autoencoder, config.posterior)
 
 
 def _measure(objective: nn.Module, fake: FakeTensorMode, precision: str, images: int, pieces: int) -> tuple[int, int]:
