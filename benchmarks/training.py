@@ -34,7 +34,7 @@ from flowback.runs.config import RunConfig, recipe
 from flowback.runs.log import read_metrics
 from flowback.training import train
 from flowback.training.apply import checkpoint_layers, compile_blocks
-from flowback.training.loop import Likelihood
+from flowback.training.flows import Likelihood
 from flowback.training.meter import Meter
 from flowback.training.optim import GuardedStep, update_ema
 

@@ -17,7 +17,7 @@ from flowback.cli import build_parser
 from flowback.core.errors import InputError
 from flowback.runs.config import RunConfig
 from flowback.training.budget import Device, plan
-from flowback.training.loop import Likelihood
+from flowback.training.flows import Likelihood
 from flowback.training.meter import Meter
 
 RECIPES = Path(__file__).parents[1] / "configs"
@@ -92,7 +92,7 @@ import json, sys, torch
 from flowback import TarFlow
 from flowback.core.devices import autocast
 from flowback.training.apply import checkpoint_layers
-from flowback.training.loop import Likelihood
+from flowback.training.flows import Likelihood
 
 options, images, precision, checkpointed = json.loads(sys.argv[1])
 torch.set_num_threads(1)

@@ -92,7 +92,7 @@ def drawn_one_by_one(flow, request):
         z = best_of(flow, z, y, guidance, method="sequential") if request.best_of > 1 else z[:, 0]
         z = refine(flow, z, y, request.refine, guidance=guidance) if request.refine else z
         x = flow.decode(z, y, guidance, "sequential")
-        images.append(flow.denoise(x, y) if request.denoise else x)
+        images.append(x if request.denoise is False else flow.denoise(x, y))
     return to_uint8(torch.cat(images))
 
 

@@ -18,7 +18,8 @@ from flowback.core.units import from_levels
 from flowback.data import DataConfig
 from flowback.flow import io
 from flowback.flow.config import FlowConfig
-from flowback.latents import Autoencoder, load_autoencoder
+from flowback.latents import load_autoencoder
+from flowback.latents.kl import KLAutoencoder
 from flowback.latents.loading import read_config
 from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig, TrainConfig
 from flowback.tasks.classify import fit_statistics
@@ -87,6 +88,25 @@ def test_latents_are_the_scaled_means_and_images_their_decoded_inverse(flow, vae
         assert torch.allclose(latents, (mean - 0.1) * 0.5, atol=1e-6)
         assert torch.allclose(flow.to_images(latents), model.decode(mean).sample, atol=1e-5)
     assert not latents.requires_grad
+
+
+def test_channels_are_scaled_each_by_its_own_numbers(vae, tmp_path):
+    folder = tmp_path / "vae"
+    shutil.copytree(vae, folder)
+    means, deviations = [0.5, -1.0, 2.0], [0.5, 2.0, 4.0]
+    spoil_config(folder, latents_mean=means, latents_std=deviations)
+    autoencoder, x = load_autoencoder(str(folder)), pictures()
+    with torch.no_grad():
+        mean = AutoencoderKL.from_pretrained(vae).encode(x).latent_dist.mean
+    # as diffusers' pipelines undo it: latents * latents_std / scaling_factor + latents_mean
+    wide = [torch.tensor(values).view(-1, 1, 1) for values in (means, deviations)]
+    assert torch.allclose(autoencoder.encode(x) * wide[1] / 0.5 + wide[0], mean, atol=1e-5)
+    assert torch.allclose(autoencoder.decode(autoencoder.encode(x)), load_autoencoder(str(vae)).decode((mean - 0.1) * 0.5))
+    core = normal_(TarFlow(**OPTIONS), 0.1)
+    flow = LatentFlow(core, autoencoder)
+    flow.save_pretrained(tmp_path / "flow")
+    assert from_pretrained(tmp_path / "flow").autoencoder.config == autoencoder.config
+    assert torch.equal(from_pretrained(tmp_path / "flow").to_data(x), flow.to_data(x))
 
 
 def test_samples_of_the_posterior_are_a_function_of_the_generator(vae):
@@ -287,10 +307,10 @@ def test_constructors_read_and_download_nothing(flow, monkeypatch):
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", fail)
     monkeypatch.setattr(io, "find_folder", fail)
-    monkeypatch.setattr("flowback.latents.autoencoder.find_folder", fail)
+    monkeypatch.setattr("flowback.latents.loading.find_folder", fail)
     monkeypatch.setattr("pathlib.Path.open", fail)
     known = replace(flow.autoencoder.config, name="/not/here")
-    made = LatentFlow(TarFlow(**OPTIONS), Autoencoder(flow.autoencoder.model, known))
+    made = LatentFlow(TarFlow(**OPTIONS), KLAutoencoder(flow.autoencoder.model, known).freeze())
     assert made.sample(2).shape == (2, 1, 8, 8)
 
 
@@ -383,8 +403,13 @@ def spoil_config(folder, **changes):
 BROKEN = {
     "no folder": (lambda f: shutil.rmtree(f), "is neither a folder nor a hub id"),
     "no config": (lambda f: (f / "config.json").unlink(), r"holds no readable config\.json"),
-    "of another kind": (lambda f: spoil_config(f, _class_name="VQModel"), "does not describe a diffusers AutoencoderKL"),
-    "a scale a channel": (lambda f: spoil_config(f, latents_mean=[0.0] * 3), "scales every channel by itself"),
+    "of another kind": (lambda f: spoil_config(f, _class_name="VQModel"), "does not describe an autoencoder; expected one"),
+    "means alone": (lambda f: spoil_config(f, latents_mean=[0.0] * 3), "has latents_std None; expected a number"),
+    "two deviations": (lambda f: spoil_config(f, latents_std=[1.0] * 2), "or one for each of 3 channels"),
+    "a deviation of 0": (
+        lambda f: spoil_config(f, latents_std=[1.0, 0.0, 1.0]),
+        "latents_std .* expected a number above 0",
+    ),
     "no safetensors": (lambda f: next(f.glob("*.safetensors")).unlink(), r"has no diffusion_pytorch_model\.safetensors"),
     "colour": (lambda f: spoil_config(f, in_channels=3), "cannot be loaded|not those of its config"),
 }

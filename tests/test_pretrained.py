@@ -138,6 +138,8 @@ def test_hub_id_is_downloaded(folder, flow, monkeypatch):
     files = [
         "autoencoder/config.json",
         "autoencoder/diffusion_pytorch_model.safetensors",
+        "autoencoder/encoder.safetensors",
+        "autoencoder/model.safetensors",
         "classes.json",
         "classification.json",
         "config.json",

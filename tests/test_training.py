@@ -710,7 +710,7 @@ def test_a_state_that_is_none_is_said_and_ends_no_later_checkpoint(tmp_path, con
 
 def test_figures_that_are_no_numbers_are_not_the_best_and_leave_valid_json(tmp_path, monkeypatch):
     figures = iter([float("nan"), 3.0, 2.0, float("inf"), float("-inf"), float("nan")])
-    monkeypatch.setattr("flowback.training.loop._evaluate", lambda *_: {"held_out_nats_per_dim": next(figures)})
+    monkeypatch.setattr("flowback.training.flows.FlowJob.measure", lambda *_: {"held_out_nats_per_dim": next(figures)})
     train(config(tmp_path, steps=6, eval_every=1, checkpoint_every=1, keep=1))
     assert [folder.name for folder in checkpoint.all_of(tmp_path)] == ["step_00000006", "step_00000003"]
 

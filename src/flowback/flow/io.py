@@ -43,6 +43,8 @@ class Pretrained:
     if TYPE_CHECKING:
         core: Any
 
+    weights_file = WEIGHTS
+
     @property
     def stored(self) -> nn.Module:
         """What has the weights that are written: here the `core`, the flow."""

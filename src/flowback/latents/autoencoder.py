@@ -115,6 +115,7 @@ class Autoencoder(nn.Module):
     """
 
     kind: ClassVar[str]
+    weights_file: ClassVar[str] = WEIGHTS
     files: ClassVar[tuple[str, ...]] = ("config.json", WEIGHTS)  # of its folder
     scale: Tensor
     shift: Tensor
@@ -144,6 +145,11 @@ class Autoencoder(nn.Module):
     @property
     def core(self) -> Self:
         """What has weights of its own: itself (compare `LatentFlow.core`)."""
+        return self
+
+    @property
+    def stored(self) -> nn.Module:
+        """What has the weights that are written."""
         return self
 
     @property

@@ -60,6 +60,7 @@ class KLAutoencoder(Autoencoder):
     """
 
     kind = "kl"
+    weights_file = WEIGHTS
     files = ("config.json", WEIGHTS)
 
     def __init__(self, model: nn.Module, config: AutoencoderConfig, kl_weight: float = 0.0) -> None:
@@ -92,6 +93,11 @@ class KLAutoencoder(Autoencoder):
         )
         config.latent_size(as_size(image_size, "the image size"))
         return cls(model, config, options.kl_weight)
+
+    @property
+    def stored(self) -> nn.Module:
+        """The model."""
+        return self.model
 
     def _moments(self, images: Tensor) -> Tensor:
         posterior = self.model.encode(images.to(self.model.dtype)).latent_dist

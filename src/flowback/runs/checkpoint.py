@@ -1,7 +1,7 @@
 """Checkpoints: folders `checkpoints/step_00000500` that hold everything a run needs to go on. Nothing is pickled.
 
 config.json, model.safetensors    the flow with its averaged (EMA) weights, as `TarFlow.save_pretrained` writes it
-training.safetensors              the raw weights, the projector, and AdamW's state, tensor by tensor
+training.safetensors              all that is trained: the raw weights, buffers, and AdamW's state, tensor by tensor
 state.json                        step, seconds of training, steps that were skipped, the last held-out likelihood
 checksums.json                    SHA-256 of all the others, by which a damaged checkpoint is known
 
@@ -28,7 +28,7 @@ from flowback.core.distributed import in_all, is_shard, unsharded
 from flowback.core.errors import InputError
 from flowback.core.files import file_hash, read_json
 from flowback.flow.io import find_folder
-from flowback.latents import Flow, from_pretrained
+from flowback.latents import Autoencoder, Flow, LatentFlow, from_pretrained, load_autoencoder
 from flowback.runs import slices
 from flowback.runs.config import CLASSES
 
@@ -96,7 +96,7 @@ def damage(checkpoint: Path) -> str | None:
     except (OSError, ValueError, AttributeError) as error:
         return f"{checkpoint} is not whole ({error})"
     for name in ("config.json", "model.safetensors", STEM, "state.json"):
-        if not any(file.startswith(name) for file in known):
+        if not any(file.startswith(name) or file.endswith(f"_{name}") for file in known):
             return f"{checkpoint / CHECKSUMS} lacks {name}"
     return None
 
@@ -104,7 +104,7 @@ def damage(checkpoint: Path) -> str | None:
 def save(
     run: Path,
     state: State,
-    average: Flow,
+    average: Flow | Autoencoder,
     trained: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     keep: int,
@@ -118,7 +118,7 @@ def save(
     Args:
         run: the run's folder.
         state: where the run stands.
-        average: the flow with averaged weights.
+        average: the flow, or the autoencoder, with averaged weights.
         trained: the modules whose raw parameters are trained, by name.
         optimizer: of exactly those parameters, in their order.
         keep: how many of the newest checkpoints to keep.
@@ -192,7 +192,7 @@ def _tensors(trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) ->
         tensors[f"weights.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
-    return tensors
+    return tensors | _named_buffers(trained)
 
 
 def _best(run: Path) -> Path | None:
@@ -230,15 +230,17 @@ def _sync(place: Path) -> None:
             raise
 
 
-def load(checkpoint: Path, average: Flow, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> State:
+def load(
+    checkpoint: Path, average: Flow | Autoencoder, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> State:
     """Read a checkpoint back into what `save` was given.
 
     Raises:
         InputError: if it is not whole, or of another model.
     """
     try:
-        reader = slices.Reader(checkpoint, "model")
-        for name, tensor in average.core.state_dict().items():
+        reader = slices.Reader(checkpoint, Path(average.weights_file).stem)
+        for name, tensor in average.stored.state_dict().items():
             reader.fill(name, tensor)
         reader = slices.Reader(checkpoint, STEM)
         unknown = set(reader.slices)
@@ -248,6 +250,9 @@ def load(checkpoint: Path, average: Flow, trained: dict[str, nn.Module], optimiz
             keys = [key for key in reader.slices if key.startswith(prefix)]
             optimizer.state[parameter] = {key.removeprefix(prefix): _like(parameter, reader, key) for key in keys}
             unknown -= {f"weights.{name}", *keys}
+        for name, buffer in _named_buffers(trained).items():
+            reader.fill(name, buffer)
+            unknown.discard(name)
         state = State.read(checkpoint)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"checkpoint {checkpoint} cannot be read back ({error})") from error
@@ -282,8 +287,11 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
     if weights == "raw":
         try:
             reader = slices.Reader(Path(source), STEM)
-            for name, parameter in flow.core.named_parameters():
-                reader.fill(f"weights.flow.{name}", parameter)
+            trained: dict[str, nn.Module] = {"flow": flow.core}
+            if isinstance(flow, LatentFlow) and flow.stored is flow:
+                trained["autoencoder"] = flow.autoencoder
+            for name, parameter in _named(trained):
+                reader.fill(f"weights.{name}", parameter)
         except OSError as error:
             raise InputError(f"{source} has no raw weights; use ema") from error
         except SafetensorError as error:
@@ -292,6 +300,23 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
             raise InputError(f"{source} has raw weights of another flow ({error}); use ema") from error
     name = source.name if isinstance(source, Path) else str(source)
     return flow.to(where), f"{weights} weights of {name}"
+
+
+def load_trained_autoencoder(run: str | Path) -> Autoencoder:
+    """The autoencoder that a run trained, alone or with a flow: that of its newest checkpoint, or of one that is named.
+
+    Raises:
+        InputError: if there is none.
+    """
+    folder = newest(Path(run)) or Path(run)
+    if (folder / "config.json").is_file() and read_json(folder / "config.json").get("model") in ("TarFlow", "LatentFlow"):
+        flow = from_pretrained(folder)
+        if not isinstance(flow, LatentFlow) or flow.stored is not flow:
+            raise InputError(
+                f"{run} holds a flow whose autoencoder was not trained with it; use that autoencoder's own folder"
+            )
+        return flow.autoencoder
+    return load_autoencoder(str(folder))
 
 
 def class_names(run: str, flow: Flow) -> list[str]:
@@ -331,8 +356,19 @@ def flow_folder(run: str | Path) -> Path:
     return folder
 
 
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a module that are part of what it learned, by name: those in its `state_dict`."""
+    names = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in names}
+
+
 def _named(trained: dict[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
     return [(f"{k}.{name}", p) for k, module in trained.items() for name, p in module.named_parameters()]
+
+
+def _named_buffers(trained: dict[str, nn.Module]) -> dict[str, Tensor]:
+    found = {k: buffers(module) for k, module in trained.items()}
+    return {f"buffers.{k}.{name}": buffer for k, own in found.items() for name, buffer in own.items()}
 
 
 def _like(parameter: nn.Parameter, reader: slices.Reader, name: str) -> Tensor:

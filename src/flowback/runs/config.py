@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import docstring_parser
 import yaml
@@ -19,11 +19,14 @@ from flowback.core.errors import InputError
 from flowback.data import DataConfig
 from flowback.flow.config import FlowConfig
 from flowback.latents.autoencoder import POSTERIORS
+from flowback.latents.kl import KLConfig
 
 READ_YAML: Callable[[str], Any] = get_loader("yaml")
 MOST_NODES = 100_000  # of a YAML text
 PRECISIONS = ("32-true", "bf16-mixed")
 SHARING = ("ddp", "fsdp")
+TRAINABLE = ("kl",)  # kinds of autoencoders, on their own
+OF_FLOWS = ("class_dropout", "compile", "strategy", "checkpoint_activations", "eval_passes", "init")  # options of `train`
 CLASSES = "classes.json"  # names of the classes, in the folder of a run
 
 
@@ -213,8 +216,61 @@ class TrainConfig:
                 raise InputError(f"train.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+class Recipe:
+    """What the configurations of all runs share: they are written as YAML, and read back."""
+
+    run: str | None
+    data: DataConfig
+    train: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(os.path.expanduser(self.run or f"runs/{self.data.name}"))
+
+    def rooted(self) -> Self:
+        """The same from any working folder: what lies on this machine by its whole path."""
+        data, train = self.data, self.train
+        data = replace(data, path=_whole_path(data.path, True))
+        train = replace(train, caches=_whole_path(train.caches, True), init=_whole_path(train.init))
+        return replace(cast(Any, self), run=str(self.folder.absolute()), data=data, train=train)
+
+    def to_yaml(self) -> str:
+        """All values, in a form that `--config` takes."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(cast(Any, self))), sort_keys=False)
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """The configuration in a recipe, or in a run's config.yaml: of the run in that folder, wherever it was moved.
+
+        Raises:
+            InputError: if the file does not hold one.
+        """
+        try:
+            config = cls.from_yaml(file.read_text("utf-8"))
+        except (InputError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} cannot be used: {error}") from error
+        return replace(cast(Any, config), run=str(file.parent)) if is_of_run(file) else config
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Self:
+        """The inverse of `to_yaml`; what a recipe leaves out has its default.
+
+        Raises:
+            InputError: if the text is not a configuration.
+        """
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls)
+        try:
+            return cls(**vars(parser.instantiate(parser.parse_object(load_yaml(text)))))
+        except InputError:
+            raise
+        except (yaml.YAMLError, ArgumentError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"this is not the configuration of a run ({error})") from error
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Recipe):
     """A training run.
 
     Args:
@@ -233,55 +289,49 @@ class RunConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def rooted(self) -> Self:
+        """The same from any working folder: what lies on this machine by its whole path."""
+        latents, alignment = self.latents, self.alignment
+        return replace(
+            super().rooted(),
+            latents=replace(latents, autoencoder=_whole_path(latents.autoencoder)),
+            alignment=replace(alignment, encoder_weights=_whole_path(alignment.encoder_weights)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRunConfig(Recipe):
+    """A run that trains an autoencoder.
+
+    Args:
+        run: the run's folder; null for runs/autoencoder.
+        data: which images.
+        kind: kl.
+        kl: its options.
+        train: how it is trained.
+
+    Raises:
+        InputError: if there is no such kind, or an option of `train` is one of flows.
+    """
+
+    run: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    kind: str = "kl"
+    kl: KLConfig = field(default_factory=KLConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.kind not in TRAINABLE:
+            raise InputError(f"kind must be one of {', '.join(TRAINABLE)}, got {self.kind!r}")
+        default = TrainConfig()
+        for name in OF_FLOWS:
+            if getattr(self.train, name) != getattr(default, name):
+                raise InputError(f"train.{name} is an option of flows; leave it out for an autoencoder")
+
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(os.path.expanduser(self.run or f"runs/{self.data.name}"))
-
-    def rooted(self) -> "RunConfig":
-        """The same from any working folder: what lies on this machine by its whole path."""
-        data, latents, alignment, train = self.data, self.latents, self.alignment, self.train
-        return replace(
-            self,
-            run=str(self.folder.absolute()),
-            data=replace(data, path=_whole_path(data.path, True)),
-            latents=replace(latents, autoencoder=_whole_path(latents.autoencoder)),
-            alignment=replace(alignment, encoder_weights=_whole_path(alignment.encoder_weights)),
-            train=replace(train, caches=_whole_path(train.caches, True), init=_whole_path(train.init)),
-        )
-
-    def to_yaml(self) -> str:
-        """All values, in a form that `flowback train --config` takes."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
-
-    @classmethod
-    def read(cls, file: Path) -> "RunConfig":
-        """The configuration in a recipe, or in a run's config.yaml: of the run in that folder, wherever it was moved.
-
-        Raises:
-            InputError: if the file does not hold one.
-        """
-        try:
-            config = cls.from_yaml(file.read_text("utf-8"))
-        except (InputError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be used: {error}") from error
-        return replace(config, run=str(file.parent)) if is_of_run(file) else config
-
-    @classmethod
-    def from_yaml(cls, text: str) -> "RunConfig":
-        """The inverse of `to_yaml`; what a recipe leaves out has its default.
-
-        Raises:
-            InputError: if the text is not a configuration.
-        """
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls)
-        try:
-            return cls(**vars(parser.instantiate(parser.parse_object(load_yaml(text)))))
-        except InputError:
-            raise
-        except (yaml.YAMLError, ArgumentError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"this is not the configuration of a run ({error})") from error
+        return Path(os.path.expanduser(self.run or "runs/autoencoder"))
 
 
 def recipe(name: str) -> Path:

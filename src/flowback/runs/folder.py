@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
 from filelock import AcquireReturnProxy, MarkerSoftFileLock, Timeout, UnixFileLock, WindowsFileLock
 
@@ -21,7 +22,7 @@ from flowback.data.sources import DiskSplit
 from flowback.data.splits import evaluated
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import State
-from flowback.runs.config import CLASSES, RunConfig, flat
+from flowback.runs.config import CLASSES, Recipe, RunConfig, flat
 
 # what may change when a run goes on
 FREE = {"run", "data.workers", "data.path", "data.unreadable", "train.steps"}
@@ -34,7 +35,7 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what
 DATA = "data.npz"  # the Inventory of the data when the run began
 
 
-def training_data(config: RunConfig, given: ImageSet | None = None) -> ImageSet:
+def training_data(config: Recipe, given: ImageSet | None = None) -> ImageSet:
     """The data of a run that begins, or of one that goes on, with the split that it had; says what was found.
 
     Args:
@@ -46,7 +47,7 @@ def training_data(config: RunConfig, given: ImageSet | None = None) -> ImageSet:
     """
     if config.train.resume and (config.folder / "config.yaml").is_file():
         _refuse_other(config.rooted())
-        data = _known(config.folder, config.data, given, exact=True)
+        data = _known(config.folder, config.data, given, exact=True, recipe=type(config))
     else:
         data = given or load_data(config.data)
         if config.train.init is not None:
@@ -99,12 +100,12 @@ def _unseen(data: ImageSet, start: Path) -> ImageSet:
     return data
 
 
-def _known(run: Path, config: DataConfig, data: ImageSet | None, exact: bool) -> ImageSet:
+def _known(run: Path, config: DataConfig, data: ImageSet | None, exact: bool, recipe: type[Recipe] = RunConfig) -> ImageSet:
     """The data of a run that began; those of version 0.1.0 kept the names of the classes alone, if `classes.json`."""
     begun = Inventory.read(run / DATA)
     if data is None:
         if config.channels is None:
-            config = replace(config, channels=RunConfig.read(run / "config.yaml").data.channels)
+            config = replace(config, channels=recipe.read(run / "config.yaml").data.channels)
         data = load_data(config, earlier=begun is None)
     if begun is not None:
         return begun.split(data, exact, config.unreadable)
@@ -131,7 +132,7 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def open_run(config: RunConfig, data: ImageSet, first: bool = True) -> Iterator[Path | None]:
+def open_run(config: Recipe, data: ImageSet, first: bool = True) -> Iterator[Path | None]:
     """Begin a run's folder, or find the newest whole checkpoint to resume from; nobody else can train in it meanwhile.
 
     Args:
@@ -169,7 +170,7 @@ def open_run(config: RunConfig, data: ImageSet, first: bool = True) -> Iterator[
         else:
             write_whole(run / CLASSES, lambda file: file.write_text(json.dumps(data.classes) + "\n", "utf-8"))
             Inventory.of(data).write(run / DATA)
-        again = replace(rooted, train=replace(rooted.train, resume=False, until=None))  # as it is run to its end
+        again = replace(cast(Any, rooted), train=replace(rooted.train, resume=False, until=None))  # as it is run to its end
         if isinstance(data.train, DiskSplit):
             again = replace(again, data=replace(again.data, channels=data.channels))  # as found by looking
         write_whole(run / "config.yaml", lambda file: file.write_text(again.to_yaml(), "utf-8"))
@@ -213,10 +214,10 @@ def _mark(file: Path) -> AcquireReturnProxy:
         ) from error
 
 
-def _refuse_other(config: RunConfig) -> int:
+def _refuse_other(config: Recipe) -> int:
     """Refuse another configuration than the run's, but for what is `FREE`; returns how many steps it was begun for."""
-    begun = RunConfig.read(config.folder / "config.yaml")  # old names are today's, options that came later have defaults
-    before, now = (flat(asdict(c)) for c in (begun.rooted(), config))
+    begun = type(config).read(config.folder / "config.yaml")  # old names are today's, options that came later have defaults
+    before, now = (flat(asdict(cast(Any, c))) for c in (begun.rooted(), config))
     for options in (before, now):  # what a run began with need not be there any more
         options["train.init"] = options["train.init"] and str(Path(options["train.init"]).absolute())
     for name in now:

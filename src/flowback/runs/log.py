@@ -4,7 +4,7 @@ import csv
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -37,18 +37,19 @@ class MetricsLog:
     Args:
         run: the run's folder.
         step: rows after this step, left by a run that was cut off, are dropped.
+        columns: names of the numbers.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file, self.fails = run / "metrics.csv", False
+        self.file, self.columns, self.fails = run / "metrics.csv", columns, False
         self.events: Any = None
         with self.or_without():
             kept = [row for row in read_metrics(self.file) if row["step"] <= step] if self.file.exists() and step else []
-            write_whole(self.file, lambda file: _write_rows(file, "w", kept))
+            write_whole(self.file, lambda file: _write_rows(file, "w", kept, self.columns))
         with self.or_without():
             self.events = SummaryWriter(str(run / "events"), purge_step=step + 1)
 
@@ -63,7 +64,7 @@ class MetricsLog:
     def write(self, step: int, **values: float) -> None:
         """Append one row."""
         with self.or_without():
-            _write_rows(self.file, "a", [{"step": step, **values}])
+            _write_rows(self.file, "a", [{"step": step, **values}], self.columns)
         with self.or_without():
             if self.events is not None:
                 for name, value in values.items():
@@ -81,9 +82,9 @@ class MetricsLog:
             self.fails = True
 
 
-def _write_rows(file: Path, mode: str, rows: list[dict[str, float]]) -> None:
+def _write_rows(file: Path, mode: str, rows: list[dict[str, float]], columns: Sequence[str]) -> None:
     with file.open(mode, newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")  # rows of an earlier version
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore")  # rows of an earlier version
         if mode == "w":
             writer.writeheader()
         writer.writerows(rows)

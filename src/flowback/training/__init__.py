@@ -1,5 +1,5 @@
-"""Training: one readable loop on Lightning Fabric, and what a step reads."""
+"""Training: one readable loop on Lightning Fabric, what it trains, and what a step reads."""
 
-from flowback.training.loop import RunResult, train
+from flowback.training.flows import RunResult, train
 
 __all__ = ["RunResult", "train"]

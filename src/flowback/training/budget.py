@@ -25,7 +25,7 @@ from flowback.tasks.classify import Effort
 from flowback.training.apply import checkpoint_layers
 from flowback.training.build import build_flow
 from flowback.training.caches import cache_shapes
-from flowback.training.loop import Likelihood, held_out_effort
+from flowback.training.flows import Likelihood, held_out_effort
 from flowback.training.meter import Meter
 
 DEVICES = (1, 8, 64)

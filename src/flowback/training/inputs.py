@@ -15,12 +15,13 @@ from torch import Tensor
 from flowback.alignment import Alignment
 from flowback.core.console import say
 from flowback.core.devices import autocast, put
+from flowback.core.seeds import draw
 from flowback.core.units import from_levels
 from flowback.data import ImageSet, batches, step_generator
 from flowback.data.batches import Raw, Tolerance, sample_generators
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder
-from flowback.runs.config import RunConfig
+from flowback.runs.config import Recipe, RunConfig
 from flowback.training.caches import cache_plans, open_cache
 
 
@@ -28,18 +29,102 @@ from flowback.training.caches import cache_plans, open_cache
 class Batch:
     """One step's batch, where the flow is."""
 
-    x: Tensor  # noised images or latents, [B, *data_shape]
-    y: Tensor | None  # labels [B], -1 where dropped; None for an unconditional flow
-    targets: Tensor | None  # features [B, N, F]; None without alignment
+    x: Tensor  # noised images or latents, [B, *data_shape]; clean images where an autoencoder is trained
+    y: Tensor | None = None  # labels [B], -1 where dropped; None for an unconditional flow
+    targets: Tensor | None = None  # features [B, N, F] of the clean images; None where none are needed
+    noise: Tensor | None = None  # standard normal, of the shape of latents, where an autoencoder is trained
+    levels: Tensor | None = None  # of the noise, uniform in [0, 1), [B]
 
     def split(self, pieces: int) -> "list[Batch]":
         """The batch in equal pieces, which follow each other."""
         size = len(self.x) // pieces
         cuts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
-        return [Batch(self.x[cut], *(None if t is None else t[cut] for t in (self.y, self.targets))) for cut in cuts]
+        return [Batch(**{name: None if t is None else t[cut] for name, t in vars(self).items()}) for cut in cuts]
+
+    def others(self) -> dict[str, Tensor]:
+        """What there is besides images and labels, by name."""
+        return {name: t for name, t in vars(self).items() if t is not None and name not in ("x", "y")}
 
 
-class Inputs:
+@dataclass
+class Drawn:
+    """What every step draws, whatever is trained."""
+
+    x: Tensor | None  # clean images [B, C, H, W], mirrored or not, where they were read
+    y: Tensor  # labels [B], -1 where dropped, on the CPU
+    flipped: Tensor  # whether an image is mirrored [B], on the CPU
+    generators: list[torch.Generator]  # of what else is random, one for each image
+
+
+class Source:
+    """What the inputs of all runs share.
+
+    Args:
+        config: of the run.
+        data: its images.
+        device: where batches go.
+        share: (i, k): this process is the i-th, from 0, of k that share every batch.
+    """
+
+    def __init__(self, config: Recipe, data: ImageSet, device: torch.device, share: tuple[int, int] = (0, 1)) -> None:
+        self.config, self.data, self.device, self.share = config, data, device, share
+        self.tolerance = Tolerance(config.data.unreadable, len(data.train))
+
+    def stream(self, start: int, stop: int, images: bool = True) -> Iterator[Raw]:
+        """What the steps `start` … `stop - 1` read, `images` or only labels; `prepare` makes batches of it."""
+        c = self.config
+        return batches(self.data.train, c.train.batch_size, c.train.seed, start, stop, c.data.workers, images, self.share)
+
+    def draw(self, raw: Raw, step: int) -> Drawn:
+        """Clean images and labels of step `step`, from 0, and the generators of their noise."""
+        for sentence in self.tolerance.note(raw.unreadable):
+            say(f"the next one is taken instead: {sentence}")
+        c, count = self.config.train, len(raw.labels)
+        first = self.share[0] * count
+        coins = torch.rand(2, c.batch_size, generator=step_generator(c.seed, step))[:, first : first + count]
+        flipped, dropped = coins[0] < (0.5 if c.hflip else 0.0), coins[1] < c.class_dropout
+        x = None
+        if raw.images is not None:
+            x = from_levels(put(raw.images, self.device), self.data.levels)
+            x = torch.where(put(flipped, self.device)[:, None, None, None], x.flip(-1), x)
+        y = torch.where(dropped, -1, raw.labels)
+        return Drawn(x, y, flipped, sample_generators(c.seed, step, first, count))
+
+
+class ImageInputs(Source):
+    """The batches of a run that trains an autoencoder: clean images, and the noise for their latents.
+
+    Args:
+        config: of the run.
+        data: its images.
+        latents: channels, height and width of an image's latents.
+        classes: whether there are labels.
+        device: where batches go.
+        share: (i, k): this process is the i-th, from 0, of k that share every batch.
+    """
+
+    def __init__(
+        self,
+        config: Recipe,
+        data: ImageSet,
+        latents: tuple[int, ...],
+        classes: bool,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        super().__init__(config, data, device, share)
+        self.latents, self.classes = latents, classes
+
+    def prepare(self, raw: Raw, step: int) -> Batch:
+        """Everything random in step `step`, from 0: mirrored images, noise, dropped labels."""
+        drawn = self.draw(raw, step)
+        assert drawn.x is not None
+        noise = draw(torch.randn, drawn.x.new_empty(len(drawn.x), *self.latents), drawn.generators)
+        levels = draw(torch.rand, drawn.x.new_empty(len(drawn.x), 1), drawn.generators)[:, 0]
+        return Batch(drawn.x, put(drawn.y, self.device) if self.classes else None, noise=noise, levels=levels)
+
+
+class Inputs(Source):
     """The batches of a run.
 
     Args:
@@ -65,9 +150,9 @@ class Inputs:
         device: torch.device,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.config, self.data, self.flow, self.alignment, self.device = config, data, flow, alignment, device
-        self.share, self.autoencoder = share, autoencoder
-        self.tolerance = Tolerance(config.data.unreadable, len(data.train))
+        super().__init__(config, data, device, share)
+        self.config: RunConfig = config
+        self.flow, self.alignment, self.autoencoder = flow, alignment, autoencoder
         for module in (alignment or flow, autoencoder):
             if module is not None:
                 module.to(device)
@@ -79,34 +164,24 @@ class Inputs:
             generator = torch.Generator().manual_seed(config.train.seed)
             self.others = torch.randperm(len(data.train), generator=generator)
 
-    def stream(self, start: int, stop: int) -> Iterator[Raw]:
-        """What the steps `start` … `stop - 1` read; `prepare` makes batches of it."""
+    def stream(self, start: int, stop: int, images: bool = True) -> Iterator[Raw]:
+        """What the steps `start` … `stop - 1` read: images only where not all that is made of them is cached."""
         flow_needs = self.autoencoder is None or self.latents is None
-        needs_images = flow_needs or (self.alignment is not None and self.features is None)
-        c = self.config
-        size, seed = c.train.batch_size, c.train.seed
-        return batches(self.data.train, size, seed, start, stop, c.data.workers, needs_images, self.share)
+        return super().stream(
+            start, stop, images and (flow_needs or (self.alignment is not None and self.features is None))
+        )
 
     def prepare(self, raw: Raw, step: int) -> Batch:
         """Everything random in step `step`, from 0: mirrored images, samples of latents, noise, dropped labels."""
-        indices, images, labels, unreadable = raw
-        for sentence in self.tolerance.note(unreadable):
-            say(f"the next one is taken instead: {sentence}")
-        c, first, count = self.config.train, self.share[0] * len(labels), len(labels)
-        coins = torch.rand(2, c.batch_size, generator=step_generator(c.seed, step))[:, first : first + count]
-        flipped, dropped = coins[0] < (0.5 if c.hflip else 0.0), coins[1] < c.class_dropout
-        generators = sample_generators(c.seed, step, first, count)
-        x_clean = None
-        if images is not None:
-            x_clean = from_levels(put(images, self.device), self.data.levels)
-            x_clean = torch.where(put(flipped, self.device)[:, None, None, None], x_clean.flip(-1), x_clean)
+        drawn = self.draw(raw, step)
+        indices, flipped, generators, x_clean = raw.indices, drawn.flipped, drawn.generators, drawn.x
         if self.autoencoder is not None and self.latents is not None:
             moments = put(self.latents(indices, flipped), self.device).to(torch.get_default_dtype())
             x = self.autoencoder.from_moments(moments, generators)
         else:
             assert x_clean is not None
             x = x_clean if self.autoencoder is None else self.autoencoder.encode(x_clean, generators)
-        y = put(torch.where(dropped, -1, labels), self.device) if self.flow.num_classes else None
+        y = put(drawn.y, self.device) if self.flow.num_classes else None
         return Batch(self.flow.perturb(x, generators), y, self._targets(indices, flipped, x_clean))
 
     def _targets(self, indices: Tensor, flipped: Tensor, x_clean: Tensor | None) -> Tensor | None:

@@ -1,0 +1,221 @@
+"""Training a flow: what its run is made of, measures and says."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowback.core.console import say
+from flowback.core.devices import deterministic, keep_freed_memory, pick_device
+from flowback.core.distributed import in_all, is_first
+from flowback.core.errors import InputError
+from flowback.core.units import LOG_2PI, nll_per_dim
+from flowback.data import ImageSet
+from flowback.data.splits import evaluated, spread
+from flowback.encoders import Encoder
+from flowback.flow.tarflow import TarFlow
+from flowback.latents import Autoencoder, Flow, LatentFlow
+from flowback.measure.density import densities, seen
+from flowback.runs.checkpoint import State
+from flowback.runs.config import RunConfig
+from flowback.runs.folder import open_run, training_data
+from flowback.runs.log import COLUMNS
+from flowback.tasks.classify import Effort, effort, predict
+from flowback.tasks.sampling import class_grid, shown_classes
+from flowback.training.apply import checkpoint_layers, compile_blocks
+from flowback.training.build import (
+    as_image_set,
+    build_flow,
+    describe_start,
+    first_flow,
+    make_alignment,
+    make_autoencoder,
+    settle,
+)
+from flowback.training.inputs import Inputs
+from flowback.training.job import Job
+from flowback.training.loop import take_steps
+from flowback.training.parallel import check_batch, launch, peers
+
+
+@dataclass
+class RunResult:
+    """How a run ended."""
+
+    run: Path
+    flow: Flow  # with averaged weights
+    data: ImageSet
+    state: State
+    interrupted: bool
+
+
+class Likelihood(nn.Module):
+    """The objective without alignment, in the form of `Alignment`."""
+
+    def __init__(self, flow: TarFlow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(
+        self, x_noisy: Tensor, y: Tensor | None, x_clean: Tensor | None = None, targets: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """`L_NF`, and its value as the only part."""
+        nll = nll_per_dim(*self.flow.encode(x_noisy, y))
+        return nll, {"nll": nll.detach()}
+
+
+class FlowJob(Job):
+    """A flow, aligned or not.
+
+    Args:
+        config: of the run.
+        data: its images.
+        inputs: the batches, and the modules that they are for.
+    """
+
+    columns = COLUMNS
+    config: RunConfig
+    average: Flow
+
+    def __init__(self, config: RunConfig, data: ImageSet, inputs: Inputs) -> None:
+        flow, alignment, autoencoder = inputs.flow, inputs.alignment, inputs.autoencoder
+        trained: dict[str, nn.Module] = {"flow": flow}
+        if alignment is not None:
+            trained["projector"] = alignment.projector
+        core = deepcopy(flow).to(inputs.device).requires_grad_(False).eval()
+        average = core if autoencoder is None else LatentFlow(core, autoencoder)
+        super().__init__(config, data, alignment or Likelihood(flow), trained, {"flow": core}, average)
+        self.flow, self.alignment = flow, alignment
+        self.stream, self.prepare = inputs.stream, inputs.prepare
+        self.affordable = held_out_effort(config, average, data)
+
+    def apply(self) -> None:
+        """Checkpoint activations, compile the blocks."""
+        if self.config.train.checkpoint_activations:
+            checkpoint_layers(self.flow)
+        if self.config.train.compile:
+            compile_blocks(self.flow)
+
+    def begin_step(self, step: int) -> None:
+        """End the alignment where the configuration says so."""
+        until = self.config.alignment.until
+        if self.alignment is not None and until is not None:
+            self.alignment.active = step < until
+
+    def row(self, means: dict[str, float]) -> dict[str, float]:
+        """The likelihood with the prior's constant."""
+        return {"nats_per_dim": means["nll"] + LOG_2PI / 2}
+
+    def status(self, row: dict[str, float]) -> str:
+        """Loss, likelihood and alignment."""
+        align = f"  align {row['align']:.3f}" if "align" in row else ""
+        return f"loss {row['loss']:.4f}  nats/dim {row['nats_per_dim']:.4f}{align}"
+
+    def measure(self, fabric: Any) -> dict[str, float]:
+        """Likelihood and accuracy of held-out images."""
+        flow, data, affordable = self.average, self.data, self.affordable
+        x, y = seen(flow, data.held_out, evaluated(len(data.held_out), affordable.images), data.levels)
+        own = slice(fabric.global_rank, None, fabric.world_size)
+
+        def measure() -> dict[str, list[float]]:
+            densities_ = densities(flow.core, x, y, isinstance(flow, LatentFlow), own=own)
+            found = {"held_out_nats_per_dim": densities_["nats_per_dim"].tolist()}
+            rules = {"single_gradient": affordable.images, "exact": affordable.exact} if flow.num_classes else {}
+            for rule, images in ((rule, images) for rule, images in rules.items() if images):
+                some = spread(len(x), images)
+                right = predict(flow.core, x[some], rule, own=own).cpu() == y[some][own]
+                found[f"held_out_{rule}"] = right.float().tolist()
+            return found
+
+        shares = in_all(fabric, measure)
+        return {name: float(torch.tensor([v for share in shares for v in share[name]]).mean()) for name in shares[0]}
+
+    def picture(self) -> Tensor:
+        """Samples, a row for each class."""
+        return class_grid(self.average, per_class=8, seed=self.config.train.seed)
+
+
+def train(
+    config: RunConfig, data: ImageSet | Any = None, encoder: Encoder | None = None, flow: Flow | None = None
+) -> RunResult:
+    """Train a flow as `config` says; the run's folder gets configuration, checkpoints, metrics and sample grids.
+
+    Args:
+        config: of the run.
+        data: images to use in place of `config.data`, of which only `workers` and `unreadable` then apply: an `ImageSet`,
+            or what `as_image_set` makes one of.
+        encoder: to align with in place of the one that `config.alignment` names. Its features are cached if it is a module
+            with tensors, by which the cache knows it.
+        flow: a flow to copy and train further, in place of the one that `config.train.init` names. `config.flow` becomes
+            its configuration. With a `LatentFlow` comes its autoencoder.
+
+    Raises:
+        InputError: if the configuration, the data or the run's folder is not usable, or the loss stays not finite.
+        PeerLost: if another process of the run is gone.
+    """
+    if flow is not None and config.train.init is not None:
+        raise InputError(f"train.init is {config.train.init}, and another flow was given; use one of the two")
+    named, what = first_flow(config) if flow is None else (None, "the flow that was given")
+    flow = flow or named
+    config = settle(config, data, encoder, flow)
+    c = config.train
+    check_batch(c)
+    pick_device(c.accelerator)
+    data = training_data(config, None if data is None else as_image_set(data))
+    torch.manual_seed(c.seed)
+    autoencoder = flow.autoencoder if isinstance(flow, LatentFlow) else make_autoencoder(config.latents)
+    trained_flow = build_flow(config, data, autoencoder and autoencoder.config, start=flow)
+    alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, trained_flow, encoder)
+    # nothing is written before everything that was asked for exists
+    with deterministic(c.deterministic), open_run(config, data, first=is_first()) as found:
+        fabric = launch(c)
+        keep_freed_memory(fabric.device)
+        with peers(fabric):
+            resume_from = fabric.broadcast(found)
+            with fabric.rank_zero_first():  # which makes the caches that are missing
+                share = (fabric.global_rank, fabric.world_size)
+                inputs = Inputs(config, data, trained_flow, autoencoder, alignment, fabric.device, share)
+            if fabric.is_global_zero:
+                said = describe(config, trained_flow, data, autoencoder, fabric.world_size)
+                if flow is not None and resume_from is None:
+                    said += f"\n{describe_start(what, flow, data.classes if trained_flow.num_classes else [])}"
+                say(said)
+            job = FlowJob(config, data, inputs)
+            state = take_steps(job, fabric, resume_from)
+    return RunResult(config.folder, job.average, data, state, interrupted=state.step < c.steps)
+
+
+def describe(
+    config: RunConfig, flow: TarFlow, data: ImageSet, autoencoder: Autoencoder | None = None, processes: int = 1
+) -> str:
+    """What is about to be trained, in a few lines."""
+    a, f, c = config.alignment, flow.config, config.train
+    depth = f.layers if isinstance(f.layers, int) else "+".join(map(str, f.layers))
+    sees = "" if autoencoder is None else f", latents {flow.data_shape} of {autoencoder.config.name}"
+    millions = sum(p.numel() for p in flow.parameters()) / 1e6
+    where = ", ".join(f"block {t} layer {layer}" for t, layer in a.at)
+    aligned = f"{a.strategy} ({a.gradient}) at {where}, weight {a.weight}, with {a.encoder}"
+    noise = f"gaussian {f.noise_std}" if f.noise == "gaussian" else "uniform"
+    pieces = [f"{processes} processes ({c.strategy})"] * (processes > 1) + [f"{c.grad_accum_steps} pieces"] * (
+        c.grad_accum_steps > 1
+    )
+    few = len(shown_classes(flow)) < flow.num_classes
+    grids = f"; pictures of {len(shown_classes(flow))} classes, evenly spread" if few else ""
+    return (
+        f"data      {data.name}: {len(data.train)} images for training, {len(data.held_out)} held out, "
+        f"{'x'.join(map(str, (*data.size, data.channels)))}, {len(data.classes)} classes\n"
+        f"flow      {f.blocks} blocks x {depth} layers x width {f.width}, {flow.token_shape[0]} tokens, "
+        f"{millions:.2f}M parameters, noise {noise}{sees}\n"
+        f"alignment {'none' if a.strategy == 'none' else aligned}\n"
+        f"measures  {held_out_effort(config, flow, data)}, every {c.eval_every} steps{grids}"
+        + (f"\nbatch     {c.batch_size} images, shared by {' of '.join(pieces)}" if pieces else "")
+    )
+
+
+def held_out_effort(config: RunConfig, flow: Flow, data: ImageSet) -> Effort:
+    """What a run measures at each evaluation. A density costs 2 passes, a single gradient 3."""
+    c, classes = config.train, flow.num_classes
+    return effort(min(c.eval_images, len(data.held_out)), classes, c.eval_passes, 5 if classes else 2)

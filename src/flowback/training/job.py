@@ -1,0 +1,86 @@
+"""What the loop trains: a flow, an autoencoder, or both."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowback.data import ImageSet
+from flowback.data.batches import Raw
+from flowback.latents import Autoencoder, Flow
+from flowback.runs.checkpoint import buffers
+from flowback.runs.config import Recipe
+from flowback.training.inputs import Batch
+from flowback.training.optim import update_ema
+
+
+class Job:
+    """An objective, the modules that it trains, their averages, and what is measured of these.
+
+    Args:
+        config: of the run.
+        data: its images.
+        objective: takes images, labels and what else a `Batch` has, and returns the loss and its parts. Parts that are
+            tensors are logged.
+        trained: the modules that are optimized, by name.
+        averages: those of them of which an average is kept, by the same names.
+        average: what is saved, measured and shown: made of these.
+    """
+
+    columns: list[str]  # of metrics.csv
+
+    def __init__(
+        self,
+        config: Recipe,
+        data: ImageSet,
+        objective: nn.Module,
+        trained: dict[str, nn.Module],
+        averages: dict[str, nn.Module],
+        average: Flow | Autoencoder,
+    ) -> None:
+        self.config, self.data, self.objective = config, data, objective
+        self.trained, self.averages, self.average = trained, averages, average
+        pairs = [(module, trained[name]) for name, module in averages.items()]
+        self.buffers = [pair for a, b in pairs for pair in zip(buffers(a).values(), buffers(b).values(), strict=True)]
+
+    def stream(self, start: int, stop: int) -> Iterator[Raw]:
+        """What the steps `start` … `stop - 1` read."""
+        raise NotImplementedError
+
+    def prepare(self, raw: Raw, step: int) -> Batch:
+        """The batch of step `step`, from 0."""
+        raise NotImplementedError
+
+    def apply(self) -> None:
+        """Apply what the configuration asks for to the modules, such as compilation, before they are set up."""
+
+    def begin_step(self, step: int) -> None:
+        """Whatever changes with the step, from 0."""
+
+    @torch.no_grad()
+    def update_averages(self, step: int) -> None:
+        """Take the weights after `step` steps into the averages."""
+        for name, module in self.averages.items():
+            update_ema(module.parameters(), self.trained[name].parameters(), self.config.train.ema, step)
+        for average, current in self.buffers:
+            average.copy_(current)
+
+    def settle(self) -> None:
+        """What follows from the averages and is saved with them."""
+
+    def row(self, means: dict[str, float]) -> dict[str, float]:
+        """What a row of metrics.csv says besides the means of the loss and its parts."""
+        return {}
+
+    def status(self, row: dict[str, float]) -> str:
+        """A row in a few words."""
+        raise NotImplementedError
+
+    def measure(self, fabric: Any) -> dict[str, float]:
+        """The held-out figures of the averages; each process measures its share of the images."""
+        raise NotImplementedError
+
+    def picture(self) -> Tensor:
+        """Images `[n, C, H, W]` in [-1, 1] that show the averages, in rows of 8."""
+        raise NotImplementedError
