@@ -312,9 +312,7 @@ def load_trained_autoencoder(run: str | Path) -> Autoencoder:
     if (folder / "config.json").is_file() and read_json(folder / "config.json").get("model") in ("TarFlow", "LatentFlow"):
         flow = from_pretrained(folder)
         if not isinstance(flow, LatentFlow) or flow.stored is not flow:
-            raise InputError(
-                f"{run} holds a flow whose autoencoder was not trained with it; use that autoencoder's own folder"
-            )
+            raise InputError(f"{run} holds no autoencoder that was trained with the flow; use the folder of its own")
         return flow.autoencoder
     return load_autoencoder(str(folder))
 

@@ -149,7 +149,7 @@ def train_autoencoder(config: AutoencoderRunConfig, data: ImageSet | Any = None)
     """
     c = config.train
     check_batch(c)
-    device = pick_device(c.accelerator)
+    pick_device(c.accelerator)
     data = training_data(config, None if data is None else as_image_set(data))
     torch.manual_seed(c.seed)
     autoencoder = build_autoencoder(config, data)
