@@ -24,6 +24,10 @@ from flowback.core.devices import device_name, pick_device
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solver
 from flowback.latents import load_autoencoder
+from flowback.latents.compressors import COMPRESSORS, make_compressor
+from flowback.latents.decoders import DECODERS
+from flowback.latents.losses import ReconstructionConfig, ReconstructionLoss
+from flowback.measure.reconstruction import psnr, ssim
 from flowback.quickstart import quickstart
 from flowback.runs.config import RunConfig, recipe
 from flowback.runs.log import read_metrics
@@ -220,6 +224,52 @@ def test_the_autoencoder_follows(second, tmp_path):
         assert torch.allclose(found.cpu(), expected[name], atol=1e-3), name
     flow.to("cpu")
     assert {p.device.type for p in flow.parameters()} == {"cpu"}
+
+
+def compressed(kind):
+    def work(device):
+        compressor = make_compressor(kind, 5, 3, 6, width=32, layers=1).to(device)
+        compressor.fit([features(device)])
+        latents = compressor.compress(features(device))
+        return latents, compressor.expand(latents)
+
+    return work
+
+
+def reconstructed(device):
+    loss = ReconstructionLoss(ReconstructionConfig(features=1.0, adversarial=1.0), 2, (6, 6), PatchEncoder(random_flow()))
+    x, x_hat = (torch.rand(3, 2, 6, 6, dtype=torch.float64).to(device) for _ in range(2))
+    loss.to(device)(x, x_hat.requires_grad_())[0].backward()
+    return x_hat.grad, psnr(x, x_hat), ssim(x, x_hat)
+
+
+def features(device):
+    return torch.randn(3, 6, 5, generator=seeded(), dtype=torch.float64).to(device)
+
+
+# name -> what is computed on a device
+LATENT_WORK = {
+    **{kind: compressed(kind) for kind in COMPRESSORS},
+    **{
+        f"{kind} decoder": lambda device, kind=kind: DECODERS[kind](5, 2, (2, 3), 6, 32, 1).to(device)(features(device))
+        for kind in DECODERS
+    },
+    "losses and figures": reconstructed,
+}
+
+
+@pytest.mark.parametrize("name", LATENT_WORK)
+def test_parts_of_autoencoders_equal_the_cpus(second, name):
+    torch.set_default_dtype(torch.float64)
+    try:
+
+        def work(device):
+            torch.manual_seed(0)
+            return LATENT_WORK[name](device)
+
+        assert max(differences(second, work, "cpu", second)) < 1e-9
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # ---- waits ----------------------------------------------------------------------------------------------------------

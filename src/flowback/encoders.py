@@ -9,7 +9,7 @@ import difflib
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,25 @@ class Encoder(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, P, dim]`."""
         ...
+
+
+class Carrier(nn.Module):
+    """A module that takes frozen ones along: they move with `.to()`, but are no submodules.
+
+    So they stay in eval mode, and are in neither `parameters()` nor `state_dict()`.
+    """
+
+    def carry(self, name: str, frozen: Any) -> None:
+        """Take `frozen` along as the attribute `name`; a module is put into eval mode, and asks for no gradient."""
+        if isinstance(frozen, nn.Module):
+            self.__dict__.setdefault("_carried", []).append(frozen.requires_grad_(False).eval())
+        self.__dict__[name] = frozen
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()` and its like do, to what is carried too."""
+        for frozen in self.__dict__.get("_carried", ()):
+            frozen._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 class TimmEncoder(nn.Module):
@@ -59,9 +78,8 @@ class TimmEncoder(nn.Module):
         """Stay in eval mode, whatever mode is asked for: the encoder is frozen."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` in [-1, 1], grey or color, any size, to `[B, P, dim]`."""
+        """`[B, C, H, W]` in [-1, 1], grey or color, any size, to `[B, P, dim]`; differentiable in the images."""
         x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False)
         x = ((x + 1) / 2 - self.mean) / self.std  # grey images broadcast to three channels here
         return self._features(x).flatten(2).transpose(1, 2)

@@ -1,18 +1,18 @@
 """The loss of an aligned flow, `L_NF + weight * L_align` (arXiv 2511.22345, equations 5 to 8)."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowback.alignment import gradients
 from flowback.alignment.projectors import ConvProjector, Projector
 from flowback.core.devices import put
 from flowback.core.errors import InputError
 from flowback.core.units import nll_per_dim
-from flowback.encoders import Encoder, match_grid
+from flowback.encoders import Carrier, Encoder, match_grid
 from flowback.flow.tarflow import TarFlow
 
 PROJECTORS = ("mlp", "conv")
@@ -27,7 +27,7 @@ def spatially_normalized(features: Tensor) -> Tensor:
     return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
 
 
-class Alignment(nn.Module):
+class Alignment(Carrier):
     """Aligns hidden states of a flow with the features of a frozen encoder.
 
     Its `parameters()` are what to optimize, those of flow and projector. The encoder moves with `.to()`, but is not among
@@ -50,6 +50,8 @@ class Alignment(nn.Module):
     Raises:
         InputError: if a pair, the strategy, the gradient or the weight does not exist or is impossible.
     """
+
+    encoder: Encoder
 
     def __init__(
         self,
@@ -83,22 +85,13 @@ class Alignment(nn.Module):
             raise InputError(f"tolerance must be at least 0 and below 1, got {tolerance}")
         if not callable(encoder) or not hasattr(encoder, "grid") or not hasattr(encoder, "dim"):
             raise InputError(f"encoder must be a module that has grid and dim, got {type(encoder).__name__}")
-        if isinstance(encoder, nn.Module):
-            encoder.requires_grad_(False).eval()
         self.flow, self.tolerance = flow, tolerance
-        self.encoder: Encoder
-        self.__dict__["encoder"] = encoder  # not a submodule
+        self.carry("encoder", encoder)
         self.strategy, self.gradient, self.weight = strategy, gradient, weight
         self.spatial_norm = spatial_norm
         self.active = True  # False: `loss` is the likelihood's alone from now on, and needs no targets
         sizes = flow.config.width, encoder.dim
         self.projector = ConvProjector(*sizes, flow.grid) if projector == "conv" else Projector(*sizes, projector_width)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `.to()` and its like do, to the encoder too."""
-        if isinstance(self.encoder, nn.Module):
-            self.encoder._apply(fn, recurse)
-        return super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:

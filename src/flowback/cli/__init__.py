@@ -70,7 +70,7 @@ EXTRAS = {  # what `pip install flowback` leaves out: extra -> imported name -> 
         "sklearn": "scikit-learn",
     },
     "eval": {"torch_fidelity": "torch-fidelity"},
-    "latent": {"diffusers": "diffusers"},
+    "latent": {"diffusers": "diffusers", "lpips": "lpips"},
     "studio": {"gradio": "gradio"},
 }
 
