@@ -113,7 +113,7 @@ class Alignment(Carrier):
         return match_grid(features, (rows, columns), self.flow.grid)
 
     def loss(
-        self, x_noisy: Tensor, y: Tensor | None, x_clean: Tensor | None = None, targets: Tensor | None = None
+        self, x_noisy: Tensor, y: Tensor | None = None, x_clean: Tensor | None = None, targets: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """Encode once and return the loss, whose `backward()` puts every gradient where the strategy says.
 

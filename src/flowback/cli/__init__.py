@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowback.core.errors import InputError
 
@@ -41,6 +41,19 @@ VERBS = {  # the module of each verb, and its help
     "swap": ("editing", "Change the class of images and keep their z. Writes one grid: image, then classes."),
     "inpaint": ("editing", "Draw a region of images anew, given the rest. Writes one grid, a row per image."),
     "classify": ("classifying", "Classify image files with the flow's own likelihood. No classifier is trained."),
+    "autoencoder train": (
+        "autoencoding",
+        "Train an autoencoder for flows in its latents. Options come from a YAML file (--config, see configs/autoencoder/) "
+        "and from the command line, which wins.",
+    ),
+    "autoencoder evaluate": (
+        "autoencoding",
+        "Measure what an autoencoder loses on held-out images. Writes reconstruction.json and reconstruction.png.",
+    ),
+    "autoencoder export": (
+        "autoencoding",
+        "Write the autoencoder of a run for others: a folder that --latents.autoencoder takes.",
+    ),
     "evaluate": (
         "measuring",
         "Measure a flow on its run's data, or on other: density, classes, probes, fidelity. Writes evaluation.json.",
@@ -54,6 +67,7 @@ VERBS = {  # the module of each verb, and its help
         "if asked.",
     ),
 }
+GROUPS = {"autoencoder": "Train, measure and export autoencoders, in whose latents flows work."}  # verbs of several tasks
 EXTRAS = {  # what `pip install flowback` leaves out: extra -> imported name -> package
     "train": {
         "torchvision": "torchvision",
@@ -84,10 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes that no encoding has
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parser, commands = build_parser(words[0] if words else "")
+        parser, commands = build_parser(" ".join(words[: 2 if words[0] in GROUPS else 1]) if words else "")
         options = parser.parse_args(words)
-        command, run = commands[options.command]
-        status = run(command.instantiate(options[options.command]))
+        name, chosen = options.command, options[options.command]
+        if name in GROUPS:
+            name, chosen = f"{name} {chosen.task}", chosen[chosen.task]
+        command, run = commands[name]
+        status = run(command.instantiate(chosen))
         return _lost_output() or status
     except InputError as error:
         fail(str(error))
@@ -135,14 +152,20 @@ def build_parser(verb: str) -> "tuple[Parser, dict[str, tuple[Parser, Run]]]":
 
     if verb in VERBS:
         import_module(f"flowback.cli.{VERBS[verb][0]}").add(add)
+    groups: dict[str, Any] = {}
     for name, (_, text) in VERBS.items():
+        group, _, task = name.rpartition(" ")
+        if group and group not in groups:
+            grouped = Parser(description=GROUPS[group])
+            verbs.add_subcommand(group, grouped, help=GROUPS[group])
+            groups[group] = grouped.add_subcommands(dest="task", metavar="TASK")
         parsers[name].add_argument(
             "--device",
             type=str,
             default="auto",
             help="where to run: auto (an accelerator, if there is one), cpu, cuda:1, …",
         )
-        verbs.add_subcommand(name, parsers[name], help=text.split(". ")[0])
+        groups.get(group, verbs).add_subcommand(task, parsers[name], help=text.split(". ")[0])
     return parser, commands
 
 

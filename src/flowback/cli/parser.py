@@ -1,13 +1,13 @@
 """The parser of every verb: errors in one line, switches, recipes in UTF-8."""
 
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from jsonargparse import ArgumentParser, Namespace
 
-from flowback.cli import fail
+from flowback.cli import GROUPS, fail
 from flowback.core.errors import InputError
 from flowback.core.files import typed_path
 
@@ -67,7 +67,7 @@ class Parser(ArgumentParser):
 
 
 def _recipe_first(words: list[str]) -> list[str]:
-    verb = words[:1] if words and not words[0].startswith("-") else []
+    verb = list(takewhile(lambda word: not word.startswith("-"), words[: 2 if words[:1] and words[0] in GROUPS else 1]))
     recipes, others, rest = [], [], iter(words[len(verb) :])
     for word in rest:
         if word == "--config":

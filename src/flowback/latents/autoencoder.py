@@ -18,6 +18,7 @@ from flowback.core.errors import InputError
 from flowback.core.files import file_hash, read_json, save_tensors, write_whole
 from flowback.core.seeds import Generators, draw
 from flowback.core.units import as_size
+from flowback.encoders import Encoder
 from flowback.flow.io import load_tensors
 
 BATCH = 16  # images at once; an autoencoder's first layers are the largest thing in memory
@@ -79,7 +80,8 @@ class AutoencoderConfig:
         if not _is_number(self.noise_std) or self.noise_std < 0:
             raise InputError(f"the autoencoder's noise_std must be a finite number of at least 0, got {self.noise_std!r}")
         if self.image_size is not None:
-            object.__setattr__(self, "image_size", as_size(self.image_size, "the autoencoder's image_size"))
+            size = as_size(self.image_size, "the autoencoder's image_size")
+            object.__setattr__(self, "image_size", size if isinstance(size, tuple) else (size, size))
             self.latent_size(self.image_size)
 
     @property
@@ -117,6 +119,7 @@ class Autoencoder(nn.Module):
     kind: ClassVar[str]
     weights_file: ClassVar[str] = WEIGHTS
     files: ClassVar[tuple[str, ...]] = ("config.json", WEIGHTS)  # of its folder
+    encoder: Encoder | None = None  # a frozen vision model in whose features it works, if it does
     scale: Tensor
     shift: Tensor
 
@@ -186,16 +189,16 @@ class Autoencoder(nn.Module):
         """A few latents, without scale and shift, to images."""
         raise NotImplementedError
 
-    def fit(self, images: Any) -> None:
-        """What has a closed form, before training. `images` gives batches `[B, C, H, W]` in [-1, 1], each time anew."""
-
-    def reconstruct(self, images: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def reconstruct(
+        self, images: Tensor, noise: Tensor, levels: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Encode, disturb, decode: what training compares with the images.
 
         Args:
             images: `[B, C, H, W]` in [-1, 1].
             noise: standard normal, `[B, channels, H/downsample, W/downsample]`.
             levels: of the noise, uniform in [0, 1), `[B]`.
+            features: of the frozen encoder, `[B, P, F]`, where they were computed before and are of use.
 
         Returns:
             Images `[B, C, H, W]`, and terms of the loss that are the kind's own, by name, weighted.

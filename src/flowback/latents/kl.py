@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from flowback.core.errors import InputError, only_errors
-from flowback.core.units import as_size
 from flowback.flow.io import tensor_shapes
 from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, read_description, weights_hash
 
@@ -91,7 +90,7 @@ class KLAutoencoder(Autoencoder):
         config = AutoencoderConfig(
             name=None, channels=options.channels, downsample=options.downsample, image_channels=image_channels
         )
-        config.latent_size(as_size(image_size, "the image size"))
+        config.latent_size(image_size)
         return cls(model, config, options.kl_weight)
 
     @property
@@ -107,8 +106,10 @@ class KLAutoencoder(Autoencoder):
     def _decode(self, latents: Tensor) -> Tensor:
         return self.model.decode(latents.to(self.model.dtype)).sample
 
-    def reconstruct(self, images: Tensor, noise: Tensor, levels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `Autoencoder.reconstruct`: of a sample of the posterior; `levels` are not used. The term is "kl"."""
+    def reconstruct(
+        self, images: Tensor, noise: Tensor, levels: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Autoencoder.reconstruct`: of a sample of the posterior, whatever the levels. The term is "kl"."""
         posterior = self.model.encode(images).latent_dist
         decoded = self.model.decode(posterior.mean + posterior.std * noise).sample
         return decoded, {"kl": self.kl_weight * posterior.kl().mean() / images[0].numel()}
@@ -131,7 +132,7 @@ class KLAutoencoder(Autoencoder):
         means, deviations = (config.get(f"latents_{name}") for name in ("mean", "std"))
         if means is not None or deviations is not None:  # newer ones scale every channel: (latent - mean) / std * factor
             try:
-                scale, shift = tuple(scale / std for std in deviations), means or 0.0
+                scale, shift = tuple(scale / std for std in cast(Any, deviations)), means or 0.0
             except (TypeError, ZeroDivisionError) as error:
                 raise InputError(
                     f"{folder / 'config.json'} has latents_std {deviations}; expected a number above 0 for each channel"

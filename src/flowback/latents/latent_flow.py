@@ -116,7 +116,8 @@ class LatentFlow(io.Pretrained, nn.Module):
 
         Where `denoise` is not given, latents are denoised if `denoises` says so.
         """
-        drawn = self.flow.sample(num, y, **{"denoise": self.denoises} | {k: v for k, v in options.items() if v is not None})
+        options["denoise"] = self.denoises if options.get("denoise") is None else options["denoise"]
+        drawn = self.flow.sample(num, y, **options)
         x, rest = (drawn[0], drawn[1:]) if isinstance(drawn, tuple) else (drawn, ())
         images = self.to_images(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
         return (images, *rest) if rest else images
@@ -140,10 +141,8 @@ class LatentFlow(io.Pretrained, nn.Module):
             InputError: if the autoencoder's files are gone.
         """
         self.save_pretrained(path)
-        if self.stored is self:
-            return
         file, name = Path(path) / "config.json", self.autoencoder.config.name
-        if with_autoencoder or Path(name).is_dir() or not io.is_hub_id(name):
+        if name is not None and (with_autoencoder or Path(name).is_dir() or not io.is_hub_id(name)):
             copy_files(name, file.parent / "autoencoder")
             described = read_json(file)
             described["autoencoder"]["name"] = "autoencoder"  # a place on this machine means nothing on another one

@@ -11,8 +11,12 @@ from flowback.core.files import typed_path
 from flowback.flow.io import find_folder
 from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, read_description
 from flowback.latents.kl import KLAutoencoder
+from flowback.latents.semantic import SemanticAutoencoder
 
-KINDS: dict[str, type[Autoencoder]] = {"AutoencoderKL": KLAutoencoder}  # by what their config.json calls them
+KINDS: dict[str, type[Autoencoder]] = {  # by what their config.json calls them
+    "AutoencoderKL": KLAutoencoder,
+    "SemanticAutoencoder": SemanticAutoencoder,
+}
 INSIDE = ("vae", "autoencoder")  # folders of a diffusers pipeline, and of a run that trained one
 
 

@@ -20,12 +20,14 @@ from flowback.data import DataConfig
 from flowback.flow.config import FlowConfig
 from flowback.latents.autoencoder import POSTERIORS
 from flowback.latents.kl import KLConfig
+from flowback.latents.losses import ReconstructionConfig
+from flowback.latents.semantic import SemanticConfig
 
 READ_YAML: Callable[[str], Any] = get_loader("yaml")
 MOST_NODES = 100_000  # of a YAML text
 PRECISIONS = ("32-true", "bf16-mixed")
 SHARING = ("ddp", "fsdp")
-TRAINABLE = ("kl",)  # kinds of autoencoders, on their own
+TRAINABLE = ("semantic", "kl")  # kinds of autoencoders, on their own
 OF_FLOWS = ("class_dropout", "compile", "strategy", "checkpoint_activations", "eval_passes", "init")  # options of `train`
 CLASSES = "classes.json"  # names of the classes, in the folder of a run
 
@@ -306,8 +308,11 @@ class AutoencoderRunConfig(Recipe):
     Args:
         run: the run's folder; null for runs/autoencoder.
         data: which images.
-        kind: kl.
-        kl: its options.
+        kind: semantic or kl.
+        semantic: options of that kind.
+        kl: options of that kind.
+        reconstruction: the loss.
+        cache: compute a frozen encoder's features once and keep them on disk.
         train: how it is trained.
 
     Raises:
@@ -316,8 +321,11 @@ class AutoencoderRunConfig(Recipe):
 
     run: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
-    kind: str = "kl"
+    kind: str = "semantic"
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    cache: bool = True
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -332,6 +340,15 @@ class AutoencoderRunConfig(Recipe):
     def folder(self) -> Path:
         """The run's folder."""
         return Path(os.path.expanduser(self.run or "runs/autoencoder"))
+
+    def rooted(self) -> Self:
+        """The same from any working folder: what lies on this machine by its whole path."""
+        semantic, loss = self.semantic, self.reconstruction
+        return replace(
+            super().rooted(),
+            semantic=replace(semantic, encoder_weights=_whole_path(semantic.encoder_weights)),
+            reconstruction=replace(loss, lpips_weights=_whole_path(loss.lpips_weights)),
+        )
 
 
 def recipe(name: str) -> Path:

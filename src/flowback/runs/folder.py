@@ -58,17 +58,18 @@ def training_data(config: Recipe, given: ImageSet | None = None) -> ImageSet:
     return data
 
 
-def run_data(run: Path, config: DataConfig) -> ImageSet:
+def run_data(run: Path, config: DataConfig, recipe: type[Recipe] = RunConfig) -> ImageSet:
     """The data of a run as it was trained on: its classes and split. Images that came or changed since are left out.
 
     Args:
         run: the run's folder.
         config: of its data.
+        recipe: the kind of its configuration.
 
     Raises:
         InputError: if classes have other names, or no image of a split is left.
     """
-    data = _known(run, config, None, exact=False)
+    data = _known(run, config, None, False, recipe)
     for note in data.notes:
         _say(note)
     for split in (data.train, data.held_out):

@@ -1,5 +1,6 @@
 """Training an autoencoder on its own: what its run is made of, measures and says."""
 
+import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowback.core.console import say
+from flowback.core.console import Bar, say
 from flowback.core.devices import deterministic, keep_freed_memory, pick_device, put
 from flowback.core.distributed import in_all, is_first
 from flowback.core.units import from_levels
 from flowback.data import ImageSet, Split
+from flowback.data.cache import ArrayCache
 from flowback.data.splits import evaluated, spread
 from flowback.latents import Autoencoder
 from flowback.latents.kl import KLAutoencoder
 from flowback.latents.losses import ReconstructionLoss
+from flowback.latents.semantic import SemanticAutoencoder
 from flowback.measure.reconstruction import psnr, ssim
 from flowback.runs.checkpoint import State
 from flowback.runs.config import AutoencoderRunConfig
 from flowback.runs.folder import open_run, training_data
 from flowback.training.build import as_image_set
+from flowback.training.caches import feature_plan, open_cache
 from flowback.training.inputs import ImageInputs
 from flowback.training.job import Job
 from flowback.training.loop import take_steps
@@ -53,9 +57,11 @@ class Reconstruction(nn.Module):
         super().__init__()
         self.autoencoder, self.loss = autoencoder, loss
 
-    def forward(self, x: Tensor, y: Tensor | None, noise: Tensor, levels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of images `[B, C, H, W]`, noise and its levels (see `Autoencoder.reconstruct`): the loss, and its parts."""
-        reconstructed, own = self.autoencoder.reconstruct(x, noise, levels)
+    def forward(
+        self, x: Tensor, noise: Tensor, levels: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts; of images `[B, C, H, W]` and the rest as `Autoencoder.reconstruct` has it."""
+        reconstructed, own = self.autoencoder.reconstruct(x, noise, levels, targets)
         loss, parts = self.loss(x, reconstructed)
         return torch.stack([loss, *own.values()]).sum(), parts | {name: part.detach() for name, part in own.items()}
 
@@ -70,6 +76,7 @@ class AutoencoderJob(Job):
         loss: of its reconstructions.
         device: where to train.
         share: (i, k): this process is the i-th, from 0, of k that share every batch.
+        features: of the autoencoder's encoder, where they are on disk.
     """
 
     columns = COLUMNS
@@ -84,6 +91,7 @@ class AutoencoderJob(Job):
         loss: ReconstructionLoss,
         device: torch.device,
         share: tuple[int, int] = (0, 1),
+        features: ArrayCache | None = None,
     ) -> None:
         objective = Reconstruction(autoencoder, loss).to(device)
         trained: dict[str, nn.Module] = {"autoencoder": autoencoder}
@@ -93,7 +101,8 @@ class AutoencoderJob(Job):
         super().__init__(config, data, objective, trained, {"autoencoder": average}, average)
         self.device, self.loss = device, loss
         known = autoencoder.config
-        inputs = ImageInputs(config, data, (known.channels, *known.latent_size(data.size)), False, device, share)
+        latents = (known.channels, *known.latent_size(data.size))
+        inputs = ImageInputs(config, data, latents, False, device, share, features)
         self.stream, self.prepare = inputs.stream, inputs.prepare
 
     def begin_step(self, step: int) -> None:
@@ -160,15 +169,55 @@ def train_autoencoder(config: AutoencoderRunConfig, data: ImageSet | Any = None)
         with peers(fabric):
             resume_from = fabric.broadcast(found)
             share = (fabric.global_rank, fabric.world_size)
-            job = AutoencoderJob(config, data, autoencoder, loss, fabric.device, share)
+            autoencoder.to(fabric.device)
+            features = None
+            if isinstance(autoencoder, SemanticAutoencoder):
+                if config.cache:
+                    with fabric.rank_zero_first():  # which makes what is missing
+                        features = open_cache(feature_plan(config, data, autoencoder), config, data)
+                if resume_from is None:
+                    _fit(autoencoder, data, features)
+            job = AutoencoderJob(config, data, autoencoder, loss, fabric.device, share, features)
             if fabric.is_global_zero:
                 say(describe(config, autoencoder, data))
             state = take_steps(job, fabric, resume_from)
+            if fabric.is_global_zero and state.step == c.steps:
+                _offer(job.average, config.folder)
     return AutoencoderResult(config.folder, job.average, data, state, interrupted=state.step < c.steps)
+
+
+def _fit(autoencoder: SemanticAutoencoder, data: ImageSet, features: ArrayCache | None) -> None:
+    """Fit what has a closed form to the features of training images, those that are not mirrored."""
+    count, straight = len(data.train), torch.zeros(BATCH, dtype=torch.bool)
+    with Bar("fitting", count) as bar:
+
+        def batches() -> Iterator[Tensor]:
+            for start in range(0, count, BATCH):
+                indices = torch.arange(start, min(start + BATCH, count))
+                if features is None:
+                    x = torch.cat(list(images(data.train, indices.tolist(), data.levels, autoencoder.device)))
+                    yield autoencoder.features(x)
+                else:
+                    yield put(features(indices, straight[: len(indices)]), autoencoder.device)
+                bar.update(min(start + BATCH, count))
+
+        with torch.no_grad():
+            autoencoder.compressor.fit(batches())
+
+
+def _offer(autoencoder: Autoencoder, run: Path) -> None:
+    """Put a trained autoencoder where flows look for it in a run's folder, whatever becomes of the checkpoints."""
+    place, partial = run / "autoencoder", run / ".autoencoder.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    autoencoder.save_pretrained(partial)
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
 
 
 def build_autoencoder(config: AutoencoderRunConfig, data: ImageSet) -> Autoencoder:
     """The autoencoder that a configuration describes, for a data set; of random weights."""
+    if config.kind == "semantic":
+        return SemanticAutoencoder.new(config.semantic, data.size, data.channels)
     return KLAutoencoder.new(config.kl, data.size, data.channels)
 
 

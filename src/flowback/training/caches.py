@@ -1,5 +1,6 @@
 """The caches that a run can use: its latents and its encoder's features (`flowback.data.cache`), by what they depend on."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from flowback.data.cache import ArrayCache, cache_key, find, nearest_mismatch
 from flowback.encoders import Encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, AutoencoderConfig
-from flowback.runs.config import AlignmentConfig, RunConfig
+from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
+from flowback.runs.config import AlignmentConfig, Recipe, RunConfig, TrainConfig
 from flowback.training.build import build_flow, first_flow, make_alignment, make_autoencoder, settle
 
 
@@ -63,15 +65,7 @@ def cache_plans(
     device: torch.device,
 ) -> list[CachePlan]:
     """The caches that a run can use, latents first; the alignment's encoder and the autoencoder compute on `device`."""
-    train, plans = config.train, []
-    images = {
-        "images": data.train.fingerprint(),
-        "count": len(data.train),
-        "image_size": data.image_size,
-        "channels": data.channels,
-        "levels": data.levels,
-        "flips": train.hflip,
-    }
+    plans, images = [], _images(data, config.train)
     shapes = cache_shapes(config, flow, autoencoder and autoencoder.config, alignment and alignment.encoder)
     if autoencoder is not None and "latents" in shapes:
         known = autoencoder.config
@@ -79,32 +73,43 @@ def cache_plans(
         plans.append(CachePlan(facts, shapes["latents"], autoencoder.moments))
     if alignment is not None and "features" in shapes:
         a = config.alignment
-        facts = {
-            "kind": "features",
-            **images,
-            "encoder": a.encoder,
-            "weights": _weights(a),
-            "precision": a.encoder_precision,
-        }
-        facts["grid"] = list(flow.grid)
 
         def targets(x: Tensor) -> Tensor:
             with autocast(device, a.encoder_precision):
                 return alignment.targets(x)
 
-        plans.append(CachePlan(facts, shapes["features"], targets))
+        plans.append(CachePlan(images | feature_facts(a, flow.grid), shapes["features"], targets))
     return plans
 
 
-def _weights(config: AlignmentConfig) -> str:
-    """Which weights an encoder has: a word, or the hash of their file."""
+def feature_plan(config: Recipe, data: ImageSet, autoencoder: SemanticAutoencoder) -> CachePlan:
+    """The cache of the features in which an autoencoder works; an alignment with the same ones shares it."""
+    facts = _images(data, config.train) | feature_facts(autoencoder.options, autoencoder.grid)
+    shape = (math.prod(autoencoder.grid), autoencoder.encoder.dim)
+    return CachePlan(facts, shape, torch.no_grad()(autoencoder.features))
+
+
+def _images(data: ImageSet, train: TrainConfig) -> dict[str, Any]:
+    """On which images the values of a cache depend."""
+    return {
+        "images": data.train.fingerprint(),
+        "count": len(data.train),
+        "image_size": data.image_size,
+        "channels": data.channels,
+        "levels": data.levels,
+        "flips": train.hflip,
+    }
+
+
+def feature_facts(config: AlignmentConfig | SemanticConfig, grid: tuple[int, int]) -> dict[str, Any]:
+    """On what features depend besides the images: the encoder, which of its weights, its precision, the grid."""
     file = Path(config.encoder_weights or "")
-    if not file.is_file():
-        return config.encoder_weights or "published"
-    return file_hash(file)[:16]
+    weights = file_hash(file)[:16] if file.is_file() else config.encoder_weights or "published"
+    facts = {"kind": "features", "encoder": config.encoder, "weights": weights, "precision": config.encoder_precision}
+    return facts | {"grid": list(grid)}
 
 
-def open_cache(plan: CachePlan, config: RunConfig, data: ImageSet) -> ArrayCache:
+def open_cache(plan: CachePlan, config: Recipe, data: ImageSet) -> ArrayCache:
     """The cache of a plan: the one in the folder that the run names, or else made where it is missing.
 
     Raises:

@@ -60,7 +60,7 @@ class Likelihood(nn.Module):
         self.flow = flow
 
     def forward(
-        self, x_noisy: Tensor, y: Tensor | None, x_clean: Tensor | None = None, targets: Tensor | None = None
+        self, x_noisy: Tensor, y: Tensor | None = None, x_clean: Tensor | None = None, targets: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """`L_NF`, and its value as the only part."""
         nll = nll_per_dim(*self.flow.encode(x_noisy, y))

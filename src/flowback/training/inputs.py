@@ -19,6 +19,7 @@ from flowback.core.seeds import draw
 from flowback.core.units import from_levels
 from flowback.data import ImageSet, batches, step_generator
 from flowback.data.batches import Raw, Tolerance, sample_generators
+from flowback.data.cache import ArrayCache
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder
 from flowback.runs.config import Recipe, RunConfig
@@ -39,11 +40,11 @@ class Batch:
         """The batch in equal pieces, which follow each other."""
         size = len(self.x) // pieces
         cuts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
-        return [Batch(**{name: None if t is None else t[cut] for name, t in vars(self).items()}) for cut in cuts]
+        return [Batch(self.x[cut], **{k: t[cut] for k, t in self.all_but_x().items()}) for cut in cuts]
 
-    def others(self) -> dict[str, Tensor]:
-        """What there is besides images and labels, by name."""
-        return {name: t for name, t in vars(self).items() if t is not None and name not in ("x", "y")}
+    def all_but_x(self) -> dict[str, Tensor]:
+        """What there is besides images, by name."""
+        return {name: t for name, t in vars(self).items() if t is not None and name != "x"}
 
 
 @dataclass
@@ -101,6 +102,7 @@ class ImageInputs(Source):
         classes: whether there are labels.
         device: where batches go.
         share: (i, k): this process is the i-th, from 0, of k that share every batch.
+        features: of a frozen encoder, where they are on disk.
     """
 
     def __init__(
@@ -111,9 +113,10 @@ class ImageInputs(Source):
         classes: bool,
         device: torch.device,
         share: tuple[int, int] = (0, 1),
+        features: ArrayCache | None = None,
     ) -> None:
         super().__init__(config, data, device, share)
-        self.latents, self.classes = latents, classes
+        self.latents, self.classes, self.features = latents, classes, features
 
     def prepare(self, raw: Raw, step: int) -> Batch:
         """Everything random in step `step`, from 0: mirrored images, noise, dropped labels."""
@@ -121,7 +124,9 @@ class ImageInputs(Source):
         assert drawn.x is not None
         noise = draw(torch.randn, drawn.x.new_empty(len(drawn.x), *self.latents), drawn.generators)
         levels = draw(torch.rand, drawn.x.new_empty(len(drawn.x), 1), drawn.generators)[:, 0]
-        return Batch(drawn.x, put(drawn.y, self.device) if self.classes else None, noise=noise, levels=levels)
+        y = put(drawn.y, self.device) if self.classes else None
+        features = self.features and put(self.features(raw.indices, drawn.flipped), self.device).to(drawn.x.dtype)
+        return Batch(drawn.x, y, features, noise, levels)
 
 
 class Inputs(Source):

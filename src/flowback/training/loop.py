@@ -153,7 +153,7 @@ def _add_gradients(model: nn.Module, pieces: list[Batch], precision: str, fabric
     for i, piece in enumerate(pieces, start=1):
         with fabric.no_backward_sync(model, enabled=i < len(pieces)):
             with autocast(fabric.device, precision):
-                loss, parts = model(piece.x, piece.y, **piece.others())
+                loss, parts = model(piece.x, **piece.all_but_x())
             fabric.backward(loss / len(pieces))
         for name, value in {"loss": loss.detach(), **parts}.items():
             if isinstance(value, Tensor):

@@ -1,0 +1,74 @@
+"""`flowback autoencoder train`, `evaluate` and `export`."""
+
+import signal
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import get_type_hints
+
+from jsonargparse import Namespace
+
+from flowback.cli.common import add_options, add_output, read_options, say
+from flowback.cli.parser import Verb
+from flowback.core.console import command
+from flowback.core.distributed import end_with_input, is_first
+from flowback.data import DataConfig
+from flowback.reports.autoencoder import ReconstructionTest, evaluate_autoencoder, export_autoencoder
+from flowback.runs.config import AutoencoderRunConfig, descriptions
+from flowback.training.autoencoders import train_autoencoder
+
+RUN = "a run that trained an autoencoder, alone or with a flow; a checkpoint of it, a folder or hub id of an autoencoder"
+
+
+def add(verb: Verb) -> None:
+    """Add these verbs to the command line."""
+    command = verb("autoencoder train", _train)
+    command.add_argument("--config", action="config", help="a recipe of an autoencoder, or the config.yaml of its run")
+    command.add_class_arguments(AutoencoderRunConfig)
+
+    command = verb("autoencoder evaluate", _evaluate)
+    command.add_argument("run", type=str, help=RUN)
+    add_options(command, ReconstructionTest)
+    add_output(command, None, "a folder for reconstruction.json and .png (default: the run's own folder)")
+    types, texts = get_type_hints(DataConfig), descriptions(DataConfig)
+    for name in (name for name in texts if name != "workers" and name in types):
+        about = f"in place of the run's: {texts[name]}"
+        command.add_argument(f"--data.{name}", type=types[name] | None, default=None, help=about)
+
+    command = verb("autoencoder export", _export)
+    command.add_argument("run", type=str, help=RUN)
+    command.add_argument("folder", type=str, help="where to write; new or empty")
+
+
+def _train(options: Namespace) -> int:
+    end_with_input(lambda: signal.raise_signal(signal.SIGTERM))
+    config = AutoencoderRunConfig(**{field.name: options[field.name] for field in fields(AutoencoderRunConfig)})
+    if options.device != "auto":
+        config = replace(config, train=replace(config.train, accelerator=options.device))
+    result = train_autoencoder(config)
+    if is_first():
+        again = command("flowback", "autoencoder", "train", "--config", result.run / "config.yaml", "--train.resume")
+        stopped = f"stopped at step {result.state.step} of {config.train.steps}; to resume: {again}"
+        use = command("flowback", "train", "--latents.autoencoder", result.run)
+        say(stopped if result.interrupted else f"finished at step {result.state.step}; a flow in its latents: {use}")
+    return 130 if result.interrupted and result.state.step != config.train.until else 0
+
+
+def _evaluate(options: Namespace) -> int:
+    data = {name: value for name, value in vars(options.data).items() if value is not None}
+    test = read_options(options, ReconstructionTest)
+    found, file = evaluate_autoencoder(options.run, test, options.device, data or None, options.output)
+    for name, value in found.items():
+        text = ", ".join(f"{k} {_short(v)}" for k, v in value.items()) if isinstance(value, dict) else _short(value)
+        say(f"{name:14} {text}")
+    say(f"all in {file} and reconstruction.png beside it")
+    return 0
+
+
+def _export(options: Namespace) -> int:
+    export_autoencoder(options.run, Path(options.folder))
+    say(f"the autoencoder is in {options.folder}; a flow in its latents: --latents.autoencoder {options.folder}")
+    return 0
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
