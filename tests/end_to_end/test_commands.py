@@ -163,7 +163,7 @@ def test_evaluate_prints_and_writes_the_figures(run, capsys):
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_explains_every_option(verb, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([*([verb] if verb else []), "--help"])
+        main([*verb.split(), "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert len(text) > 200
@@ -183,8 +183,8 @@ def test_every_option_that_is_on_or_off_is_a_switch(verb):
     forms = {"{}": True, "{} true": True, "{}=true": True, "{} false": False, "{}=false": False, "--no-{}": False}
     for form, meant in forms.items():
         words = [word for name in switches.values() for word in form.format(name).replace("--no---", "--no-").split()]
-        for line in ([verb, *words, *positional], [verb, *positional, *words]):
-            options = top.parse_args(line)[verb]
+        for line in ([*verb.split(), *words, *positional], [*verb.split(), *positional, *words]):
+            options = top.parse_args(line)[verb.replace(" ", ".")]
             assert {options[dest] for dest in switches} <= {meant}
 
 

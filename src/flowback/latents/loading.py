@@ -79,8 +79,10 @@ def copy_files(name: str, target: Path) -> None:
         InputError: if there is none.
     """
     source = _folder(name)
+    kind = _kind_in(source)
+    kind.facts(source, name, "mean")  # which says what is missing
     target.mkdir(parents=True, exist_ok=True)
-    for file in _kind_in(source).files:
+    for file in (file for file in kind.files if (source / file).is_file()):
         shutil.copyfile(source / file, target / file)
 
 

@@ -1,0 +1,320 @@
+"""Runs the study of README.md, run by run; what is finished is skipped, what was cut off goes on where it was.
+
+    python studies/latents/latent_study.py [--only NAME,…] [--seeds 0] [--hours 12] [--list]
+
+A run is an arm and a seed: an autoencoder (unless the arm works in pixels), then a flow in its latents, or both at once.
+What was measured of it is in results/ARM-SEED.json. Runs stand in runs/studies/latents.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowback.core.devices import machine, pick_device
+from flowback.core.files import file_hash, write_whole
+from flowback.core.seeds import keyed_generator
+from flowback.core.units import from_levels, to_uint8
+from flowback.data import ImageSet, load_data
+from flowback.data.splits import spread
+from flowback.flow.config import FlowConfig
+from flowback.latents import Flow, LatentFlow, load_autoencoder
+from flowback.latents.joint import JointConfig
+from flowback.latents.kl import KLConfig
+from flowback.latents.losses import ReconstructionConfig
+from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
+from flowback.measure.fidelity import TensorImages, fidelity, reference_of
+from flowback.reports.evaluate import EvaluationConfig, evaluate
+from flowback.runs import checkpoint
+from flowback.runs.checkpoint import State, load_flow
+from flowback.runs.config import (
+    AlignmentConfig,
+    AutoencoderRunConfig,
+    DataConfig,
+    LatentConfig,
+    RunConfig,
+    TrainConfig,
+)
+from flowback.training import train
+from flowback.training.autoencoders import train_autoencoder
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "alignment"))
+
+from judge import right, trained  # noqa: E402  (the line above makes it importable)
+
+RESULTS = HERE / "results"
+RUNS = Path("runs/studies/latents")
+JUDGE = RUNS / "judge.pth"
+
+STEPS, AUTOENCODER_STEPS, LONG_STEPS = 800, 1500, 2500
+SEEDS = (0, 1, 2)
+IMAGES, SAMPLES, REFERENCE, PROBED = 2000, 1000, 5000, 5000
+TEMPERATURES, SCALES = (1.0, 0.9, 0.8), (0.0, 1.0)  # of samples; guidance at temperature 1
+DATA = DataConfig(name="fashion_mnist", limit=20_000)
+TRAIN = TrainConfig(
+    steps=STEPS,
+    batch_size=64,
+    lr=4e-3,
+    warmup=100,
+    ema=0.99,
+    log_every=20,
+    eval_every=10**6,
+    eval_images=100,
+    sample_every=10**6,
+    checkpoint_every=500,
+    keep=1,
+)
+FLOW = FlowConfig(patch_size=1, width=96, blocks=4, layers=3, head_dim=32)
+PIXELS = replace(FLOW, patch_size=4, noise_std=0.1)
+SHARP = ReconstructionConfig(features=0.1, adversarial=0.05, adversarial_from=0.2)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One space, and how the flow in it is trained.
+
+    Args:
+        name: of the arm.
+        kind: pixels, kl, semantic or joint.
+        options: of the autoencoder.
+        loss: of its reconstructions.
+        alignment: options of the flow's alignment; none for a plain flow.
+        data, flow, train: of the flow.
+        seeds: which are run.
+        space: the arm whose autoencoder it works in; None for its own.
+    """
+
+    name: str
+    kind: str = "semantic"
+    options: dict[str, Any] = field(default_factory=dict)
+    loss: ReconstructionConfig = SHARP
+    alignment: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = DATA
+    flow: FlowConfig = FLOW
+    train: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = SEEDS
+    space: str | None = None
+
+    def folder(self, seed: int, what: str = "flow") -> Path:
+        """Of a run."""
+        name = self.space if self.space and what == "autoencoder" else self.name
+        return RUNS / what / f"{name}-{seed}"
+
+    def autoencoder(self, seed: int) -> AutoencoderRunConfig | None:
+        """The configuration of the autoencoder's run, if it is trained on its own."""
+        if self.kind not in ("kl", "semantic"):
+            return None
+        own: dict[str, Any] = {"kl": KLConfig(**self.options)} if self.kind == "kl" else {}
+        own = own or {"semantic": SemanticConfig(encoder_precision="bf16-mixed", **self.options)}
+        return AutoencoderRunConfig(
+            run=str(self.folder(seed, "autoencoder")),
+            data=self.data,
+            kind=self.kind,
+            reconstruction=self.loss,
+            train=replace(TRAIN, steps=AUTOENCODER_STEPS, lr=1e-3, seed=seed),
+            **own,
+        )
+
+    def config(self, seed: int) -> RunConfig:
+        """The configuration of the flow's run."""
+        joint = JointConfig(**self.options) if self.kind == "joint" else JointConfig()
+        latents = LatentConfig(joint=self.kind == "joint")
+        if self.kind in ("kl", "semantic"):
+            latents = replace(latents, autoencoder=str(self.folder(seed, "autoencoder")))
+        return RunConfig(
+            run=str(self.folder(seed)),
+            data=self.data,
+            flow=self.flow if self.kind != "joint" else replace(self.flow, noise_std=joint.noise_std),
+            latents=latents,
+            joint=joint,
+            reconstruction=self.loss,
+            alignment=AlignmentConfig(encoder_precision="bf16-mixed", **self.alignment),
+            train=replace(TRAIN, seed=seed, **self.train),
+        )
+
+
+def noised(std: float) -> FlowConfig:
+    """The flow with constant noise of this deviation."""
+    return replace(FLOW, noise_std=std)
+
+
+ALIGNED: dict[str, Any] = {"gradient": "one_step", "at": [[3, 2], [4, 2]], "weight": 0.5, "projector": "conv"}
+ALIGNED |= {"spatial_norm": True}
+PCA = {"compressor": "pca", "channels": 32}
+FULL = replace(DATA, limit=None)
+MAIN = [
+    Arm("pixels", "pixels", flow=PIXELS),
+    Arm("kl_16", "kl", {"channels": 16}, flow=noised(0.2)),
+    Arm("pca_32", options=PCA, flow=noised(0.4)),
+    Arm("joint_16", "joint", {"channels": 16}, train={"steps": AUTOENCODER_STEPS}),
+    Arm("attention_32", options={"compressor": "attention", "channels": 32}, flow=noised(0.4)),
+    Arm("transformer_32", options={"compressor": "transformer", "channels": 32}, flow=noised(0.4)),
+]
+SIZES = [
+    Arm(f"{compressor}_{d}", options={"compressor": compressor, "channels": d}, flow=noised(0.4), seeds=(0,))
+    for compressor in ("pca", "attention", "transformer")
+    for d in (16, 64)
+]
+ALIGNMENT = [
+    Arm(f"pca_32_{s}", options=PCA, alignment=ALIGNED | {"strategy": s}, flow=noised(0.4), space="pca_32")
+    for s in ("forward", "reverse")
+]
+LOSSES = [
+    Arm("pca_32_l1", options=PCA, loss=ReconstructionConfig(), flow=noised(0.4), seeds=(0,)),
+    Arm("pca_32_features", options=PCA, loss=replace(SHARP, adversarial=0.0), flow=noised(0.4), seeds=(0,)),
+]
+LONG = [
+    Arm("pca_32_all", options=PCA, data=FULL, flow=noised(0.4), train={"steps": LONG_STEPS}),
+    Arm("pixels_all", "pixels", data=FULL, flow=PIXELS, train={"steps": LONG_STEPS, "lr": 8e-3, "warmup": 200}),
+]
+ARMS = [*MAIN, *LOSSES, *ALIGNMENT, *SIZES, *LONG]
+
+
+def order() -> list[tuple[Arm, int]]:
+    """The runs: seed 0 of all arms, then the other seeds."""
+    return sorted([(arm, seed) for arm in ARMS for seed in arm.seeds], key=lambda run: run[1])
+
+
+def result_file(arm: Arm, seed: int) -> Path:
+    """Where a finished run stands."""
+    return RESULTS / f"{arm.name}-{seed}.json"
+
+
+def run(arm: Arm, seed: int) -> None:
+    """Train and measure one run, from where it is."""
+    facts: dict[str, Any] = {"arm": arm.name, "seed": seed, "kind": arm.kind, "machine": machine(pick_device("auto"))}
+    recipe, config = arm.autoencoder(seed), arm.config(seed)
+    if recipe is not None:
+        state = train_autoencoder(replace(recipe, train=replace(recipe.train, resume=_begun(recipe.folder)))).state
+        if state.step < recipe.train.steps:
+            sys.exit(f"interrupted at step {state.step}; the same command goes on from there")
+        facts["autoencoder_seconds"] = round(state.seconds, 1)
+    if not _begun(config.folder) or _state(config.folder).step < config.train.steps:
+        state = train(replace(config, train=replace(config.train, resume=_begun(config.folder)))).state
+        if state.step < config.train.steps:
+            sys.exit(f"interrupted at step {state.step}; the same command goes on from there")
+    state = _state(config.folder)
+    facts |= {"steps": state.step, "seconds": round(state.seconds, 1), "skipped": state.skipped}
+    flow, _ = load_flow(config.folder)
+    data = load_data(config.data)
+    facts |= measure(flow, data, config.folder)
+    write_whole(result_file(arm, seed), lambda file: file.write_text(json.dumps(facts, indent=1) + "\n"))
+
+
+def _begun(folder: Path) -> bool:
+    return checkpoint.newest(folder) is not None
+
+
+def _state(folder: Path) -> State:
+    newest = checkpoint.newest(folder)
+    assert newest is not None
+    return State.read(newest)
+
+
+@torch.no_grad()
+def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
+    """Classification, samples, and what the space itself gives away."""
+    found = evaluate(folder, EvaluationConfig(metrics=("bpd", "accuracy"), images=IMAGES))
+    figures: dict[str, Any] = {"classification": found["classification"], "density": found["density"]}
+    y = torch.arange(SAMPLES) % flow.num_classes
+    figures["samples"] = []
+    for temperature, scale in [(t, 0.0) for t in TEMPERATURES] + [(1.0, s) for s in SCALES if s]:
+        generator = keyed_generator(0)
+        x = flow.sample(y=y, temperature=temperature, guidance=scale, generator=generator, batch_size=250)
+        images = to_uint8(x.float().cpu())
+        row = {"temperature": temperature, "guidance": scale, **judged(images, data)}
+        figures["samples"].append(row | {"right": right(trained(JUDGE), images, y)})
+    if isinstance(flow, LatentFlow):
+        real, labels = data.held_out[spread(len(data.held_out), SAMPLES)]
+        latents = flow.to_data(from_levels(real, data.levels))
+        for name, std in (("reconstruction", 0.0), ("noised", flow.config.noise_std)):
+            noise = torch.randn(latents.shape, generator=keyed_generator(0))
+            images = to_uint8(flow.to_images(latents + std * noise))
+            figures[name] = judged(images, data) | {"right": right(trained(JUDGE), images, labels)}
+    return figures | {"space": probed(flow, data)}
+
+
+def judged(images: Tensor, data: ImageSet) -> dict[str, float]:
+    """FID, precision and recall of images uint8 `[n, 1, 28, 28]` against held-out ones, on the judge's features."""
+    reference, name = reference_of(data, REFERENCE, training=False)
+    options: dict[str, Any] = {"weights": str(JUDGE), "reference_name": f"{name}-{file_hash(JUDGE)[:8]}"}
+    found = fidelity(TensorImages(images), reference, ("fid", "prc"), "judge", **options)
+    return {k: found[k] for k in ("fid", "precision", "recall")}
+
+
+def probed(flow: Flow, data: ImageSet) -> dict[str, float]:
+    """What simple classifiers read in what the flow sees, and in the encoder's features where it works in these."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import NearestCentroid
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def seen(split: Any, count: int) -> tuple[dict[str, Any], Any]:
+        parts: dict[str, list[Tensor]] = {}
+        indices = spread(len(split), count)
+        for start in range(0, len(indices), 250):
+            x = from_levels(split[indices[start : start + 250]][0], data.levels)
+            values = {"flat": flow.to_data(x).flatten(1)}
+            if isinstance(flow, LatentFlow) and isinstance(flow.autoencoder, SemanticAutoencoder):
+                values["features"] = flow.autoencoder.features(x).mean(dim=1)
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value.float())
+        return {name: torch.cat(part).numpy() for name, part in parts.items()}, split.labels[indices].numpy()
+
+    fit, fit_y = seen(data.train, PROBED)
+    held, held_y = seen(data.held_out, IMAGES)
+    figures = {}
+    for name in fit:
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+        figures[f"linear_{name}"] = float(probe.fit(fit[name], fit_y).score(held[name], held_y))
+    figures["nearest_mean"] = float(NearestCentroid().fit(fit["flat"], fit_y).score(held["flat"], held_y))
+    return figures
+
+
+def main() -> None:
+    """Run what is missing."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", default=None, help="names of arms, with commas")
+    options.add_argument("--seeds", default=None, help="seeds, with commas")
+    options.add_argument("--hours", type=float, default=12.0, help="start no run after so many")
+    options.add_argument("--list", action="store_true", help="only say what is finished and what is not")
+    options.add_argument("--run", default=None, help=argparse.SUPPRESS)
+    o = options.parse_args()
+    named = {arm.name: arm for arm in ARMS}
+    if o.run:
+        name, seed = o.run.rsplit("-", 1)
+        return run(named[name], int(seed))
+    names = set((o.only or ",".join(named)).split(","))
+    if unknown := names - set(named):
+        sys.exit(f"arms {', '.join(sorted(unknown))} do not exist; allowed: {', '.join(named)}")
+    seeds = set(SEEDS if o.seeds is None else map(int, o.seeds.split(",")))
+    wanted = [(arm, seed) for arm, seed in order() if arm.name in names and seed in seeds]
+    end = time.monotonic() + 3600 * o.hours
+    trained(JUDGE)
+    failed = False
+    for arm, seed in wanted:
+        done, name = result_file(arm, seed).is_file(), f"{arm.name}-{seed}"
+        if o.list:
+            print(name, "finished" if done else "missing")
+        if o.list or done or time.monotonic() > end:
+            continue
+        (RUNS / "logs").mkdir(parents=True, exist_ok=True)
+        with (RUNS / "logs" / f"{name}.txt").open("a") as log:
+            words = [sys.executable, __file__, "--run", name]
+            code = subprocess.call(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        print(f"{time.strftime('%H:%M:%S')}  {name}  {'finished' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
+        failed |= code != 0
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
