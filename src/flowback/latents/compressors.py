@@ -177,6 +177,12 @@ class Learned(Compressor):
         self.there, self.back = there, back
         self.norm = nn.BatchNorm1d(channels, affine=False)
 
+    def settle(self, features: Tensor) -> None:
+        """Give the latents of these features `[B, P, F]` mean 0 and variance 1 in eval mode."""
+        latents = self.there(self.standardize(features)).flatten(0, 1)
+        self.norm.running_mean.copy_(latents.mean(dim=0))
+        self.norm.running_var.copy_(latents.var(dim=0))
+
     def _compress(self, features: Tensor) -> Tensor:
         latents = self.there(features)
         return self.norm(latents.flatten(0, 1)).view_as(latents)

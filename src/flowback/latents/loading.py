@@ -11,7 +11,7 @@ from flowback.core.files import typed_path
 from flowback.flow.io import find_folder
 from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, read_description
 from flowback.latents.kl import KLAutoencoder
-from flowback.latents.semantic import SemanticAutoencoder
+from flowback.latents.semantic import ENCODER, SemanticAutoencoder
 
 KINDS: dict[str, type[Autoencoder]] = {  # by what their config.json calls them
     "AutoencoderKL": KLAutoencoder,
@@ -81,6 +81,8 @@ def copy_files(name: str, target: Path) -> None:
     source = _folder(name)
     target.mkdir(parents=True, exist_ok=True)
     for file in _kind_in(source).files:
+        if file == ENCODER and not (source / file).is_file():
+            continue  # it is known by its name
         shutil.copyfile(source / file, target / file)
 
 
