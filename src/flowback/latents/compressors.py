@@ -179,9 +179,8 @@ class Learned(Compressor):
 
     def settle(self, features: Tensor) -> None:
         """Give the latents of these features `[B, P, F]` mean 0 and variance 1 in eval mode."""
-        latents = self.there(self.standardize(features)).flatten(0, 1)
-        self.norm.running_mean.copy_(latents.mean(dim=0))
-        self.norm.running_var.copy_(latents.var(dim=0))
+        latents, norm = self.there(self.standardize(features)).flatten(0, 1), self.norm
+        norm.running_mean, norm.running_var = latents.mean(dim=0), latents.var(dim=0)
 
     def _compress(self, features: Tensor) -> Tensor:
         latents = self.there(features)
