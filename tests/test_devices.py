@@ -20,13 +20,14 @@ from builders import SMALL_RUN, PatchEncoder, images, labels, random_flow, tiny_
 from flowback import InputError, LatentFlow, TarFlow
 from flowback.alignment import Alignment
 from flowback.cli import main
-from flowback.core.devices import device_name, pick_device
+from flowback.core.devices import device_name, pick_device, put
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solver
 from flowback.latents import load_autoencoder
 from flowback.latents.compressors import COMPRESSORS, make_compressor
 from flowback.latents.decoders import DECODERS
 from flowback.latents.losses import ReconstructionConfig, ReconstructionLoss
+from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
 from flowback.measure.reconstruction import psnr, ssim
 from flowback.quickstart import quickstart
 from flowback.runs.config import RunConfig, recipe
@@ -243,6 +244,21 @@ def reconstructed(device):
     return x_hat.grad, psnr(x, x_hat), ssim(x, x_hat)
 
 
+def semantic(compressor):
+    options = {"encoder": "test_vit", "encoder_weights": "random", "compressor": compressor, "channels": 3, "downsample": 3}
+    options |= {"width": 32, "layers": 1, "decoder_width": 32, "decoder_layers": 1}
+
+    def work(device):
+        autoencoder = SemanticAutoencoder.new(SemanticConfig(**options), (6, 9), 1).to(device)
+        x, noise = torch.rand(4, 1, 6, 9) * 2 - 1, torch.randn(4, 3, 2, 3)
+        autoencoder.fit([x])
+        image, terms = autoencoder.reconstruct(put(x, device), put(noise, device), torch.rand(4).to(device))
+        latents = autoencoder.freeze().encode(x)
+        return image, latents, autoencoder.decode(latents), *terms.values()
+
+    return work
+
+
 def features(device):
     return torch.randn(3, 6, 5, generator=seeded(), dtype=torch.float64).to(device)
 
@@ -255,6 +271,7 @@ LATENT_WORK = {
         for kind in DECODERS
     },
     "losses and figures": reconstructed,
+    **{f"semantic, {kind}": semantic(kind) for kind in COMPRESSORS},
 }
 
 
@@ -267,7 +284,7 @@ def test_parts_of_autoencoders_equal_the_cpus(second, name):
             torch.manual_seed(0)
             return LATENT_WORK[name](device)
 
-        assert max(differences(second, work, "cpu", second)) < 1e-9
+        assert max(differences(second, work, torch.device("cpu"), torch.device(second))) < 1e-9
     finally:
         torch.set_default_dtype(torch.float32)
 

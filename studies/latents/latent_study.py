@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flowback.latents.joint import JointConfig
 from torch import Tensor
 
 from flowback.core.devices import machine, pick_device
@@ -26,8 +27,7 @@ from flowback.core.units import from_levels, to_uint8
 from flowback.data import ImageSet, load_data
 from flowback.data.splits import spread
 from flowback.flow.config import FlowConfig
-from flowback.latents import Flow, LatentFlow, load_autoencoder
-from flowback.latents.joint import JointConfig
+from flowback.latents import Flow, LatentFlow
 from flowback.latents.kl import KLConfig
 from flowback.latents.losses import ReconstructionConfig
 from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig

@@ -46,8 +46,9 @@ class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, width) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        nn.init.zeros_(self.convs[1].weight)  # the identity, to begin with
+        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]
+        nn.init.zeros_(convs[1].weight)  # the identity, to begin with
+        self.convs = nn.ModuleList(convs)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, width, h, w] -> [B, width, h, w]`."""

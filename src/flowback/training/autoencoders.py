@@ -187,22 +187,20 @@ def train_autoencoder(config: AutoencoderRunConfig, data: ImageSet | Any = None)
 
 
 def _fit(autoencoder: SemanticAutoencoder, data: ImageSet, features: ArrayCache | None) -> None:
-    """Fit what has a closed form to the features of training images, those that are not mirrored."""
-    count, straight = len(data.train), torch.zeros(BATCH, dtype=torch.bool)
+    """Fit what has a closed form to training images, or to their features where they are on disk; none is mirrored."""
+    count = len(data.train)
+    parts = [torch.arange(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
     with Bar("fitting", count) as bar:
 
-        def batches() -> Iterator[Tensor]:
-            for start in range(0, count, BATCH):
-                indices = torch.arange(start, min(start + BATCH, count))
-                if features is None:
-                    x = torch.cat(list(images(data.train, indices.tolist(), data.levels, autoencoder.device)))
-                    yield autoencoder.features(x)
-                else:
-                    yield put(features(indices, straight[: len(indices)]), autoencoder.device)
-                bar.update(min(start + BATCH, count))
+        def watched(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+            for part, batch in zip(parts, batches, strict=True):
+                yield put(batch, autoencoder.device)
+                bar.update(int(part[-1]) + 1)
 
-        with torch.no_grad():
-            autoencoder.compressor.fit(batches())
+        if features is None:
+            autoencoder.fit(watched(images(data.train, range(count), data.levels, autoencoder.device)))
+        else:
+            autoencoder.compressor.fit(watched(features(part, torch.zeros_like(part)) for part in parts))
 
 
 def _offer(autoencoder: Autoencoder, run: Path) -> None:
