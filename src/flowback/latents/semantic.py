@@ -112,7 +112,17 @@ class SemanticAutoencoder(Carrier, Autoencoder):
         Raises:
             InputError: if the size is no multiple of `downsample`, or the encoder cannot be had.
         """
-        config = AutoencoderConfig(
+        config = cls.planned(options, image_size, image_channels)
+        return cls(options, config, _encoder(options, config, options.encoder_weights))
+
+    @classmethod
+    def planned(cls, options: SemanticConfig, image_size: tuple[int, int], image_channels: int) -> AutoencoderConfig:
+        """What a flow will have to know of one that is not made yet.
+
+        Raises:
+            InputError: if the size is no multiple of `downsample`.
+        """
+        return AutoencoderConfig(
             name=None,
             kind=cls.kind,
             channels=options.channels,
@@ -121,7 +131,6 @@ class SemanticAutoencoder(Carrier, Autoencoder):
             image_size=image_size,
             noise_std=options.noise_std,
         )
-        return cls(options, config, _encoder(options, config, options.encoder_weights))
 
     def features(self, images: Tensor) -> Tensor:
         """The encoder's features of images `[B, C, H, W]` on the grid of latents, `[B, P, F]`."""

@@ -352,7 +352,7 @@ class AutoencoderRunConfig(Recipe):
 
 
 def recipe(name: str) -> Path:
-    """The file of a recipe that ships with the package: `configs/<name>.yaml`."""
+    """The file of a recipe that ships with the package: `configs/<name>.yaml`; of an autoencoder, `autoencoder/<name>`."""
     package = Path(__file__).parents[1]
     candidates = (package / "configs" / f"{name}.yaml", package.parents[1] / "configs" / f"{name}.yaml")
     return next(file for file in candidates if file.exists())

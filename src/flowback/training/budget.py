@@ -6,6 +6,7 @@ of what will run, whatever its options; nothing is read but the list of images, 
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +21,8 @@ from flowback.encoders import load_encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import AutoencoderConfig
 from flowback.latents.loading import read_config
-from flowback.runs.config import LatentConfig, RunConfig
+from flowback.latents.semantic import SemanticAutoencoder
+from flowback.runs.config import AutoencoderRunConfig, LatentConfig, RunConfig, recipe
 from flowback.tasks.classify import Effort
 from flowback.training.apply import checkpoint_layers
 from flowback.training.build import build_flow
@@ -141,7 +143,7 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
 
     A device takes its share of the batch in as many pieces (`train.grad_accum_steps`, doubled) as its memory asks for.
     Where `data.path` of imagenet is not given, or an autoencoder of `AUTOENCODERS` not read, what is published of them is
-    taken.
+    taken; of one that a recipe of this package would make, what that recipe says.
 
     Raises:
         InputError: if the configuration or the data is not usable.
@@ -150,7 +152,7 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
     if (a.strategy, a.gradient) == ("reverse", "sequential"):
         raise InputError("alignment.gradient is 'sequential'; a dry run measures all others")
     data = _data(config.data)
-    autoencoder = _autoencoder(config.latents)
+    autoencoder = _autoencoder(config.latents, data)
     with FakeTensorMode() as fake:
         flow = build_flow(config, data, autoencoder)
     alignment = encoder = None
@@ -212,8 +214,13 @@ def _data(config: DataConfig) -> ImageSet:
     return ImageSet(config.name, split, split, classes, config.image_size or 256, config.channels or 3, 256)
 
 
-def _autoencoder(config: LatentConfig) -> AutoencoderConfig | None:
-    """What is known of a configuration's autoencoder: what is published of it, or else what its folder says."""
+def _autoencoder(config: LatentConfig, data: ImageSet) -> AutoencoderConfig | None:
+    """What is known of a configuration's autoencoder: what is published of it, or else what its folder or recipe says."""
+    if config.autoencoder is not None and not Path(config.autoencoder).exists():
+        for file in recipe("autoencoder/fashion_mnist").parent.glob("*.yaml"):
+            made = AutoencoderRunConfig.read(file)
+            if made.run == config.autoencoder and made.kind == "semantic":
+                return SemanticAutoencoder.planned(made.semantic, data.size, data.channels)
     if config.autoencoder in AUTOENCODERS:
         return AutoencoderConfig(name=config.autoencoder, posterior=config.posterior, **AUTOENCODERS[config.autoencoder])
     return None if config.autoencoder is None else read_config(config.autoencoder, config.posterior)
