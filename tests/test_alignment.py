@@ -212,6 +212,35 @@ def test_weight_zero_is_the_plain_likelihood(strategy, gradient):
     assert_close(found, gradients(align), 1e-11)
 
 
+def gradient_of_images(align, x, y, clean):
+    x = x.clone().requires_grad_()
+    align.loss(x, y, clean)[0].backward()
+    return x.grad
+
+
+@kinds
+@pytest.mark.parametrize("at", [[(1, 1), (3, 2)], AT])
+def test_the_likelihoods_gradient_reaches_what_the_images_were_made_by(strategy, gradient, at):
+    """Where they are latents of an autoencoder that is trained too; that of the alignment only if forward, and asked."""
+    align = make(strategy, gradient, at=at)
+    x, y, clean = batch(align)
+    (wanted,) = torch.autograd.grad(nll_per_dim(*align.flow.encode(x.requires_grad_(), y)), x)
+    align.to_input = False
+    assert torch.allclose(gradient_of_images(align, x.detach(), y, clean), wanted, rtol=1e-10, atol=1e-14)
+    align.to_input = True
+    found = gradient_of_images(align, x.detach(), y, clean)
+    assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-14) == (strategy != "forward")
+
+
+@pytest.mark.parametrize("to_input", [False, True])
+def test_where_the_gradient_ends_changes_none_of_the_weights(to_input):
+    align = make("forward")
+    x, y, clean = batch(align)
+    wanted = total_gradients(align, x, y, clean)
+    align.to_input = to_input
+    assert_close(total_gradients(align, x.requires_grad_(), y, clean), wanted)
+
+
 @kinds
 def test_scaled_loss_scales_every_gradient(strategy, gradient):
     align = make(strategy, gradient)

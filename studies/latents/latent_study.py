@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flowback.latents.joint import JointConfig
 from torch import Tensor
 
 from flowback.core.devices import machine, pick_device
@@ -28,6 +27,7 @@ from flowback.data import ImageSet, load_data
 from flowback.data.splits import spread
 from flowback.flow.config import FlowConfig
 from flowback.latents import Flow, LatentFlow
+from flowback.latents.joint import JointConfig
 from flowback.latents.kl import KLConfig
 from flowback.latents.losses import ReconstructionConfig
 from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig

@@ -90,6 +90,9 @@ class Alignment(Carrier):
         self.strategy, self.gradient, self.weight = strategy, gradient, weight
         self.spatial_norm = spatial_norm
         self.active = True  # False: `loss` is the likelihood's alone from now on, and needs no targets
+        self.to_input = (
+            True  # False: the alignment's gradient of "forward" ends at `x_noisy`, where the others' does anyway
+        )
         sizes = flow.config.width, encoder.dim
         self.projector = ConvProjector(*sizes, flow.grid) if projector == "conv" else Projector(*sizes, projector_width)
 
@@ -153,7 +156,7 @@ class Alignment(Carrier):
 
         flow, taken = self.flow, {}
         if self.strategy == "forward" or not torch.is_grad_enabled():  # the numbers are the same in all strategies
-            nll, l_align = gradients.forward(flow, x_noisy, y, self.at, align)
+            nll, l_align = gradients.forward(flow, x_noisy, y, self.at, align, self.to_input)
         elif self.strategy == "reverse" and self.gradient == "sequential":
             nll, l_align = gradients.sequential(flow, x_noisy, y, self.at, align)
         else:

@@ -38,10 +38,18 @@ STRATEGIES = ("forward", "detach", "reverse")
 GRADIENTS = ("cached", "one_step", "exact", "sequential")
 
 
-def forward(flow: TarFlow, x: Tensor, y: Tensor | None, at: Pairs, align: AlignLoss) -> tuple[Tensor, Tensor]:
-    """F-REPA: both losses on the encode graph; the alignment reaches blocks 1 … t."""
-    z, log_det, trace = flow.encode(x, y, trace=at)
-    return nll_per_dim(z, log_det), align(trace.hidden)
+def forward(
+    flow: TarFlow, x: Tensor, y: Tensor | None, at: Pairs, align: AlignLoss, to_input: bool = True
+) -> tuple[Tensor, Tensor]:
+    """F-REPA: both losses on the encode graph; the alignment reaches blocks 1 … t, and x if `to_input`."""
+    if to_input or not x.requires_grad:
+        z, log_det, trace = flow.encode(x, y, trace=at)
+        return nll_per_dim(z, log_det), align(trace.hidden)
+    leaf = x.detach().requires_grad_()
+    z, log_det, trace = flow.encode(leaf, y, trace=at)
+    nll = nll_per_dim(z, log_det)
+    (c,) = restricted_grad((nll,), (leaf,))
+    return nll + _carry(nll.new_zeros(()), [(x, c)]), align(trace.hidden)
 
 
 def isolated(
@@ -78,10 +86,12 @@ def isolated(
     carried = [(out.log_det, c_det) for out in outputs]
     for t, (x_in, out) in reversed(above.items()):
         carried.append((out.z, c))
-        if t > 1:
+        if t > 1 or x.requires_grad:
             (c,) = restricted_grad((out.z, out.log_det), (x_in,), (c, c_det))
     if below:
         carried.append((below[-1].z, c))
+    elif x.requires_grad:
+        carried.append((flow.tokenize(x), c))
     l_nf = _carry(nll.detach(), carried)
 
     l_align = align({(t, layer): h for t, (_, out) in above.items() for layer, h in out.hidden.items()})

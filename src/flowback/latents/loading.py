@@ -10,12 +10,14 @@ from flowback.core.errors import InputError
 from flowback.core.files import typed_path
 from flowback.flow.io import find_folder
 from flowback.latents.autoencoder import Autoencoder, AutoencoderConfig, read_description
+from flowback.latents.joint import JointAutoencoder
 from flowback.latents.kl import KLAutoencoder
 from flowback.latents.semantic import SemanticAutoencoder
 
 KINDS: dict[str, type[Autoencoder]] = {  # by what their config.json calls them
     "AutoencoderKL": KLAutoencoder,
     "SemanticAutoencoder": SemanticAutoencoder,
+    "JointAutoencoder": JointAutoencoder,
 }
 INSIDE = ("vae", "autoencoder")  # folders of a diffusers pipeline, and of a run that trained one
 

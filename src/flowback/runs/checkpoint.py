@@ -159,7 +159,7 @@ def save(
             _sync(final.parent)
 
     try:
-        with unsharded(average.core):
+        with unsharded(average):
             written = in_all(fabric, begin)
         written += in_all(fabric, write)
         in_all(fabric, finish)

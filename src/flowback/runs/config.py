@@ -19,6 +19,7 @@ from flowback.core.errors import InputError
 from flowback.data import DataConfig
 from flowback.flow.config import FlowConfig
 from flowback.latents.autoencoder import POSTERIORS
+from flowback.latents.joint import JointConfig
 from flowback.latents.kl import KLConfig
 from flowback.latents.losses import ReconstructionConfig
 from flowback.latents.semantic import SemanticConfig
@@ -98,16 +99,23 @@ class LatentConfig:
         autoencoder: a folder or hub id of a diffusers AutoencoderKL; null for pixels.
         posterior: which latent of an image: the mean of the autoencoder's posterior, or a sample of it.
         cache: compute the latents once and keep them on disk.
+        joint: train an autoencoder together with the flow, of the sections joint and reconstruction.
 
     Raises:
-        InputError: if the posterior does not exist.
+        InputError: if the posterior does not exist, or another autoencoder is to be trained.
     """
 
     autoencoder: str | None = None
     posterior: str = "mean"
     cache: bool = True
+    joint: bool = False
 
     def __post_init__(self) -> None:
+        if self.joint and (self.autoencoder, self.posterior) != (None, "mean"):
+            raise InputError(
+                f"latents.joint trains an autoencoder of its own; leave out latents.autoencoder and latents.posterior, "
+                f"got {self.autoencoder} and {self.posterior}"
+            )
         if self.posterior not in POSTERIORS:
             raise InputError(f"latents.posterior must be one of {', '.join(POSTERIORS)}, got {self.posterior!r}")
 
@@ -280,16 +288,33 @@ class RunConfig(Recipe):
         data: which images.
         flow: the model.
         latents: in which latents it works, if in any.
+        joint: the autoencoder that is trained together with it, where `latents.joint` says so.
+        reconstruction: the loss of that autoencoder; features are those of the alignment's encoder.
         alignment: with what the flow is aligned, if at all.
         train: how.
+
+    Raises:
+        InputError: if sections contradict each other.
     """
 
     run: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     latents: LatentConfig = field(default_factory=LatentConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if not self.latents.joint:
+            return
+        noise_std, strategy = self.joint.noise_std, self.alignment.strategy
+        if self.flow.noise_std not in (FlowConfig().noise_std, noise_std):
+            raise InputError(f"flow.noise_std must be joint.noise_std {noise_std}, or left out, got {self.flow.noise_std}")
+        if self.joint.align_encoder and strategy != "forward":
+            raise InputError(f"joint.align_encoder needs alignment.strategy forward, got {strategy!r}")
+        object.__setattr__(self, "flow", replace(self.flow, noise_std=noise_std))
 
     def rooted(self) -> Self:
         """The same from any working folder: what lies on this machine by its whole path."""

@@ -119,23 +119,28 @@ class AutoencoderJob(Job):
         return "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", *COLUMNS[4:11]) if name in row)
 
     def measure(self, fabric: Any) -> dict[str, float]:
-        """How close reconstructions of held-out images are, of clean latents."""
-        indices = evaluated(len(self.data.held_out), self.config.train.eval_images)[fabric.global_rank :: fabric.world_size]
-
-        def measure() -> list[tuple[float, float]]:
-            pairs = ((x, self.average.decode(self.average.encode(x))) for x in self._held_out(indices))
-            return [row for x, x_hat in pairs for row in zip(psnr(x, x_hat).tolist(), ssim(x, x_hat).tolist(), strict=True)]
-
-        found = torch.tensor([row for rows in in_all(fabric, measure) for row in rows])
-        return dict(zip(("held_out_psnr", "held_out_ssim"), found.mean(dim=0).tolist(), strict=True))
+        """How close reconstructions of held-out images are."""
+        return closeness(self.average, self.data, self.config.train.eval_images, self.device, fabric)
 
     def picture(self) -> Tensor:
         """Held-out images, each beside its reconstruction."""
-        x = torch.cat(list(self._held_out(spread(len(self.data.held_out), SHOWN))))
+        indices = spread(len(self.data.held_out), SHOWN)
+        x = torch.cat(list(images(self.data.held_out, indices, self.data.levels, self.device)))
         return torch.stack([x, self.average.decode(self.average.encode(x))], dim=1).flatten(0, 1)
 
-    def _held_out(self, indices: Any) -> Iterator[Tensor]:
-        return images(self.data.held_out, indices, self.data.levels, self.device)
+
+def closeness(autoencoder: Autoencoder, data: ImageSet, count: int, device: torch.device, fabric: Any) -> dict[str, float]:
+    """How close reconstructions of `count` held-out images are, of clean latents; each process measures its share."""
+    indices = evaluated(len(data.held_out), count)[fabric.global_rank :: fabric.world_size]
+
+    def measure() -> list[tuple[float, float]]:
+        pairs = (
+            (x, autoencoder.decode(autoencoder.encode(x))) for x in images(data.held_out, indices, data.levels, device)
+        )
+        return [row for x, x_hat in pairs for row in zip(psnr(x, x_hat).tolist(), ssim(x, x_hat).tolist(), strict=True)]
+
+    found = torch.tensor([row for rows in in_all(fabric, measure) for row in rows])
+    return dict(zip(("held_out_psnr", "held_out_ssim"), found.mean(dim=0).tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -19,8 +19,17 @@ from flowback.encoders import Encoder, load_encoder
 from flowback.flow.config import FlowConfig
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, AutoencoderConfig, Flow, LatentFlow, load_autoencoder
+from flowback.latents.joint import JointAutoencoder, JointConfig
 from flowback.runs.checkpoint import known_classes, load_flow
 from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig
+
+OF_JOINT_TRAINING = (
+    "nll_weight",
+    "align_encoder",
+    "mask_patch",
+    "dead_below",
+    "most_dead",
+)  # options that change no weights
 
 
 def settle(config: RunConfig, data: Any = None, encoder: Encoder | None = None, flow: Flow | None = None) -> RunConfig:
@@ -40,11 +49,13 @@ def settle(config: RunConfig, data: Any = None, encoder: Encoder | None = None, 
         config = replace(config, alignment=replace(a, encoder=OWN, encoder_weights=known, cache=cache))
     begun = config.folder / "config.yaml"
     if flow is not None:
-        latents = flow.autoencoder.config if isinstance(flow, LatentFlow) else None
-        return _inherit(config, flow.core.config, latents, flow.image_size, flow.channels)
+        inside = flow.autoencoder if isinstance(flow, LatentFlow) else None
+        joint = inside.options if isinstance(inside, JointAutoencoder) and inside.config.name is None else None
+        return _inherit(config, flow.core.config, inside and inside.config, joint, flow.image_size, flow.channels)
     if config.train.init is not None and config.train.resume and begun.is_file():
         run = RunConfig.read(begun)
-        return _inherit(config, run.flow, run.latents, run.data.image_size, run.data.channels)
+        joint = run.joint if run.latents.joint else None
+        return _inherit(config, run.flow, run.latents, joint, run.data.image_size, run.data.channels)
     return config
 
 
@@ -64,6 +75,7 @@ def _inherit(
     config: RunConfig,
     has: FlowConfig,
     latents: AutoencoderConfig | LatentConfig | None,
+    joint: JointConfig | None,
     image_size: int | tuple[int, int] | None,
     channels: int | None,
 ) -> RunConfig:
@@ -78,14 +90,17 @@ def _inherit(
     has = replace(has, num_classes=wanted.num_classes, levels=wanted.levels, prior="standard")  # which is what is trained
     if has.positions == "rotary":
         has = replace(has, image_size=wanted.image_size)
-    _refuse_contradiction("flow", wanted, has)
-    config = replace(config, flow=has)
-    if latents is not None:
+    inside = config.latents
+    if joint is not None:
+        inside, wanted = replace(inside, joint=True), replace(wanted, noise_std=has.noise_std)
+        joint = replace(joint, **{name: getattr(config.joint, name) for name in OF_JOINT_TRAINING})
+        _refuse_contradiction("joint", config.joint, joint)
+    elif latents is not None:
         name = latents.name if isinstance(latents, AutoencoderConfig) else latents.autoencoder
-        inside = replace(config.latents, autoencoder=name, posterior=latents.posterior)
+        inside = replace(inside, autoencoder=name, posterior=latents.posterior)
         _refuse_contradiction("latents", config.rooted().latents, inside)
-        config = replace(config, latents=inside)
-    return config
+    _refuse_contradiction("flow", wanted, has)
+    return replace(config, flow=has, latents=inside, joint=joint or config.joint)
 
 
 def kept_classes(start: Flow, classes: list[str]) -> list[int | None]:
@@ -219,24 +234,47 @@ def build_flow(
     return built
 
 
-def make_autoencoder(config: LatentConfig) -> Autoencoder | None:
-    """The autoencoder that a configuration names, if it does."""
-    return None if config.autoencoder is None else load_autoencoder(config.autoencoder, config.posterior)
+def make_autoencoder(config: RunConfig, data: ImageSet, start: Flow | None = None) -> Autoencoder | None:
+    """The autoencoder that a configuration names, or that is trained with the flow; None where the flow works in pixels.
+
+    Args:
+        config: of the run.
+        data: its images.
+        start: a flow to begin with, whose autoencoder is taken.
+    """
+    given = start.autoencoder if isinstance(start, LatentFlow) else None
+    if config.latents.joint:
+        made = JointAutoencoder.new(config.joint, data.size, data.channels)
+        if given is not None:
+            made.load_state_dict(given.state_dict())
+        return made
+    if given is not None:
+        return given
+    return (
+        None
+        if config.latents.autoencoder is None
+        else load_autoencoder(config.latents.autoencoder, config.latents.posterior)
+    )
 
 
-def make_alignment(config: AlignmentConfig, flow: TarFlow, encoder: Encoder | None = None) -> Alignment:
-    """The alignment that a configuration describes, with the encoder that it names, or with a given one.
+def make_encoder(config: AlignmentConfig, flow: TarFlow, encoder: Encoder | None = None) -> Encoder:
+    """The encoder that a configuration names, on the flow's grid, or the given one.
 
-    An encoder of random weights has the same ones in every run.
+    One of random weights has the same ones in every run.
 
     Raises:
-        InputError: if the encoder was given to `train` and is not now.
+        InputError: if it was given to `train` and is not now.
     """
     if encoder is None and config.encoder == OWN:
         raise InputError(f"alignment.encoder is {OWN}: it was given in Python; pass it to train(config, encoder=...)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = encoder or load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)
+        return encoder or load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)
+
+
+def make_alignment(config: AlignmentConfig, flow: TarFlow, encoder: Encoder | None = None) -> Alignment:
+    """The alignment that a configuration describes, with the encoder of `make_encoder`."""
+    encoder = make_encoder(config, flow, encoder)
     where = config.at, config.strategy, config.gradient
     projector = config.projector_width, config.projector, config.spatial_norm
     return Alignment(flow, encoder, *where, config.weight, *projector)

@@ -49,7 +49,7 @@ def cache_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The arrays of one image that a run can keep on disk, latents first; `encoder` is the alignment's."""
     shapes = {}
-    if autoencoder is not None and config.latents.cache:
+    if autoencoder is not None and config.latents.cache and not config.latents.joint:
         shapes["latents"] = (autoencoder.moments * flow.data_shape[0], *flow.data_shape[1:])
     if encoder is not None and config.alignment.cache:
         shapes["features"] = (flow.token_shape[0], encoder.dim)
@@ -147,7 +147,7 @@ def make_caches(
     config = settle(config, flow=first_flow(config)[0])
     data = load_data(config.data)
     device = pick_device(config.train.accelerator)
-    autoencoder = make_autoencoder(config.latents)
+    autoencoder = make_autoencoder(config, data)
     flow = build_flow(config, data, autoencoder and autoencoder.config).to(device)
     autoencoder = autoencoder and autoencoder.to(device)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow).to(device)

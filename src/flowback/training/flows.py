@@ -3,7 +3,7 @@
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from flowback.data.splits import evaluated, spread
 from flowback.encoders import Encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, Flow, LatentFlow
+from flowback.latents.joint import check_signal
 from flowback.measure.density import densities, seen
 from flowback.runs.checkpoint import State
 from flowback.runs.config import RunConfig
@@ -26,6 +27,7 @@ from flowback.runs.log import COLUMNS
 from flowback.tasks.classify import Effort, effort, predict
 from flowback.tasks.sampling import class_grid, shown_classes
 from flowback.training.apply import checkpoint_layers, compile_blocks
+from flowback.training.autoencoders import closeness
 from flowback.training.build import (
     as_image_set,
     build_flow,
@@ -37,8 +39,12 @@ from flowback.training.build import (
 )
 from flowback.training.inputs import Inputs
 from flowback.training.job import Job
+from flowback.training.joint import JointInputs, make_joint
 from flowback.training.loop import take_steps
 from flowback.training.parallel import check_batch, launch, peers
+
+JOINT_COLUMNS = [*COLUMNS, "pixels", "features", "lpips", "adversarial", "discriminator"]
+JOINT_COLUMNS += ["signal", "least_signal", "dead_channels", "held_out_psnr", "held_out_ssim"]
 
 
 @dataclass
@@ -138,6 +144,47 @@ class FlowJob(Job):
         return class_grid(self.average, per_class=8, seed=self.config.train.seed)
 
 
+class JointJob(FlowJob):
+    """A flow, aligned or not, and the autoencoder in whose latents it works.
+
+    Args:
+        config: of the run.
+        data: its images.
+        inputs: the batches, and the modules that they are for.
+    """
+
+    columns = JOINT_COLUMNS
+
+    def __init__(self, config: RunConfig, data: ImageSet, inputs: JointInputs) -> None:
+        super().__init__(config, data, inputs)
+        autoencoder = inputs.joint
+        self.objective = joint = make_joint(config, data, self.objective, autoencoder).to(inputs.device)
+        self.reconstruction, self.device = joint.reconstruction, inputs.device
+        self.trained["autoencoder"] = autoencoder
+        if joint.reconstruction.discriminator is not None:
+            self.trained["discriminator"] = joint.reconstruction.discriminator
+        self.averages["autoencoder"] = self.autoencoder = deepcopy(autoencoder).freeze()
+        self.average = LatentFlow(self.average.core, self.autoencoder)
+
+    def begin_step(self, step: int) -> None:
+        """As of a flow; let the discriminator act from its share of the run on."""
+        super().begin_step(step)
+        self.reconstruction.active = step >= self.config.reconstruction.adversarial_from * self.config.train.steps
+
+    def check(self, row: dict[str, float]) -> None:
+        """Whether the latents collapsed."""
+        check_signal(row, self.config.joint)
+
+    def status(self, row: dict[str, float]) -> str:
+        """As of a flow, with the reconstruction and the signal."""
+        return f"{super().status(row)}  pixels {row['pixels']:.4f}  signal {row['signal']:.3f}"
+
+    def measure(self, fabric: Any) -> dict[str, float]:
+        """As of a flow, and how close reconstructions are."""
+        close = closeness(self.autoencoder, self.data, self.config.train.eval_images, self.device, fabric)
+        return super().measure(fabric) | close
+
+
 def train(
     config: RunConfig, data: ImageSet | Any = None, encoder: Encoder | None = None, flow: Flow | None = None
 ) -> RunResult:
@@ -166,7 +213,7 @@ def train(
     pick_device(c.accelerator)
     data = training_data(config, None if data is None else as_image_set(data))
     torch.manual_seed(c.seed)
-    autoencoder = flow.autoencoder if isinstance(flow, LatentFlow) else make_autoencoder(config.latents)
+    autoencoder = make_autoencoder(config, data, flow)
     trained_flow = build_flow(config, data, autoencoder and autoencoder.config, start=flow)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, trained_flow, encoder)
     # nothing is written before everything that was asked for exists
@@ -177,13 +224,14 @@ def train(
             resume_from = fabric.broadcast(found)
             with fabric.rank_zero_first():  # which makes the caches that are missing
                 share = (fabric.global_rank, fabric.world_size)
-                inputs = Inputs(config, data, trained_flow, autoencoder, alignment, fabric.device, share)
+                kind = JointInputs if config.latents.joint else Inputs
+                inputs = kind(config, data, trained_flow, cast(Any, autoencoder), alignment, fabric.device, share)
             if fabric.is_global_zero:
                 said = describe(config, trained_flow, data, autoencoder, fabric.world_size)
                 if flow is not None and resume_from is None:
                     said += f"\n{describe_start(what, flow, data.classes if trained_flow.num_classes else [])}"
                 say(said)
-            job = FlowJob(config, data, inputs)
+            job = JointJob(config, data, inputs) if isinstance(inputs, JointInputs) else FlowJob(config, data, inputs)
             state = take_steps(job, fabric, resume_from)
     return RunResult(config.folder, job.average, data, state, interrupted=state.step < c.steps)
 
@@ -194,7 +242,7 @@ def describe(
     """What is about to be trained, in a few lines."""
     a, f, c = config.alignment, flow.config, config.train
     depth = f.layers if isinstance(f.layers, int) else "+".join(map(str, f.layers))
-    sees = "" if autoencoder is None else f", latents {flow.data_shape} of {autoencoder.config.name}"
+    sees = "" if autoencoder is None else f", latents {flow.data_shape} of {autoencoder.config.name or 'its autoencoder'}"
     millions = sum(p.numel() for p in flow.parameters()) / 1e6
     where = ", ".join(f"block {t} layer {layer}" for t, layer in a.at)
     aligned = f"{a.strategy} ({a.gradient}) at {where}, weight {a.weight}, with {a.encoder}"
@@ -210,9 +258,15 @@ def describe(
         f"flow      {f.blocks} blocks x {depth} layers x width {f.width}, {flow.token_shape[0]} tokens, "
         f"{millions:.2f}M parameters, noise {noise}{sees}\n"
         f"alignment {'none' if a.strategy == 'none' else aligned}\n"
+        f"{'' if autoencoder is None or autoencoder.frozen else _describe_joint(config, autoencoder)}"
         f"measures  {held_out_effort(config, flow, data)}, every {c.eval_every} steps{grids}"
         + (f"\nbatch     {c.batch_size} images, shared by {' of '.join(pieces)}" if pieces else "")
     )
+
+
+def _describe_joint(config: RunConfig, autoencoder: Autoencoder) -> str:
+    millions, j = sum(p.numel() for p in autoencoder.parameters()) / 1e6, config.joint
+    return f"joint     autoencoder of {millions:.2f}M parameters, noise {j.noise_std}, likelihood's weight {j.nll_weight}\n"
 
 
 def held_out_effort(config: RunConfig, flow: Flow, data: ImageSet) -> Effort:

@@ -35,6 +35,7 @@ class Batch:
     targets: Tensor | None = None  # features [B, N, F] of the clean images; None where none are needed
     noise: Tensor | None = None  # standard normal, of the shape of latents, where an autoencoder is trained
     levels: Tensor | None = None  # of the noise, uniform in [0, 1), [B]
+    places: Tensor | None = None  # uniform in [0, 1), [B, rows, columns]: which patches of the images are hidden
 
     def split(self, pieces: int) -> "list[Batch]":
         """The batch in equal pieces, which follow each other."""

@@ -120,12 +120,13 @@ def take_steps(job: Job, fabric: Any, resume_from: Path | None) -> State:
                 row["data_wait"] = waited / seconds
                 if log is not None:
                     log.write(state.step, seconds=state.seconds, skipped=state.skipped, **row)
+                job.check(row)
                 bar.update(state.step, f"{job.status(row)}  {row['images_per_second']:.0f} images/s")
                 last_log, last_seconds, waited = state.step, state.seconds, 0.0
             if evaluates or samples or saves:
                 job.settle()
             if evaluates or samples:
-                with unsharded(average.core), autocast(fabric.device, c.precision):
+                with unsharded(average), autocast(fabric.device, c.precision):
                     if evaluates:
                         measured = job.measure(fabric)
                         nats = measured.get("held_out_nats_per_dim", math.nan)
@@ -142,7 +143,7 @@ def take_steps(job: Job, fabric: Any, resume_from: Path | None) -> State:
             if ending:
                 break
             ready = time.perf_counter()
-    unshard(average.core)
+    unshard(average)
     fabric.barrier()
     return state
 
