@@ -1,15 +1,19 @@
 """The alignment study: what it would run is possible, its arithmetic is right, and its page says what its results say."""
 
 import copy
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import study
 import tables
 import torch
+from PIL import Image
 
+import emoji
 from builders import random_flow
 from convergence import errors_by_sweep, sweeps_until
 
@@ -138,3 +142,23 @@ def test_sweeps_end_where_the_error_stays_small():
     for found in errors.values():
         assert found[0] > found[-1]
         assert found[-1] < 1e-4
+
+
+def test_the_emoji_become_a_folder_by_class_on_white(tmp_path, monkeypatch, capsys):
+    package, output = tmp_path / "package", tmp_path / "emoji"
+    images = package / "img" / "google" / "64"
+    images.mkdir(parents=True)
+    for name, alpha in (("a", 0), ("a-1", 255), ("b", 255), ("c", 255)):
+        Image.new("RGBA", (64, 64), (255, 0, 0, alpha)).save(images / f"{name}.png")
+    tones = {"1F3FB": {"image": "a-1.png"}, "1F3FC": {"image": "not drawn.png"}}
+    entries = [{"category": "People & Body", "image": "a.png", "skin_variations": tones}]
+    entries += [{"category": "Flags", "image": "b.png"}, {"category": "Component", "image": "c.png"}]
+    (package / "emoji.json").write_text(json.dumps(entries))
+    monkeypatch.setattr("sys.argv", ["emoji.py", str(package), "--output", str(output), "--size", "8"])
+    emoji.main()
+    found = {str(file.relative_to(output)): np.array(Image.open(file)) for file in output.rglob("*.png")}
+    assert found.keys() == {"people_body/a.png", "people_body/a-1.png", "flags/b.png"}
+    assert (found["people_body/a.png"] == 255).all()
+    assert (found["flags/b.png"] == (255, 0, 0)).all()
+    assert found["flags/b.png"].shape == (8, 8, 3)
+    assert "3 images of 8x8 pixels" in capsys.readouterr().out
