@@ -137,7 +137,7 @@ def test_the_wheel_runs_outside_the_source_tree(tmp_path):
     (wheel,) = tmp_path.glob("flowback-*.whl")
     source = {file for file in (ROOT / "src" / "flowback").rglob("*") if file.is_file() and "__pycache__" not in file.parts}
     wanted = {file.relative_to(ROOT / "src").as_posix() for file in source}
-    wanted |= {f"flowback/configs/{file.name}" for file in (ROOT / "configs").iterdir()}
+    wanted |= {f"flowback/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "configs").rglob("*.yaml")}
     assert wanted <= set(ZipFile(wheel).namelist())
     venv.create(tmp_path / "venv", symlinks=os.name != "nt")
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / Path(sys.executable).name

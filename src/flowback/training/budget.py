@@ -5,7 +5,7 @@ of what will run, whatever its options; nothing is read but the list of images, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +17,12 @@ from flowback.core.devices import autocast
 from flowback.core.errors import InputError
 from flowback.data import DataConfig, ImageSet, load_data
 from flowback.data.splits import MemorySplit
-from flowback.encoders import load_encoder
+from flowback.encoders import Encoder, load_encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import AutoencoderConfig
+from flowback.latents.joint import JointAutoencoder
 from flowback.latents.loading import read_config
+from flowback.latents.losses import ReconstructionLoss
 from flowback.latents.semantic import SemanticAutoencoder
 from flowback.runs.config import AutoencoderRunConfig, LatentConfig, RunConfig, recipe
 from flowback.tasks.classify import Effort
@@ -28,6 +30,7 @@ from flowback.training.apply import checkpoint_layers
 from flowback.training.build import build_flow
 from flowback.training.caches import cache_shapes
 from flowback.training.flows import Likelihood, held_out_effort
+from flowback.training.joint import Joint
 from flowback.training.meter import Meter
 
 DEVICES = (1, 8, 64)
@@ -143,7 +146,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
 
     A device takes its share of the batch in as many pieces (`train.grad_accum_steps`, doubled) as its memory asks for.
     Where `data.path` of imagenet is not given, or an autoencoder of `AUTOENCODERS` not read, what is published of them is
-    taken; of one that a recipe of this package would make, what that recipe says.
+    taken; of one that a recipe of this package would make, what that recipe says. Of a loss of reconstructions, frozen
+    networks are not counted.
 
     Raises:
         InputError: if the configuration or the data is not usable.
@@ -152,8 +156,9 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
     if (a.strategy, a.gradient) == ("reverse", "sequential"):
         raise InputError("alignment.gradient is 'sequential'; a dry run measures all others")
     data = _data(config.data)
-    autoencoder = _autoencoder(config.latents, data)
     with FakeTensorMode() as fake:
+        joint = JointAutoencoder.new(config.joint, data.size, data.channels) if config.latents.joint else None
+        autoencoder = joint.config if joint else _autoencoder(config.latents, data)
         flow = build_flow(config, data, autoencoder)
     alignment = encoder = None
     if a.strategy != "none":
@@ -165,20 +170,24 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
             alignment = Alignment(flow, encoder, a.at, a.strategy, gradient, a.weight, *variant)
     if c.checkpoint_activations:
         checkpoint_layers(flow)
-    objective = alignment or Likelihood(flow)
+    objective: nn.Module = alignment or Likelihood(flow)
+    if joint is not None:
+        with fake:
+            loss = ReconstructionLoss(replace(config.reconstruction, features=0.0, lpips=0.0), data.channels, data.size)
+            objective = Joint(objective, joint, loss)
 
     model, projector, frozen = (_count(part) for part in (flow, alignment and alignment.projector, encoder))
-    trained = model + projector
-    kept = 4 * (3 * trained + model)  # weights and AdamW's moments, the averages
+    trained = _count(objective)
+    kept = 4 * (3 * trained + model + _count(joint))  # weights and AdamW's moments, the averages
     encoded = 0 if encoder is None else _encoder_flops(encoder, data)
     steps = []
     for devices in (n for n in DEVICES if c.batch_size % (n * c.grad_accum_steps) == 0):
         images, pieces = c.batch_size // devices, c.grad_accum_steps
         always = 4 * frozen + (kept // devices + 4 * trained if c.strategy == "fsdp" and devices > 1 else kept)
-        flops, peak = _measure(objective, fake, c.precision, images, pieces)
+        flops, peak = _measure(objective, fake, c.precision, images, pieces, encoder)
         while always + peak > 1e9 * device.gigabytes and images % (2 * pieces) == 0:
             pieces *= 2
-            flops, peak = _measure(objective, fake, c.precision, images, pieces)
+            flops, peak = _measure(objective, fake, c.precision, images, pieces, encoder)
         flops += 0 if a.cache else images * encoded
         steps.append(Step(devices, images, pieces, flops, always + peak))
 
@@ -226,22 +235,30 @@ def _autoencoder(config: LatentConfig, data: ImageSet) -> AutoencoderConfig | No
     return None if config.autoencoder is None else read_config(config.autoencoder, config.posterior)
 
 
-def _measure(objective: nn.Module, fake: FakeTensorMode, precision: str, images: int, pieces: int) -> tuple[int, int]:
+def _measure(
+    objective: nn.Module, fake: FakeTensorMode, precision: str, images: int, pieces: int, encoder: Encoder | None
+) -> tuple[int, int]:
     """Operations of a step, and the most memory of all that it makes, gradients included, in bytes.
 
     Two pieces at most are run: the second one finds the gradients of the first in memory, as all later ones do.
     """
     flow: TarFlow = objective.flow  # pyright: ignore[reportAssignmentType]
-    dim = objective.encoder.dim if isinstance(objective, Alignment) else 0
     run = min(pieces, 2)
     with fake, Meter([*objective.parameters(), *objective.buffers()]) as meter:
-        x = torch.empty(images, *flow.data_shape)
-        classes = torch.empty(images, flow.num_classes)
-        targets = torch.empty(images, flow.token_shape[0], dim)
+        latents = torch.empty(images, *flow.data_shape)
+        given = {"y": torch.empty(images, flow.num_classes)}
+        if encoder is not None:
+            given["targets"] = torch.empty(images, flow.token_shape[0], encoder.dim)
+        x = latents
+        if isinstance(objective, Joint):
+            known, given["noise"] = objective.autoencoder, latents
+            x = torch.empty(images, known.config.image_channels, *(known.config.image_size or ()))
+            if known.options.mask:
+                given["places"] = torch.empty(images, *known.places)
         for part in range(run):
             cut = slice(part * images // pieces, (part + 1) * images // pieces)
             with autocast(x.device, precision):
-                loss, _ = objective(x[cut], classes[cut], targets=targets[cut])
+                loss, _ = objective(x[cut], **{name: tensor[cut] for name, tensor in given.items()})
             loss.backward()
             del loss
     objective.zero_grad(set_to_none=True)
