@@ -46,14 +46,14 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         if self.pixels not in PIXELS:
-            raise InputError(f"loss.pixels must be one of {', '.join(PIXELS)}, got {self.pixels!r}")
+            raise InputError(f"reconstruction.pixels must be one of {', '.join(PIXELS)}, got {self.pixels!r}")
         for name in ("features", "lpips", "adversarial"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"loss.{name} must be a number of at least 0, got {getattr(self, name)}")
+                raise InputError(f"reconstruction.{name} must be a number of at least 0, got {getattr(self, name)}")
         if not 0 <= self.adversarial_from <= 1:
-            raise InputError(f"loss.adversarial_from must be a share from 0 to 1, got {self.adversarial_from}")
+            raise InputError(f"reconstruction.adversarial_from must be a share from 0 to 1, got {self.adversarial_from}")
         if self.discriminator_width < 1:
-            raise InputError(f"loss.discriminator_width must be at least 1, got {self.discriminator_width}")
+            raise InputError(f"reconstruction.discriminator_width must be at least 1, got {self.discriminator_width}")
 
 
 class Discriminator(nn.Sequential):
@@ -100,7 +100,7 @@ class ReconstructionLoss(Carrier):
     ) -> None:
         super().__init__()
         if config.features and encoder is None:
-            raise InputError("loss.features needs an encoder; name one, or use loss.features 0")
+            raise InputError("reconstruction.features needs an encoder; name one, or use reconstruction.features 0")
         self.config = config
         self.carry("encoder", encoder if config.features else None)
         self.carry("lpips", load_lpips(config.lpips_weights) if config.lpips else None)
@@ -154,7 +154,7 @@ def load_lpips(weights: str | None = None) -> nn.Module:
     except ImportError as error:
         raise InputError("LPIPS needs the package lpips: pip install 'flowback[latent]'") from error
     if weights is not None and not Path(weights).is_file():
-        raise InputError(f"loss.lpips_weights must be a local file of torchvision's VGG16, got {weights}")
+        raise InputError(f"reconstruction.lpips_weights must be a local file of torchvision's VGG16, got {weights}")
     try:
         if weights is None:
             state: Any = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -166,7 +166,7 @@ def load_lpips(weights: str | None = None) -> nn.Module:
         trunk = {name: state["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}
         model.net.load_state_dict(trunk)
     except Exception as error:  # downloads, and checkpoint readers, raise many kinds
-        given = f"in {weights}" if weights else "of torchvision, which need a network or the option loss.lpips_weights,"
+        given = f"in {weights}" if weights else "of torchvision, which need a network or reconstruction.lpips_weights,"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"LPIPS cannot use the weights {given} ({reason}); expected those of VGG16") from error
     return model.requires_grad_(False).eval()
