@@ -332,7 +332,7 @@ def test_other_work_does_not_wait(second, on_device, name):
     assert waits(second, lambda: work(on_device))[0] == 0
 
 
-@pytest.mark.parametrize("strategy", ["none", "forward", "detach", "reverse"])
+@pytest.mark.parametrize("strategy", ["none", "forward", "detach", "reverse", "joint"])
 @pytest.mark.parametrize("cache", ["true", "false"])
 def test_training_does_not_wait_between_rows_of_the_log(second, tmp_path, strategy, cache):
     rare = [f"--train.{what}_every=100" for what in ("log", "eval", "sample", "checkpoint")]
@@ -346,7 +346,8 @@ def test_training_does_not_wait_between_rows_of_the_log(second, tmp_path, strate
             "--train.steps=100",
             f"--train.until={steps}",
         ]
-        words += [f"--alignment.strategy={strategy}", "--alignment.at=[[2,1]]", f"--alignment.cache={cache}"]
+        words += [f"--alignment.strategy={'forward' if strategy == 'joint' else strategy}", "--alignment.at=[[2,1]]"]
+        words += [*(JOINT if strategy == "joint" else []), f"--alignment.cache={cache}"]
         words += ["--alignment.encoder_weights=random", f"--device={second}", "--train.batch_size=4"]
         with second.counted() as counts[steps]:
             assert main(words) == 0
@@ -501,8 +502,13 @@ def test_timings_are_of_the_device_that_made_them(second, run, tmp_path):
     perform("sample RUN --num 2 -o OUT/a.npz", run, tmp_path, second)
 
 
+JOINT = ["--latents.joint=true", "--joint.channels=4", "--joint.width=32", "--joint.mask=0.3", "--joint.noise_std=0.2"]
+JOINT += ["--flow.patch_size=1", "--reconstruction.features=0.1", "--reconstruction.adversarial=0.1"]
+JOINT += ["--alignment.encoder=test_vit", "--alignment.encoder_weights=random"]
 TRAINED = {
     "plain": [],
+    "joint": JOINT,
+    "joint, forward": [*ALIGNED, *JOINT, "--alignment.strategy=forward", "--joint.align_encoder=true"],
     **{f"{s} {g}": [*ALIGNED, f"--alignment.strategy={s}", f"--alignment.gradient={g}"] for s, g in STRATEGIES},
 }
 
@@ -521,7 +527,7 @@ def test_training_has_the_cpus_curve(second, name, tmp_path):
         rows[device] = read_metrics(tmp_path / device / "metrics.csv")
     assert len(rows["cpu"]) == len(rows[second]) == 4
     for wanted, found in zip(rows["cpu"], rows[second], strict=True):
-        for column in ("loss", "nll", "align", "grad_norm", "held_out_nats_per_dim"):
+        for column in ("loss", "nll", "align", "grad_norm", "held_out_nats_per_dim", "pixels", "signal", "held_out_psnr"):
             assert found.get(column, 0) == pytest.approx(wanted.get(column, 0), rel=2e-3, abs=2e-3), (
                 column
             )  # float16 features

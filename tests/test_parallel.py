@@ -24,14 +24,15 @@ from flowback.core.errors import InputError
 from flowback.data import DataConfig
 from flowback.flow.config import FlowConfig
 from flowback.flow.tarflow import TarFlow
+from flowback.latents.joint import JointConfig
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import load_flow
-from flowback.runs.config import AlignmentConfig, RunConfig, TrainConfig
+from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig, TrainConfig
 from flowback.runs.log import read_metrics
 from flowback.training import train
 from flowback.training.inputs import Inputs
 
-OBJECTIVES = ("none", "forward", "detach", "reverse")
+OBJECTIVES = ("none", "forward", "detach", "reverse", "joint")
 STRATEGIES = ("ddp", "fsdp")
 HALF, WHOLE = 3, 6  # steps
 
@@ -40,11 +41,14 @@ def config(run: Path | str, objective: str = "reverse", **options: Any) -> RunCo
     settings = {"steps": WHOLE, "batch_size": 24, "warmup": 2, "log_every": 1, "eval_every": 100, "eval_images": 20}
     settings |= {"sample_every": 100, "checkpoint_every": 100, "hflip": True, "accelerator": "cpu"}
     until = WHOLE - 1 if objective == "detach" else None  # one of the objectives ends before its run does
+    joint, strategy = objective == "joint", "none" if objective == "joint" else objective
     return RunConfig(
         run=str(run),
         data=DataConfig(limit=64),
-        flow=FlowConfig(patch_size=4, width=32, blocks=2, layers=1, noise_std=0.2),
-        alignment=AlignmentConfig(strategy=objective, at=[[1, 1], [2, 1]], projector_width=16, until=until),
+        flow=FlowConfig(patch_size=1 if joint else 4, width=32, blocks=2, layers=1, noise_std=0.2),
+        latents=LatentConfig(joint=joint),
+        joint=JointConfig(channels=4, width=32, noise_std=0.2, mask=0.3),
+        alignment=AlignmentConfig(strategy=strategy, at=[[1, 1], [2, 1]], projector_width=16, until=until),
         train=TrainConfig(**(settings | options)),
     )
 

@@ -28,7 +28,8 @@ class ReconstructionConfig:
         features: weight of the relative squared error of a frozen encoder's features.
         lpips: weight of LPIPS, which needs the package lpips and VGG16's weights.
         lpips_weights: a local file of torchvision's VGG16; null to let torchvision download it.
-        adversarial: weight of the generator's part of the hinge loss.
+        adversarial: weight of the generator's part of the hinge loss: how long its gradient in the images is, beside that
+            of the pixels' loss.
         adversarial_from: share of the run after which it acts, and its discriminator learns.
         discriminator_width: channels of the discriminator's first layer.
 
@@ -46,14 +47,14 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         if self.pixels not in PIXELS:
-            raise InputError(f"loss.pixels must be one of {', '.join(PIXELS)}, got {self.pixels!r}")
+            raise InputError(f"reconstruction.pixels must be one of {', '.join(PIXELS)}, got {self.pixels!r}")
         for name in ("features", "lpips", "adversarial"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"loss.{name} must be a number of at least 0, got {getattr(self, name)}")
+                raise InputError(f"reconstruction.{name} must be a number of at least 0, got {getattr(self, name)}")
         if not 0 <= self.adversarial_from <= 1:
-            raise InputError(f"loss.adversarial_from must be a share from 0 to 1, got {self.adversarial_from}")
+            raise InputError(f"reconstruction.adversarial_from must be a share from 0 to 1, got {self.adversarial_from}")
         if self.discriminator_width < 1:
-            raise InputError(f"loss.discriminator_width must be at least 1, got {self.discriminator_width}")
+            raise InputError(f"reconstruction.discriminator_width must be at least 1, got {self.discriminator_width}")
 
 
 class Discriminator(nn.Sequential):
@@ -100,7 +101,7 @@ class ReconstructionLoss(Carrier):
     ) -> None:
         super().__init__()
         if config.features and encoder is None:
-            raise InputError("loss.features needs an encoder; name one, or use loss.features 0")
+            raise InputError("reconstruction.features needs an encoder; name one, or use reconstruction.features 0")
         self.config = config
         self.carry("encoder", encoder if config.features else None)
         self.carry("lpips", load_lpips(config.lpips_weights) if config.lpips else None)
@@ -125,13 +126,26 @@ class ReconstructionLoss(Carrier):
             parts["lpips"] = c.lpips * self.lpips(x_hat, x).mean()
         if self.discriminator is not None and self.active:
             fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-            parts["adversarial"] = -c.adversarial * functional_call(self.discriminator, fixed, (x_hat,)).mean()
+            generator = -functional_call(self.discriminator, fixed, (x_hat,)).mean()
+            parts["adversarial"] = c.adversarial * balance(parts["pixels"], generator, x_hat) * generator
             real, fake = self.discriminator(torch.cat([x, x_hat.detach().to(x.dtype)])).chunk(2)
             parts["discriminator"] = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
         loss = torch.stack(list(parts.values())).sum()
         if self.discriminator is not None and not self.active:
             loss = loss + 0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()  # wrappers expect it
         return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def balance(wanted: Tensor, other: Tensor, x_hat: Tensor) -> Tensor:
+    """By what `other` is to be multiplied, so that its gradient in the images is as long as that of `wanted`; no graph.
+
+    The adaptive weight of VQGAN (arXiv 2012.09841, equation 7), at the images instead of the decoder's last layer. 1 where
+    nothing is trained.
+    """
+    if not x_hat.requires_grad:
+        return torch.ones_like(other)
+    ours, theirs = (torch.autograd.grad(loss, x_hat, retain_graph=True)[0].norm() for loss in (wanted, other))
+    return ours / (theirs + 1e-6 * ours + 1e-12)
 
 
 def feature_error(found: Tensor, wanted: Tensor) -> Tensor:
@@ -154,7 +168,7 @@ def load_lpips(weights: str | None = None) -> nn.Module:
     except ImportError as error:
         raise InputError("LPIPS needs the package lpips: pip install 'flowback[latent]'") from error
     if weights is not None and not Path(weights).is_file():
-        raise InputError(f"loss.lpips_weights must be a local file of torchvision's VGG16, got {weights}")
+        raise InputError(f"reconstruction.lpips_weights must be a local file of torchvision's VGG16, got {weights}")
     try:
         if weights is None:
             state: Any = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -166,7 +180,7 @@ def load_lpips(weights: str | None = None) -> nn.Module:
         trunk = {name: state["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}
         model.net.load_state_dict(trunk)
     except Exception as error:  # downloads, and checkpoint readers, raise many kinds
-        given = f"in {weights}" if weights else "of torchvision, which need a network or the option loss.lpips_weights,"
+        given = f"in {weights}" if weights else "of torchvision, which need a network or reconstruction.lpips_weights,"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"LPIPS cannot use the weights {given} ({reason}); expected those of VGG16") from error
     return model.requires_grad_(False).eval()
