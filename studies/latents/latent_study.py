@@ -59,7 +59,7 @@ STEPS, AUTOENCODER_STEPS, LONG_STEPS = 800, 1500, 2500
 SEEDS = (0, 1, 2)
 IMAGES, SAMPLES, REFERENCE, PROBED = 2000, 1000, 5000, 5000
 TEMPERATURES, SCALES = (1.0, 0.9, 0.8), (0.0, 1.0)  # of samples; guidance at temperature 1
-DATA = DataConfig(name="fashion_mnist", limit=20_000)
+DATA = DataConfig(name="fashion_mnist", limit=12_000)
 TRAIN = TrainConfig(
     steps=STEPS,
     batch_size=64,
@@ -114,7 +114,7 @@ class Arm:
         if self.kind not in ("kl", "semantic"):
             return None
         own: dict[str, Any] = {"kl": KLConfig(**self.options)} if self.kind == "kl" else {}
-        own = own or {"semantic": SemanticConfig(encoder_precision="bf16-mixed", **self.options)}
+        own = own or {"semantic": SemanticConfig(**self.options)}
         return AutoencoderRunConfig(
             run=str(self.folder(seed, "autoencoder")),
             data=self.data,
@@ -137,7 +137,7 @@ class Arm:
             latents=latents,
             joint=joint,
             reconstruction=self.loss,
-            alignment=AlignmentConfig(encoder_precision="bf16-mixed", **self.alignment),
+            alignment=AlignmentConfig(**self.alignment),
             train=replace(TRAIN, seed=seed, **self.train),
         )
 
