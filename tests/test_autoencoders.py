@@ -18,7 +18,7 @@ from flowback.latents.losses import ReconstructionConfig
 from flowback.latents.semantic import SemanticConfig
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import load_trained_autoencoder
-from flowback.runs.config import AutoencoderRunConfig, TrainConfig
+from flowback.runs.config import AutoencoderRunConfig, RunConfig, TrainConfig, recipe
 from flowback.runs.log import read_metrics
 from flowback.runs.slices import Reader
 from flowback.training.autoencoders import train_autoencoder
@@ -201,3 +201,14 @@ def test_a_run_goes_on_with_its_own_options_only(tmp_path):
     other = config(tmp_path / "run", resume=True)
     with pytest.raises(InputError, match=r"kl\.kl_weight was 1e-06 when .* began and is 0\.1"):
         train_autoencoder(replace(other, kl=replace(other.kl, kl_weight=0.1)))
+
+
+@pytest.mark.parametrize("file", sorted(recipe("autoencoder/emoji").parent.glob("*.yaml")), ids=lambda file: file.stem)
+def test_recipes_of_autoencoders_are_valid_and_those_of_flows_use_them(file):
+    made = AutoencoderRunConfig.read(file)
+    assert made.kind == "semantic"
+    assert made.run == f"runs/{file.stem}_autoencoder"
+    flow = RunConfig.read(recipe(f"{file.stem}_semantic"))
+    assert flow.latents.autoencoder == made.run
+    assert flow.data == made.data
+    assert 0 < flow.flow.noise_std <= made.semantic.noise_std

@@ -27,12 +27,13 @@ from flowback.data.batches import Raw, ignore_interrupts
 from flowback.data.splits import MemorySplit
 from flowback.flow.config import FlowConfig
 from flowback.flow.tarflow import TarFlow
-from flowback.latents import AutoencoderConfig, LatentFlow
+from flowback.latents import LatentFlow
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig, TrainConfig
 from flowback.runs.log import MetricsLog, read_metrics
 from flowback.training import train
+from flowback.training.budget import known_autoencoder
 from flowback.training.build import build_flow, fingerprint, make_alignment
 from flowback.training.inputs import Inputs
 from flowback.training.optim import learning_rate, update_ema
@@ -424,25 +425,26 @@ def test_text_that_is_no_config_is_refused(text):
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SIDES = {"digits": 8, "fashion_mnist": 28}
-SD_VAE = {"channels": 4, "downsample": 8, "scale": 0.18215, "shift": 0.0}  # as published
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_are_valid(file):
     recipe = RunConfig.from_yaml(file.read_text())
     data, flow = recipe.data, recipe.flow
-    autoencoder = None if recipe.latents.autoencoder is None else AutoencoderConfig(name="", weights="", **SD_VAE)
     side = data.image_size or SIDES[data.name]
-    images = ImageSet(data.name, None, None, [""] * 10, side, 3 if data.name == "imagenet" else 1, 256)
+    images = ImageSet(data.name, None, None, [""] * 10, side, 3 if data.name in ("imagenet", "folder") else 1, 256)
+    autoencoder = known_autoencoder(recipe, images)
     with torch.device("meta"):
         built = build_flow(recipe, images, autoencoder)
-    assert built.data_shape == ((4, side // 8, side // 8) if autoencoder else (images.channels, side, side))
+    a = autoencoder
+    assert built.data_shape == ((a.channels, *a.latent_size(images.size)) if a else (images.channels, side, side))
+    assert a is None or flow.noise_std <= a.noise_std or a.kind == "kl"  # what the decoder has seen
     assert flow.check_pairs(recipe.alignment.at) == [tuple(pair) for pair in recipe.alignment.at]
 
 
 def test_the_imagenet_recipes_have_the_papers_shapes():
     shapes = {}
-    for file in (file for file in RECIPES if file.stem.startswith("imagenet")):
+    for file in (file for file in RECIPES if re.fullmatch(r"imagenet\d+(_patch1)?", file.stem)):
         values = yaml.safe_load(file.read_text())
         f, side = values["flow"], values["data"]["image_size"] // (8 if "latents" in values else 1)
         assert (f["width"], f["blocks"], f["layers"], f["head_dim"]) == (1024, 8, 8, 64)

@@ -124,7 +124,24 @@ class JointAutoencoder(Autoencoder):
         Raises:
             InputError: if the size is no multiple of `downsample`.
         """
-        return cls(joint_facts(options, image_size, image_channels), options)
+        return cls(cls.planned(options, image_size, image_channels), options)
+
+    @classmethod
+    def planned(cls, options: JointConfig, image_size: tuple[int, int], image_channels: int) -> AutoencoderConfig:
+        """What a flow will have to know of one that is not made yet.
+
+        Raises:
+            InputError: if the size is no multiple of `downsample`.
+        """
+        return AutoencoderConfig(
+            name=None,
+            kind=cls.kind,
+            channels=options.channels,
+            downsample=options.downsample,
+            image_channels=image_channels,
+            image_size=image_size,
+            noise_std=options.noise_std,
+        )
 
     def forward(self, images: Tensor, noise: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What training needs.
@@ -171,7 +188,7 @@ class JointAutoencoder(Autoencoder):
         file = folder / "config.json"
         try:
             options = JointConfig(**description["options"])
-            if joint_facts(options, config.image_size or (0, 0), config.image_channels) != replace(
+            if cls.planned(options, config.image_size or (0, 0), config.image_channels) != replace(
                 config, name=None, weights=""
             ):
                 raise ValueError("its options do not fit its facts")
@@ -182,23 +199,6 @@ class JointAutoencoder(Autoencoder):
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file} does not describe a joint autoencoder ({error})") from error
         return cls(config, options)
-
-
-def joint_facts(options: JointConfig, image_size: tuple[int, int], image_channels: int) -> AutoencoderConfig:
-    """What a flow has to know of an autoencoder that is trained with it, on images of a size and number of channels.
-
-    Raises:
-        InputError: if the size is no multiple of `downsample`.
-    """
-    return AutoencoderConfig(
-        name=None,
-        kind=JointAutoencoder.kind,
-        channels=options.channels,
-        downsample=options.downsample,
-        image_channels=image_channels,
-        image_size=image_size,
-        noise_std=options.noise_std,
-    )
 
 
 def hide(images: Tensor, value: Tensor, places: Tensor, share: float, side: int) -> Tensor:

@@ -24,7 +24,7 @@ from flowback.latents.joint import JointAutoencoder
 from flowback.latents.loading import read_config
 from flowback.latents.losses import ReconstructionLoss
 from flowback.latents.semantic import SemanticAutoencoder
-from flowback.runs.config import AutoencoderRunConfig, LatentConfig, RunConfig, recipe
+from flowback.runs.config import AutoencoderRunConfig, RunConfig, recipe
 from flowback.tasks.classify import Effort
 from flowback.training.apply import checkpoint_layers
 from flowback.training.build import build_flow
@@ -157,8 +157,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
         raise InputError("alignment.gradient is 'sequential'; a dry run measures all others")
     data = _data(config.data)
     with FakeTensorMode() as fake:
+        autoencoder = known_autoencoder(config, data)
         joint = JointAutoencoder.new(config.joint, data.size, data.channels) if config.latents.joint else None
-        autoencoder = joint.config if joint else _autoencoder(config.latents, data)
         flow = build_flow(config, data, autoencoder)
     alignment = encoder = None
     if a.strategy != "none":
@@ -223,16 +223,24 @@ def _data(config: DataConfig) -> ImageSet:
     return ImageSet(config.name, split, split, classes, config.image_size or 256, config.channels or 3, 256)
 
 
-def _autoencoder(config: LatentConfig, data: ImageSet) -> AutoencoderConfig | None:
-    """What is known of a configuration's autoencoder: what is published of it, or else what its folder or recipe says."""
-    if config.autoencoder is not None and not Path(config.autoencoder).exists():
-        for file in recipe("autoencoder/fashion_mnist").parent.glob("*.yaml"):
-            made = AutoencoderRunConfig.read(file)
-            if made.run == config.autoencoder and made.kind == "semantic":
-                return SemanticAutoencoder.planned(made.semantic, data.size, data.channels)
-    if config.autoencoder in AUTOENCODERS:
-        return AutoencoderConfig(name=config.autoencoder, posterior=config.posterior, **AUTOENCODERS[config.autoencoder])
-    return None if config.autoencoder is None else read_config(config.autoencoder, config.posterior)
+def known_autoencoder(config: RunConfig, data: ImageSet) -> AutoencoderConfig | None:
+    """What is known of a configuration's autoencoder: what is published of it, or else what its folder or recipe says.
+
+    Raises:
+        InputError: if its folder is not there, and no recipe makes it.
+    """
+    name, size, channels = config.latents.autoencoder, data.size, data.channels
+    if config.latents.joint:
+        return JointAutoencoder.planned(config.joint, size, channels)
+    if name is None:
+        return None
+    if name in AUTOENCODERS:
+        return AutoencoderConfig(name=name, posterior=config.latents.posterior, **AUTOENCODERS[name])
+    for file in recipe("autoencoder/fashion_mnist").parent.glob("*.yaml") if not Path(name).exists() else ():
+        made = AutoencoderRunConfig.read(file)
+        if made.run == name and made.kind == "semantic":
+            return SemanticAutoencoder.planned(made.semantic, size, channels)
+    return read_config(name, config.latents.posterior)
 
 
 def _measure(
