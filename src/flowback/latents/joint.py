@@ -36,7 +36,7 @@ class JointConfig:
         mask: share of an image's patches that the encoder does not see in training (MIMFlow, arXiv 2606.26016).
         mask_patch: side of such a patch, in latents.
         dead_below: a channel of the latents is dead if its signal is weaker than this multiple of noise_std.
-        most_dead: share of dead channels above which training ends.
+        most_dead: share of dead channels above which training ends, once the learning rate has risen.
 
     Raises:
         InputError: if a value is impossible.
@@ -52,7 +52,7 @@ class JointConfig:
     mask: float = 0.0
     mask_patch: int = 1
     dead_below: float = 0.1
-    most_dead: float = 0.5
+    most_dead: float = 0.75
 
     def __post_init__(self) -> None:
         for name, least in (("channels", 1), ("downsample", 2), ("layers", 1), ("mask_patch", 1)):

@@ -28,8 +28,7 @@ class ReconstructionConfig:
         features: weight of the relative squared error of a frozen encoder's features.
         lpips: weight of LPIPS, which needs the package lpips and VGG16's weights.
         lpips_weights: a local file of torchvision's VGG16; null to let torchvision download it.
-        adversarial: weight of the generator's part of the hinge loss: how long its gradient in the images is, beside that
-            of the pixels' loss.
+        adversarial: weight of the generator's part of the hinge loss.
         adversarial_from: share of the run after which it acts, and its discriminator learns.
         discriminator_width: channels of the discriminator's first layer.
 
@@ -126,26 +125,13 @@ class ReconstructionLoss(Carrier):
             parts["lpips"] = c.lpips * self.lpips(x_hat, x).mean()
         if self.discriminator is not None and self.active:
             fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-            generator = -functional_call(self.discriminator, fixed, (x_hat,)).mean()
-            parts["adversarial"] = c.adversarial * balance(parts["pixels"], generator, x_hat) * generator
+            parts["adversarial"] = -c.adversarial * functional_call(self.discriminator, fixed, (x_hat,)).mean()
             real, fake = self.discriminator(torch.cat([x, x_hat.detach().to(x.dtype)])).chunk(2)
             parts["discriminator"] = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
         loss = torch.stack(list(parts.values())).sum()
         if self.discriminator is not None and not self.active:
             loss = loss + 0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()  # wrappers expect it
         return loss, {name: part.detach() for name, part in parts.items()}
-
-
-def balance(wanted: Tensor, other: Tensor, x_hat: Tensor) -> Tensor:
-    """By what `other` is to be multiplied, so that its gradient in the images is as long as that of `wanted`; no graph.
-
-    The adaptive weight of VQGAN (arXiv 2012.09841, equation 7), at the images instead of the decoder's last layer. 1 where
-    nothing is trained.
-    """
-    if not x_hat.requires_grad:
-        return torch.ones_like(other)
-    ours, theirs = (torch.autograd.grad(loss, x_hat, retain_graph=True)[0].norm() for loss in (wanted, other))
-    return ours / (theirs + 1e-6 * ours + 1e-12)
 
 
 def feature_error(found: Tensor, wanted: Tensor) -> Tensor:

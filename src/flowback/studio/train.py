@@ -32,6 +32,7 @@ from flowback.data.datasets import LOADERS, OWN, SOURCES
 from flowback.flow.config import NOISES, POSITIONS, PRIORS
 from flowback.flow.transformer import MLPS
 from flowback.latents.autoencoder import POSTERIORS
+from flowback.latents.losses import PIXELS
 from flowback.runs.checkpoint import State, newest
 from flowback.runs.config import PRECISIONS, SHARING, RunConfig, descriptions, flat, load_yaml, recipe, recipes
 from flowback.runs.log import read_metrics
@@ -53,6 +54,7 @@ CHOICES = {
     "flow.noise": NOISES,
     "flow.prior": PRIORS,
     "latents.posterior": POSTERIORS,
+    "reconstruction.pixels": tuple(PIXELS),
     "alignment.strategy": ("none", *STRATEGIES),
     "alignment.encoder_precision": PRECISIONS,
     "alignment.projector": tuple(PROJECTORS),

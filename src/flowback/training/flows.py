@@ -171,9 +171,10 @@ class JointJob(FlowJob):
         super().begin_step(step)
         self.reconstruction.active = step >= self.config.reconstruction.adversarial_from * self.config.train.steps
 
-    def check(self, row: dict[str, float]) -> None:
-        """Whether the latents collapsed."""
-        check_signal(row, self.config.joint)
+    def check(self, step: int, row: dict[str, float]) -> None:
+        """Whether the latents collapsed; while the rate rises they may be as weak as the images are."""
+        if step > self.config.train.warmup:
+            check_signal(row, self.config.joint)
 
     def status(self, row: dict[str, float]) -> str:
         """As of a flow, with the reconstruction and the signal."""

@@ -73,8 +73,8 @@ class Job:
         """What a row of metrics.csv says besides the means of the loss and its parts."""
         return {}
 
-    def check(self, row: dict[str, float]) -> None:
-        """Whether it makes sense to go on after this row of the log, the same in all processes.
+    def check(self, step: int, row: dict[str, float]) -> None:
+        """Whether it makes sense to go on after `step` steps and this row of the log, the same in all processes.
 
         Raises:
             InputError: if it does not.

@@ -120,7 +120,7 @@ def take_steps(job: Job, fabric: Any, resume_from: Path | None) -> State:
                 row["data_wait"] = waited / seconds
                 if log is not None:
                     log.write(state.step, seconds=state.seconds, skipped=state.skipped, **row)
-                job.check(row)
+                job.check(state.step, row)
                 bar.update(state.step, f"{job.status(row)}  {row['images_per_second']:.0f} images/s")
                 last_log, last_seconds, waited = state.step, state.seconds, 0.0
             if evaluates or samples or saves:
