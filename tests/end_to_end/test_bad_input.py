@@ -32,6 +32,7 @@ from sklearn.datasets import load_digits
 from builders import SMALL_RUN, refuse, tiny_autoencoder
 from flowback.cli import build_parser, main
 from flowback.data import DataConfig, folders, load_data
+from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
 
 
 class Code:
@@ -266,6 +267,32 @@ def write_models(root: Path) -> None:
         folder = Path(shutil.copytree(root / "vae", root / f"vae_{name}"))
         (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
     (root / "vae_cut" / f"{weights}.index.json").write_text('{"weight_map": {"a": "../../text.safetensors"}}')
+    write_semantic(root)
+
+
+def write_semantic(root: Path) -> None:
+    """Autoencoders in the features of a tiny vision model, whole and damaged."""
+    options = SemanticConfig(encoder="test_vit", encoder_weights="random", channels=4, decoder_width=32, decoder_layers=1)
+    made = SemanticAutoencoder.new(options, (8, 8), 1)
+    made.save_pretrained(root / "semantic")
+    damaged = ("text", "none", "facts", "options", "unfit", "wide", "deep", "large", "encoder", "other", "tensor")
+    folders = {name: Path(shutil.copytree(root / "semantic", root / f"semantic_{name}")) for name in damaged}
+    (folders["text"] / "model.safetensors").write_text("no tensors")
+    (folders["none"] / "model.safetensors").unlink()
+    changes = {"facts": {"facts": {}}, "options": {"options": {"depth": 3}}, "unfit": {"options": {"channels": 5}}}
+    changes |= {"wide": {"options": {"decoder_width": 2**20}}, "deep": {"options": {"decoder_layers": 10**9}}}
+    changes |= {"large": {"facts": {"image_size": [2**20, 2**20]}}}
+    for name, change in changes.items():
+        described = json.loads((folders[name] / "config.json").read_text())
+        for section, values in change.items():
+            described[section] = values and described[section] | values
+        (folders[name] / "config.json").write_text(json.dumps(described))
+    save_file({"conv.weight": torch.ones(3)}, folders["encoder"] / "encoder.safetensors")
+    torch.manual_seed(1)
+    other = SemanticAutoencoder.new(options, (8, 8), 1).encoder.model.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in other.items()}, folders["other"] / "encoder.safetensors")
+    weights = folders["tensor"] / "model.safetensors"
+    save_file(load_file(weights) | {"conv.weight": torch.ones(3)}, weights)
 
 
 def write_configs(root: Path) -> None:
@@ -332,6 +359,8 @@ SHORT = {  # in the rows' commands
     "TARS=": "train --config=configs/tars.yaml --data.path=tars/",
     "ALIGNED": "train --config=configs/aligned.yaml",
     "VAE=": "train --config=configs/latent.yaml --latents.autoencoder=models/",
+    "LPIPS=": "autoencoder train --reconstruction.lpips=1 --reconstruction.lpips_weights=",
+    "JOINT": "train --config=configs/latent.yaml --latents.joint --flow.noise_std=0.5",
 }
 TABLE: dict[str, list[tuple[str, str]]] = {
     "arguments": [
@@ -651,17 +680,66 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("VAE=vae_rgb", "models/vae_rgb | 3"),
         ("VAE=vae_text", "models/vae_text | as safetensors"),
         ("VAE=vae_config", "models/vae_config | readable config.json of an autoencoder (Expecting property name"),
-        ("VAE=vae_class", "models/vae_class/config.json | diffusers AutoencoderKL"),
+        ("VAE=vae_class", "models/vae_class/config.json | does not describe an autoencoder | AutoencoderKL, Semantic"),
         ("VAE=vae_none", "models/vae_none | diffusion_pytorch_model.safetensors | autoencoder saved as"),
         ("VAE=vae_code", "models/vae_code | diffusion_pytorch_model.safetensors | autoencoder saved as"),
         ("VAE=vae_other", "models/vae_other | those of its config.json"),
         ("VAE=vae_wide", "models/vae_wide | those of its config.json"),
-        ("VAE=vae_scale", "scale must be a finite number, of a scale not 0 | 0"),
+        ("VAE=vae_scale", "scale must be a finite number, or one for each of 3 channels | 0"),
         ("VAE=vae_cut", "models/vae_cut | is cut into several files"),
         ("VAE=vae --flow.patch_size=3", "flow.patch_size | 3 | 4 | 1, 2, 4"),
         ("VAE=vae --flow.noise=uniform", "flow.noise | 'uniform' | gaussian"),
         ("VAE=vae --latents.posterior=mode", "latents.posterior | 'mode' | mean, sample"),
-        ("VAE=vae_list", "models/vae_list/config.json | diffusers AutoencoderKL"),
+        ("VAE=vae_list", "models/vae_list/config.json | does not describe an autoencoder"),
+    ],
+    "latents of meaning": [
+        ("VAE=semantic --latents.posterior=sample", "latents.posterior | 'sample' | mean with a semantic autoencoder"),
+        ("VAE=semantic --flow.image_size=4", "flow.image_size | 4 | 2 for these latents"),
+        ("VAE=semantic --flow.channels=3", "flow.channels | 3 | 4 for these latents"),
+        ("VAE=semantic_text", "models/semantic_text | cannot be read as safetensors"),
+        ("VAE=semantic_none", "models/semantic_none | model.safetensors | autoencoder saved as safetensors"),
+        ("VAE=semantic_facts", "models/semantic_facts/config.json | does not describe a semantic autoencoder"),
+        ("VAE=semantic_options", "models/semantic_options/config.json | does not describe a semantic autoencoder"),
+        ("VAE=semantic_unfit", "models/semantic_unfit/config.json | its options do not fit its facts"),
+        ("VAE=semantic_wide", "models/semantic_wide/config.json | it describes | numbers, the weights have"),
+        ("VAE=semantic_deep", "semantic.decoder_layers | 1000000000 | at most 100"),
+        ("VAE=semantic_large", "semantic.downsample must leave at most 4096 latents"),
+        ("VAE=semantic_encoder", "encoder.safetensors | a local file of this model's weights"),
+        ("VAE=semantic_other", "the encoder test_vit must be the one | models/semantic_other was trained with"),
+        ("VAE=semantic_tensor", "models/semantic_tensor/model.safetensors has a tensor conv.weight"),
+    ],
+    "autoencoders": [
+        ("autoencoder", "autoencoder.task"),
+        ("autoencoder paint", "paint"),
+        ("autoencoder train --kind=vq", "kind | 'vq' | semantic, kl"),
+        ("autoencoder train --semantic.encoder=vgg99", "'vgg99' | unknown"),
+        ("autoencoder train --semantic.downsample=3", "[8, 8] | multiple of 3"),
+        ("autoencoder train --semantic.compressor=linear", "semantic.compressor | 'linear' | pca, attention, transformer"),
+        ("autoencoder train --semantic.decoder=gan", "semantic.decoder | 'gan'"),
+        ("autoencoder train --semantic.channels=99999", "channels | 99999 | 320"),
+        ("autoencoder train --semantic.width=33", "semantic.width | 33 | multiple of 32"),
+        ("autoencoder train --semantic.noise_std=-1", "semantic.noise_std | -1.0"),
+        ("autoencoder train --reconstruction.pixels=l3", "reconstruction.pixels | 'l3' | l1, l2"),
+        ("autoencoder train --reconstruction.lpips=-1", "reconstruction.lpips | -1.0"),
+        ("LPIPS=nowhere.pth", "nowhere.pth | local file"),
+        ("LPIPS=models/code.pth", "models/code.pth | VGG16"),
+        ("autoencoder train --reconstruction.adversarial_from=2", "reconstruction.adversarial_from | 2.0"),
+        ("autoencoder train --config=run/config.yaml", "flow"),
+        ("autoencoder train --train.class_dropout=0.5", "train.class_dropout | option of flows"),
+        ("autoencoder evaluate run", "run holds no autoencoder that was trained with the flow"),
+        ("autoencoder evaluate models/semantic", "models/semantic | config.yaml | --data.name"),
+        ("autoencoder evaluate models/semantic --data.name=digits --extractor=vgg", "extractor | 'vgg'"),
+        ("autoencoder evaluate models/semantic --data.name=digits --images=1", "--images | 1 | at least 2"),
+        ("autoencoder evaluate trees/empty", "trees/empty | readable config.json of an autoencoder"),
+        ("autoencoder evaluate some/autoencoder", "some/autoencoder | local folder"),
+        ("autoencoder export models/semantic full", "full | is there already"),
+        ("autoencoder export models/vae_code out", "models/vae_code | autoencoder saved as safetensors"),
+        ("JOINT --latents.autoencoder=models/vae", "latents.joint"),
+        ("JOINT --joint.downsample=3", "[8, 8] | multiple of 3"),
+        ("JOINT --joint.mask=1", "joint.mask | 1"),
+        ("JOINT --joint.noise_std=0", "joint.noise_std | 0"),
+        ("JOINT --joint.width=33", "joint.width | 33"),
+        ("JOINT --joint.layers=1000000", "joint.layers | 1000000 | at most 100"),
     ],
     "labels": [
         ("sample run --labels=3,12", "label | '12' | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
@@ -809,8 +887,11 @@ def words_of(command: str) -> list[str]:
     for short, long in SHORT.items():
         command = command.replace(short, long)
     verb, *options = command.split() or [""]
-    defaults = {"train": ["--run=new", "--train.steps=2", *SMALL_RUN], "cache": SMALL_RUN}
-    return [verb, *defaults.get(verb, []), *options] if verb else []
+    if verb == "autoencoder" and options:
+        verb, options = f"autoencoder {options[0]}", options[1:]
+    short = ["--run=new", "--train.steps=2"]
+    defaults = {"train": [*short, *SMALL_RUN], "cache": SMALL_RUN, "autoencoder train": [*short, "--data.name=digits"]}
+    return [*verb.split(), *defaults.get(verb, []), *options]
 
 
 def says(said: str, part: str) -> bool:

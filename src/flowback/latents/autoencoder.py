@@ -6,6 +6,7 @@ the weights and the kind of latent are saved with the flow: another autoencoder 
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,7 +20,7 @@ from flowback.core.files import file_hash, read_json, save_tensors, write_whole
 from flowback.core.seeds import Generators, draw
 from flowback.core.units import as_size
 from flowback.encoders import Encoder
-from flowback.flow.io import load_tensors
+from flowback.flow.io import load_tensors, tensor_shapes
 
 BATCH = 16  # images at once; an autoencoder's first layers are the largest thing in memory
 FORMAT = 1
@@ -273,6 +274,19 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'} does not describe an autoencoder")
     return config
+
+
+def check_numbers(make: Callable[[], nn.Module], file: Path) -> None:
+    """Whether a description asks for no more numbers than a file of weights has, before any memory is taken for them.
+
+    Raises:
+        ValueError: if it does.
+        InputError: if the file cannot be read.
+    """
+    with torch.device("meta"):
+        described = sum(p.numel() for p in make().parameters())
+    if described > (held := sum(map(math.prod, tensor_shapes(file).values()))):
+        raise ValueError(f"it describes {described} numbers, the weights have {held}")
 
 
 def weights_hash(folder: Path, file: str) -> str:

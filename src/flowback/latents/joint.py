@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowback.core.errors import InputError
-from flowback.flow.io import tensor_shapes
-from flowback.latents.autoencoder import WEIGHTS, Autoencoder, AutoencoderConfig
+from flowback.latents.autoencoder import WEIGHTS, Autoencoder, AutoencoderConfig, check_numbers
 from flowback.latents.decoders import GROUPS, LEAST_WIDTH, ConvDecoder, Residual, factors
 
 MOST_LAYERS = 100
@@ -192,10 +191,7 @@ class JointAutoencoder(Autoencoder):
                 config, name=None, weights=""
             ):
                 raise ValueError("its options do not fit its facts")
-            with torch.device("meta"):
-                numbers = sum(p.numel() for p in cls(config, options).parameters())
-            if numbers > (held := sum(map(math.prod, tensor_shapes(folder / WEIGHTS).values()))):
-                raise ValueError(f"it describes {numbers} numbers, the weights have {held}")
+            check_numbers(lambda: cls(config, options), folder / WEIGHTS)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file} does not describe a joint autoencoder ({error})") from error
         return cls(config, options)

@@ -7,23 +7,25 @@ known by its name and weights, and is not saved with the rest unless its weights
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowback.core.devices import autocast, put
 from flowback.core.errors import InputError
 from flowback.core.files import save_tensors
 from flowback.encoders import Carrier, TimmEncoder, load_encoder, match_grid
-from flowback.latents.autoencoder import BATCH, WEIGHTS, Autoencoder, AutoencoderConfig
-from flowback.latents.compressors import COMPRESSORS, Learned, make_compressor
+from flowback.latents.autoencoder import BATCH, WEIGHTS, Autoencoder, AutoencoderConfig, check_numbers
+from flowback.latents.compressors import COMPRESSORS, Compressor, Learned, make_compressor
 from flowback.latents.decoders import DECODERS
 
 ENCODER = "encoder.safetensors"  # beside the weights, where the encoder's are not the published ones
 PRECISIONS = ("32-true", "bf16-mixed")
+MOST_LATENTS = 2**12  # of an image
+MOST_LAYERS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,9 @@ class SemanticConfig:
         for name in ("channels", "downsample", "layers", "decoder_layers"):
             if getattr(self, name) < 1:
                 raise InputError(f"semantic.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("layers", "decoder_layers"):
+            if getattr(self, name) > MOST_LAYERS:
+                raise InputError(f"semantic.{name} must be at most {MOST_LAYERS}, got {getattr(self, name)}")
         for name in ("width", "decoder_width"):
             if getattr(self, name) < 32 or getattr(self, name) % 32:
                 raise InputError(f"semantic.{name} must be a multiple of 32, got {getattr(self, name)}")
@@ -98,11 +103,7 @@ class SemanticAutoencoder(Carrier, Autoencoder):
         assert config.image_size is not None
         self.options, self.grid = options, config.latent_size(config.image_size)
         self.carry("encoder", encoder)
-        tokens, o = self.grid[0] * self.grid[1], options
-        self.compressor = make_compressor(o.compressor, encoder.dim, o.channels, tokens, o.width, o.layers)
-        self.decoder = DECODERS[o.decoder](
-            encoder.dim, config.image_channels, self.grid, o.downsample, o.decoder_width, o.decoder_layers
-        )
+        self.compressor, self.decoder = _nets(options, config, encoder.dim)
         self.register_buffer("seen", self._look())
 
     @classmethod
@@ -120,9 +121,9 @@ class SemanticAutoencoder(Carrier, Autoencoder):
         """What a flow will have to know of one that is not made yet.
 
         Raises:
-            InputError: if the size is no multiple of `downsample`.
+            InputError: if the size is no multiple of `downsample`, or has too many latents.
         """
-        return AutoencoderConfig(
+        planned = AutoencoderConfig(
             name=None,
             kind=cls.kind,
             channels=options.channels,
@@ -131,6 +132,12 @@ class SemanticAutoencoder(Carrier, Autoencoder):
             image_size=image_size,
             noise_std=options.noise_std,
         )
+        if math.prod(planned.latent_size(image_size)) > MOST_LATENTS:
+            raise InputError(
+                f"semantic.downsample must leave at most {MOST_LATENTS} latents of an image of {list(image_size)} pixels, "
+                f"got {options.downsample}"
+            )
+        return planned
 
     def features(self, images: Tensor) -> Tensor:
         """The encoder's features of images `[B, C, H, W]` on the grid of latents, `[B, P, F]`."""
@@ -196,12 +203,20 @@ class SemanticAutoencoder(Carrier, Autoencoder):
         Raises:
             InputError: if it describes none, or the encoder cannot be had.
         """
+        own = folder / ENCODER
         try:
             options = SemanticConfig(**description["options"])
-        except (KeyError, TypeError) as error:
+            if cls.planned(options, config.image_size or (0, 0), config.image_channels) != replace(
+                config, name=None, weights=""
+            ):
+                raise ValueError("its options do not fit its facts")
+            encoder = _encoder(options, config, str(own) if own.is_file() else options.encoder_weights)
+            check_numbers(lambda: nn.ModuleList(_nets(options, config, encoder.dim)), folder / WEIGHTS)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{folder / 'config.json'} does not describe a semantic autoencoder ({error})") from error
-        own = folder / ENCODER
-        return cls(options, config, _encoder(options, config, str(own) if own.is_file() else options.encoder_weights))
+        return cls(options, config, encoder)
 
     @classmethod
     def load(cls, folder: Path, config: AutoencoderConfig) -> Self:
@@ -224,6 +239,14 @@ class SemanticAutoencoder(Carrier, Autoencoder):
         rows, columns = torch.linspace(0, 9, height)[:, None], torch.linspace(0, 12, width)
         picture = (rows * columns / 3).sin() * (rows - columns).cos()
         return self.features(picture.expand(1, self.config.image_channels, -1, -1).to(self.scale)).mean(dim=(0, 1))
+
+
+def _nets(options: SemanticConfig, config: AutoencoderConfig, dim: int) -> tuple[Compressor, nn.Module]:
+    """The compressor and the decoder, for features of size `dim`."""
+    o, grid = options, config.latent_size(cast(Any, config.image_size))
+    compressor = make_compressor(o.compressor, dim, o.channels, grid[0] * grid[1], o.width, o.layers)
+    sizes = dim, config.image_channels, grid, o.downsample, o.decoder_width, o.decoder_layers
+    return compressor, DECODERS[o.decoder](*sizes)
 
 
 def _encoder(options: SemanticConfig, config: AutoencoderConfig, weights: str | None) -> TimmEncoder:
