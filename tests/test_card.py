@@ -116,7 +116,7 @@ def test_a_local_autoencoder_travels(tmp_path):
     fit_statistics(flow, x).save(tmp_path / "flow")
     card = card_of(tmp_path / "flow", tmp_path / "out")
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
-    for line in ("latents 3 x 4 x 4 of the autoencoder in `autoencoder/`", "has a license of its own"):
+    for line in ("latents 3 x 4 x 4 of the autoencoder in `autoencoder/`", "with a license of its own"):
         assert line in card
     latents, drawn = flow.to_data(x), two_of(flow)
     scores = classify(from_pretrained(tmp_path / "flow"), x)

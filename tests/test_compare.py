@@ -4,20 +4,23 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from builders import SMALL_RUN, images, random_flow, refuse
-from flowback import InputError, TarFlow
+from flowback import InputError, LatentFlow, TarFlow
 from flowback.cli import main
 from flowback.core.units import bits_per_dim
 from flowback.data import DataConfig, load_data
+from flowback.latents import AutoencoderConfig
 from flowback.measure.density import density, importance_weighted_bits
 from flowback.measure.probe import probe_layers
 from flowback.reports.classification import CURVE, cost_accuracy
 from flowback.reports.compare import Record, config_differences, crossings, names_of, not_comparable, table
+from flowback.reports.figures import draw_curves
 from flowback.tasks.classify import calibration_error
 
 FIDELITY = {"fid": 12.0, "extractor": "inception", "samples": 9}
@@ -257,3 +260,35 @@ def test_a_run_that_was_not_evaluated_is_sent_to_evaluate(tmp_path, capsys):
     assert main(["train", f"--run={tmp_path}", "--train.steps=1", *SMALL]) == 0
     message = "has no evaluation.json; expected runs on which `flowback evaluate` was run"
     assert message in refuse(["compare", str(tmp_path)], capsys)
+
+
+def test_likelihoods_of_different_latents_are_never_put_side_by_side(tmp_path):
+    def latent(name, folder, **facts):
+        flow = LatentFlow.__new__(LatentFlow)
+        torch.nn.Module.__init__(flow)
+        flow.autoencoder = torch.nn.Linear(1, 1)
+        known = {"name": "vae", "channels": 3, "downsample": 2, "weights": "a"} | facts
+        flow.autoencoder.config = AutoencoderConfig(**known)
+        evaluation = {"nats_per_dim": 0.1, "latent_bits_per_dim": 0.2, "steps": 5, "seconds": 1.0}
+        curve = [{"step": 1, "nats_per_dim": 0.2, "held_out_nats_per_dim": 0.1, "held_out_exact": 0.5}]
+        return Record(name, flow, tmp_path / folder, {}, curve, evaluation)
+
+    pixels = replace(latent("pixels", "p"), flow=torch.nn.Linear(1, 1))
+    same = [latent("a", "a"), latent("b", "b", name="moved")]
+    others = {
+        "weights": [latent("a", "a"), latent("b", "b", weights="b")],
+        "which latent": [latent("a", "a"), latent("b", "b", posterior="sample")],
+        "trained with their flows": [latent("a", "a", name=None), latent("b", "b", name=None)],
+        "pixels": [latent("a", "a"), pixels],
+    }
+    titles = {"nats per dimension", "bits per latent dimension, of noised latents"}
+    assert titles <= {title for title, _, _ in table(same)}
+    assert any("nats" in row["figure"] for row in crossings(same))
+    for what, pair in others.items():
+        assert not titles & {title for title, _, _ in table(pair)}, what
+        assert "their likelihoods do not compare" in not_comparable(pair)[0]
+        assert {row["figure"] for row in crossings(pair)} == {"exact accuracy, held out"}
+        panel = draw_curves(pair).axes[0]
+        assert not panel.lines
+        assert "do not compare" in panel.texts[0].get_text()
+    assert draw_curves(same).axes[0].lines

@@ -86,6 +86,11 @@ class AutoencoderConfig:
             self.latent_size(self.image_size)
 
     @property
+    def title(self) -> str:
+        """What it is called in a sentence."""
+        return "an autoencoder trained with the flow" if self.name is None else self.name
+
+    @property
     def moments(self) -> int:
         """How many numbers describe a latent: its mean, and where latents are samples its standard deviation."""
         return 2 if self.posterior == "sample" else 1

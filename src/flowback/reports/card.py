@@ -143,7 +143,8 @@ def model_card(
 
     from flowback import __version__
 
-    p, autoencoder = provenance, flow.autoencoder.config.name if isinstance(flow, LatentFlow) else None
+    p, known = provenance, flow.autoencoder.config if isinstance(flow, LatentFlow) else None
+    autoencoder = known and known.title
     aligned = p.config is not None and p.config.alignment.strategy != "none"
     public = PUBLIC.get((p.config.data.name, flow.num_classes)) if p.config else None
     tags = {"normalizing-flow": True, "tarflow": True, "image-generation": True, "class-conditional": flow.num_classes > 0}
@@ -159,6 +160,8 @@ def model_card(
     e, where, density = p.evaluation or {}, None, (p.evaluation or {}).get("density")
     if autoencoder is not None:
         where = "the autoencoder in `autoencoder/`" if travels else _code(autoencoder)
+        if known is not None and known.name is None:
+            where = f"{autoencoder}, and part of it"
         density = density and density.replace(autoencoder, where)
     return environment.get_template("model_card.md").render(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
@@ -229,6 +232,8 @@ def _short(value: Any) -> str:
     """A number as the card shows it; null is one that was not finite."""
     if value is None:
         return "not finite"
+    if isinstance(value, tuple):  # a number for each channel
+        return ", ".join(map(_short, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -24,7 +24,7 @@ from flowback.core.units import from_levels
 from flowback.data import ImageSet
 from flowback.data.pictures import grid_array
 from flowback.data.splits import spread
-from flowback.latents import Flow
+from flowback.latents import Flow, LatentFlow
 from flowback.reports.card import FIDELITY
 from flowback.reports.evaluate import FILE, write_json
 from flowback.reports.figures import draw_cost_accuracy, draw_curves, draw_overview, draw_probe, draw_sweep
@@ -46,6 +46,7 @@ FIGURES: dict[str, tuple[str, str, Callable[..., Any]]] = {  # of an evaluation:
     "bits_per_dim_importance_weighted": ("… importance-weighted", "{:.3f}", min),
     "latent_bits_per_dim": ("bits per latent dimension, of noised latents", "{:.3f}", min),
 }
+OF_LATENTS = ("nats_per_dim", "latent_bits_per_dim")  # of what the flow sees
 LARGER = {"is", "precision", "recall"}  # the better; of the other figures of fidelity the smaller
 OWN = {"data", "machine", "config_differences", "crossings", "not_comparable"}  # keys of report.json beside the runs
 SHOWN = 8  # images in a row of the page
@@ -67,6 +68,15 @@ class Record:
     def data(self) -> ImageSet:
         """The images of the run, found when they are first asked for."""
         return run_data(self.folder, RunConfig.read(self.folder / "config.yaml").data)
+
+    @property
+    def latents(self) -> tuple[str, str] | None:
+        """What the flow's likelihoods are of: the autoencoder's weights and which latent they give; None for pixels."""
+        if not isinstance(self.flow, LatentFlow):
+            return None
+        known = self.flow.autoencoder.config
+        own = str(self.folder.absolute())  # trained with this flow, and so like no other
+        return (own if known.name is None else known.weights), known.posterior
 
     @property
     def evaluated(self) -> bool:
@@ -143,7 +153,8 @@ def crossings(records: list[Record]) -> list[dict[str, Any]]:
     "step" and "seconds" are None where it never does; "speed_up" is the other's steps over this one's, as papers report.
     """
     rows = []
-    for column, (title, larger) in CURVES.items():
+    curves = {name: curve for name, curve in CURVES.items() if name != "held_out_nats_per_dim" or same_latents(records)}
+    for column, (title, larger) in curves.items():
         for other in records:
             steps, values = other.series(column)
             for run in records:
@@ -158,6 +169,11 @@ def crossings(records: list[Record]) -> list[dict[str, Any]]:
     return rows
 
 
+def same_latents(records: Sequence[Record]) -> bool:
+    """Whether the likelihoods of all flows are of the same latents, or of pixels: of others they are not shown together."""
+    return len({record.latents for record in records}) < 2
+
+
 def not_comparable(records: list[Record]) -> list[str]:
     """What must not be read side by side, a sentence each."""
     sentences = []
@@ -168,9 +184,10 @@ def not_comparable(records: list[Record]) -> list[str]:
         if any(value != values[0] for value in values):
             listed = ", ".join(map(str, values))
             sentences.append(f"Fidelity was measured with another {name} ({listed}): those figures do not compare.")
-    options = ("latents.autoencoder", "flow.noise", "flow.noise_std")
-    if len({tuple(record.config.get(name) for name in options) for record in records}) > 1:
-        sentences.append("The flows see other latents or other noise: their nats do not compare; bits of pixels do.")
+    if not same_latents(records):
+        sentences.append("The flows work in different latents: their likelihoods do not compare, and are left out.")
+    elif len({tuple(record.config.get(name) for name in ("flow.noise", "flow.noise_std")) for record in records}) > 1:
+        sentences.append("The flows see other noise: their nats do not compare; bits of pixels do.")
     if len({record.evaluation.get("noise_draws") for record in records}) > 1:
         sentences.append("Accuracies average different numbers of noise draws.")
     if len({record.evaluation.get("held_out_images") for record in records}) > 1:
@@ -209,7 +226,11 @@ def figures(record: Record) -> Iterator[tuple[str, Any, str, Callable[..., Any] 
 
 def table(records: list[Record]) -> list[tuple[str, list[str], int | None]]:
     """Rows of the page's table: title, a text for each run, and which is best (None where that has no meaning)."""
-    found = [{title: (value, form, best) for title, value, form, best in figures(record)} for record in records]
+    left_out = set() if same_latents(records) else {FIGURES[name][0] for name in OF_LATENTS}
+    found = [
+        {title: (value, form, best) for title, value, form, best in figures(record) if title not in left_out}
+        for record in records
+    ]
     rows = []
     for title in dict.fromkeys(title for own in found for title in own):
         cells = [own.get(title) for own in found]

@@ -350,7 +350,7 @@ def _density(flow: Flow, x: Tensor, y: Tensor) -> dict[str, Any]:
     """Nats and bits of clean `x` as the flow sees them, and a sentence on what they are of."""
     if isinstance(flow, LatentFlow):
         said = (
-            f"nats and bits of the latents of {flow.autoencoder.config.name} with noise {flow.config.noise_std}, not of "
+            f"nats and bits of the latents of {flow.autoencoder.config.title} with noise {flow.config.noise_std}, not of "
             "pixels; they compare in the same latents with the same noise only"
         )
         return density(flow.core, x, y, latents=True) | {"density": said}

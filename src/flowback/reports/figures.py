@@ -33,7 +33,10 @@ def draw_overview(records: Sequence[Any], samples: np.ndarray, what: str) -> Fig
 
 
 def draw_likelihood(panel: Axes, records: Sequence[Any], against: str = "step") -> None:
-    """Nats per dimension, of training as a line and of held-out images as dots."""
+    """Nats per dimension, of training as a line and of held-out images as dots; none of flows in different latents."""
+    if len({record.latents for record in records}) > 1:
+        panel.text(0.5, 0.5, "likelihoods of different latents\ndo not compare", ha="center", va="center", fontsize=9)
+        return panel.set_axis_off()
     ends = []
     for record, color in zip(records, cycle(COLORS)):
         held_out = record.series("held_out_nats_per_dim", against)
@@ -43,7 +46,7 @@ def draw_likelihood(panel: Axes, records: Sequence[Any], against: str = "step") 
     if ends:  # the first steps would squeeze the rest into a line
         margin = max(ends) - min(ends) + 0.04
         panel.set_ylim(min(ends) - 0.1 * margin, max(ends) + 0.25 * margin)
-    _finish(panel, "nats per dimension (line: training, dots: held out)", against)
+    return _finish(panel, "nats per dimension (line: training, dots: held out)", against)
 
 
 def draw_accuracy(panel: Axes, records: Sequence[Any], against: str = "step") -> None:

@@ -243,7 +243,7 @@ def describe(
     """What is about to be trained, in a few lines."""
     a, f, c = config.alignment, flow.config, config.train
     depth = f.layers if isinstance(f.layers, int) else "+".join(map(str, f.layers))
-    sees = "" if autoencoder is None else f", latents {flow.data_shape} of {autoencoder.config.name or 'its autoencoder'}"
+    sees = "" if autoencoder is None else f", latents {flow.data_shape} of {autoencoder.config.title}"
     millions = sum(p.numel() for p in flow.parameters()) / 1e6
     where = ", ".join(f"block {t} layer {layer}" for t, layer in a.at)
     aligned = f"{a.strategy} ({a.gradient}) at {where}, weight {a.weight}, with {a.encoder}"
