@@ -263,7 +263,7 @@ def test_a_run_that_was_not_evaluated_is_sent_to_evaluate(tmp_path, capsys):
 
 
 def test_likelihoods_of_different_latents_are_never_put_side_by_side(tmp_path):
-    def latent(name, folder, **facts):
+    def latent(run, folder, **facts):
         flow = LatentFlow.__new__(LatentFlow)
         torch.nn.Module.__init__(flow)
         flow.autoencoder = torch.nn.Linear(1, 1)
@@ -271,7 +271,7 @@ def test_likelihoods_of_different_latents_are_never_put_side_by_side(tmp_path):
         flow.autoencoder.config = AutoencoderConfig(**known)
         evaluation = {"nats_per_dim": 0.1, "latent_bits_per_dim": 0.2, "steps": 5, "seconds": 1.0}
         curve = [{"step": 1, "nats_per_dim": 0.2, "held_out_nats_per_dim": 0.1, "held_out_exact": 0.5}]
-        return Record(name, flow, tmp_path / folder, {}, curve, evaluation)
+        return Record(run, flow, tmp_path / folder, {}, curve, evaluation)
 
     pixels = replace(latent("pixels", "p"), flow=torch.nn.Linear(1, 1))
     same = [latent("a", "a"), latent("b", "b", name="moved")]
