@@ -1,6 +1,8 @@
 """One thread, fixed seeds, one profile for the property tests, the real data that ships with scikit-learn, small flows."""
 
+import copy
 import os
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from sklearn.datasets import load_digits
 import second_device
 from builders import SMALL_RUN, encoders_made_once
 from flowback import TarFlow
-from flowback.cli import main
+from flowback.cli import build_parser, main
 from flowback.core.units import from_levels, nll_per_dim
+from flowback.runs.config import RunConfig
 
 get_context("forkserver").set_forkserver_preload(
     [
@@ -44,8 +47,12 @@ def seeded():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_encoders():
-    with encoders_made_once():
+def made_once():
+    """Encoders, the parser of each verb, and configurations as read, which take longer than most of what is tested."""
+    read = cache(RunConfig.from_yaml)
+    with encoders_made_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowback.cli.build_parser", cache(build_parser))
+        patch.setattr(RunConfig, "from_yaml", lambda text: copy.deepcopy(read(text)))
         yield
 
 

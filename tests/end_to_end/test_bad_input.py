@@ -19,7 +19,6 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from builders import SMALL_RUN, refuse, tiny_autoencoder
-from flowback.cli import build_parser, main
+from flowback.cli import main
 from flowback.data import DataConfig, folders, load_data
 
 
@@ -833,13 +832,9 @@ def locked(monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
 
 
-parser = cache(build_parser)  # which takes longer than all else that a row of `train` does
-
-
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("flowback.cli.build_parser", parser)
 
 
 ROWS = [pytest.param(command, words, id=f"{group}: {command}") for group, rows in TABLE.items() for command, words in rows]
