@@ -48,11 +48,15 @@ def seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def made_once():
-    """Encoders, the parser of each verb, and configurations as read, which take longer than most of what is tested."""
+    """Encoders, the parser of each verb, and configurations as read, which take longer than most of what is tested.
+
+    So does the layout of figures, which is left out.
+    """
     read = cache(RunConfig.from_yaml)
     with encoders_made_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("flowback.cli.build_parser", cache(build_parser))
         patch.setattr(RunConfig, "from_yaml", lambda text: copy.deepcopy(read(text)))
+        patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None)
         yield
 
 
