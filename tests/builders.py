@@ -74,7 +74,7 @@ class PatchEncoder(nn.Module):
 
 @contextmanager
 def encoders_made_once() -> Iterator[None]:
-    """Training runs get copies of encoders, each of which is made once: timm takes half a second for one."""
+    """Runs and measures get copies of encoders, each of which is made once: timm takes half a second for one."""
     made = cache(load_encoder)
 
     def copied(*arguments: Any, **options: Any) -> nn.Module:
@@ -82,6 +82,7 @@ def encoders_made_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flowback.training.build.load_encoder", copied)
+        patch.setattr("flowback.measure.extractors.load_encoder", copied)
         yield
 
 
