@@ -13,12 +13,14 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import struct
 import subprocess
 import sys
 import tarfile
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -793,14 +795,22 @@ TABLE: dict[str, list[tuple[str, str]]] = {
 def contents(folder: Path) -> dict[str, str]:
     """What lies in a folder: of every file a hash, or its size if that is large; of every link where it leads."""
 
-    def content(file: Path) -> str:
-        if file.is_symlink():
-            return f"to {file.readlink()}"
-        if not file.is_file():
+    def content(file: str) -> str:
+        about = os.lstat(file)
+        if stat.S_ISLNK(about.st_mode):
+            return f"to {os.readlink(file)}"
+        if not stat.S_ISREG(about.st_mode):
             return "no file"
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.stat().st_size < 2**24 else str(file.stat().st_size)
+        return hashed(file, about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns)
 
-    return {str(file.relative_to(folder)): content(file) for file in folder.rglob("*")}
+    found = [os.path.join(place, name) for place, *names in os.walk(folder) for name in (*names[0], *names[1])]
+    return {file.removeprefix(f"{folder}/"): content(file) for file in found}
+
+
+@cache
+def hashed(file: str, size: int, *_: int) -> str:
+    """A file's hash, or its size if that is large; computed again once the system says that anything changed."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if size < 2**24 else str(size)
 
 
 def words_of(command: str) -> list[str]:
