@@ -2,13 +2,16 @@
 
 import copy
 import os
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 import second_device
@@ -84,14 +87,31 @@ def digits():
     return x[order].float(), torch.tensor(data.target)[order]
 
 
+@contextmanager
+def once(tmp_path_factory, name):
+    """Where what one worker of the tests makes lies for all of them; the one who comes first makes it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with FileLock(root / f".{name}.lock"):
+        yield root / name
+
+
 @pytest.fixture(scope="session")
-def trained(digits):
+def trained(digits, tmp_path_factory):
     """A small flow after two seconds of training on the first 1,500 digits; the rest is held out."""
     torch.manual_seed(0)
-    x, y = digits[0][:1500], digits[1][:1500]
     flow = TarFlow(
         image_size=8, channels=1, num_classes=10, levels=17, patch_size=4, width=64, blocks=2, layers=1, noise_std=0.3
     )
+    with once(tmp_path_factory, "trained.safetensors") as file:
+        if not file.exists():
+            train_briefly(flow, digits[0][:1500], digits[1][:1500])
+            save_file(flow.state_dict(), file)
+    flow.load_state_dict(load_file(file))
+    return flow.eval()
+
+
+def train_briefly(flow, x, y):
     steps, batch = 250, 64
     optimizer = torch.optim.AdamW(flow.parameters(), lr=5e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
@@ -103,12 +123,12 @@ def trained(digits):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return flow.eval()
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory, own_cache) -> Path:
     """The folder of a run of two steps on 64 digits, for tests that only read it, or copy it."""
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    assert main(["train", f"--run={folder}", "--train.steps=2", *SMALL_RUN]) == 0
-    return folder
+    with once(tmp_path_factory, "small_run") as folder:
+        if not folder.exists():
+            assert main(["train", f"--run={folder / 'digits'}", "--train.steps=2", *SMALL_RUN]) == 0
+    return folder / "digits"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from flowback.cli import main
 
@@ -98,3 +99,21 @@ def program(words: list[str]) -> int:
     """The command `flowback`, which another process can be started by, too."""
     sys.argv = [str(Path(sys.executable).with_name("flowback")), *words]
     return main()
+
+
+def torchrun(processes: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function in processes of torchrun's agent, which has them forked."""
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "tests"}
+    agent = LaunchConfig(1, 1, processes, start_method="forkserver", monitor_interval=0.1, **place)
+    handlers = {number: signal.getsignal(number) for number in signal.Signals}
+    try:
+        elastic_launch(agent, _one_thread)(function, *arguments)
+    finally:
+        for number, handler in handlers.items():  # of which the agent takes some
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+def _one_thread(function: Callable[..., Any], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    function(*arguments)

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from builders import encoders_made_once
 from flowback.core.errors import InputError
@@ -30,6 +29,7 @@ from flowback.runs.config import AlignmentConfig, RunConfig, TrainConfig
 from flowback.runs.log import read_metrics
 from flowback.training import train
 from flowback.training.inputs import Inputs
+from forked import torchrun
 
 OBJECTIVES = ("none", "forward", "detach", "reverse")
 STRATEGIES = ("ddp", "fsdp")
@@ -73,7 +73,6 @@ def fault(kind: str | None, rank: int) -> Iterator[None]:
 @encoders_made_once()
 def work(cache: str, jobs: list[dict[str, Any]]) -> None:
     """Take the runs; what one of them refuses is left in its folder."""
-    torch.set_num_threads(1)
     os.environ["FLOWBACK_CACHE"] = cache
     rank, devices = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for job in jobs:
@@ -86,14 +85,7 @@ def work(cache: str, jobs: list[dict[str, Any]]) -> None:
 
 
 def start(processes: int, jobs: list[dict[str, Any]]) -> None:
-    """Take the runs in processes of torchrun's agent, which has them forked."""
-    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "tests"}
-    agent = LaunchConfig(1, 1, processes, start_method="forkserver", monitor_interval=0.1, **place)
-    handlers = {number: signal.getsignal(number) for number in signal.Signals}
-    elastic_launch(agent, work)(os.environ["FLOWBACK_CACHE"], jobs)
-    for number, handler in handlers.items():  # of which the agent takes some
-        if signal.getsignal(number) != handler:
-            signal.signal(number, handler)
+    torchrun(processes, work, os.environ["FLOWBACK_CACHE"], jobs)
 
 
 def curve(run: Path) -> torch.Tensor:
