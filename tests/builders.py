@@ -1,7 +1,7 @@
 """What several test files build: small flows that are nowhere the identity, a toy encoder, views of a module's state."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -74,15 +74,14 @@ class PatchEncoder(nn.Module):
 
 @contextmanager
 def encoders_made_once() -> Iterator[None]:
-    """Runs and measures get copies of encoders, each of which is made once: timm takes half a second for one."""
-    made = cache(load_encoder)
+    """Runs, measures and dry runs get copies of encoders, each of which is made once: timm takes half a second for one."""
 
-    def copied(*arguments: Any, **options: Any) -> nn.Module:
-        return copy.deepcopy(made(*arguments, **options))
+    def copies(made: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        return lambda *arguments, **options: copy.deepcopy(made(*arguments, **options))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowback.training.build.load_encoder", copied)
-        patch.setattr("flowback.measure.extractors.load_encoder", copied)
+        for user in ("training.build", "training.budget", "measure.extractors"):  # dry runs have theirs without content
+            patch.setattr(f"flowback.{user}.load_encoder", copies(cache(load_encoder)))
         yield
 
 
