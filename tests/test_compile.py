@@ -13,7 +13,8 @@ from flowback.flow import decoding as decoders
 from flowback.flow.decoding import METHODS, CausalMap, Solver, solve
 from flowback.flow.guidance import Guidance
 
-VARIANTS = [{}, {"positions": "rotary", "mlp": "swiglu", "layers": [1, 2, 1]}, {"num_classes": 0}]
+SHALLOW = {"blocks": 2, "layers": 1}  # tracing takes long
+VARIANTS = [SHALLOW, {**SHALLOW, "positions": "rotary", "mlp": "swiglu", "layers": [1, 2]}, {**SHALLOW, "num_classes": 0}]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_a_flow_is_one_graph(options):
     assert explained.graph_count == 1
 
 
-@pytest.mark.parametrize(("options", "strict"), [*((options, False) for options in VARIANTS), ({}, True)])
+@pytest.mark.parametrize(("options", "strict"), [*((options, False) for options in VARIANTS), (SHALLOW, True)])
 def test_encoding_can_be_exported_for_any_batch(options, strict):
     flow = random_flow(**options)
     x, y = images(flow), labels(flow)
@@ -67,7 +68,7 @@ def test_compiled_passes_decode_the_same_images(quick, method, options):
         wanted = flow.decode(z, labels(flow), guidance, "sequential")
         found, report = flow.decode_with_report(z, labels(flow), guidance, method, compile=True)
         assert torch.allclose(found, wanted, atol=1e-9)
-        assert len(report) == 3
+        assert len(report) == 2
     known = images(flow), torch.rand(3, 2, 6, 6) < 0.5
     wanted = flow.decode(z, labels(flow), method="sequential", known=known)
     assert torch.allclose(flow.decode(z, labels(flow), method=method, known=known, compile=True), wanted, atol=1e-9)
@@ -76,7 +77,7 @@ def test_compiled_passes_decode_the_same_images(quick, method, options):
 
 @pytest.mark.parametrize("window", [2, 3, None])
 def test_compiled_windows_decode_the_same_images(quick, window):
-    flow = random_flow(std=0.1, image_size=16)
+    flow = random_flow(std=0.1, image_size=16, **SHALLOW)
     z = torch.randn(2, *flow.token_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     classes = flow.class_weights(labels(flow, 2), 2)
     wanted, _ = solve(CausalMap(flow.blocks[1], z, classes, Guidance()), Solver("sequential"), 1e-10)
@@ -89,7 +90,7 @@ def test_compiled_windows_decode_the_same_images(quick, window):
 
 def test_a_compiled_sweep_that_takes_too_long_goes_on_token_by_token(quick, monkeypatch):
     monkeypatch.setattr(decoders, "WORK_LIMIT", 0)
-    flow = random_flow(std=0.1)
+    flow = random_flow(std=0.1, **SHALLOW)
     z = torch.randn(2, *flow.token_shape, dtype=torch.float64)
     found, report = flow.decode_with_report(z, method="gauss_seidel", compile=True)
     assert torch.allclose(found, flow.decode(z, method="sequential"), atol=1e-9)
@@ -97,7 +98,7 @@ def test_a_compiled_sweep_that_takes_too_long_goes_on_token_by_token(quick, monk
 
 
 def test_one_program_serves_all_tokens_blocks_and_batches(quick):
-    flow = random_flow(std=0.1)
+    flow = random_flow(std=0.1, layers=1)
     for batch in (3, 3, 4, 5):
         flow.sample(batch, method="sequential", compile=True)
     assert counters["stats"]["unique_graphs"] <= 6  # the first batch is taken for the only size, until there is another

@@ -72,7 +72,8 @@ def worker(rank: int, file: str, out: str) -> None:
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    files = str(tmp_path / "rendezvous"), str(tmp_path)
+    torch.multiprocessing.start_processes(worker, files, nprocs=2, start_method="forkserver")
     for member in MEMBERS:
         assert_equal(torch.load(tmp_path / f"{member}.pt"), gradients(build(member)))
 

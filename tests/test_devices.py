@@ -520,9 +520,10 @@ def test_training_has_the_cpus_curve(second, name, tmp_path):
         cache = "true" if device == "cpu" else "false"  # equal, too
         words = ["train", f"--run={tmp_path / device}", *RUN, *TRAINED[name], f"--alignment.cache={cache}"]
         with second.counted() as counts:
-            assert main([*words, "--train.until=4", f"--device={device}"]) == 0
-            resume = [f"--config={tmp_path / device / 'config.yaml'}", "--train.resume", "--train.until=6"]
-            assert main(["train", *resume, f"--run={tmp_path / device}", f"--device={device}"]) == 0
+            assert main([*words, f"--train.until={6 if device == 'cpu' else 4}", f"--device={device}"]) == 0
+            if device == second:
+                resume = [f"--config={tmp_path / device / 'config.yaml'}", "--train.resume", "--train.until=6"]
+                assert main(["train", *resume, f"--run={tmp_path / device}", f"--device={device}"]) == 0
         assert (counts.operations > 0) == (device == second)
         rows[device] = read_metrics(tmp_path / device / "metrics.csv")
     assert len(rows["cpu"]) == len(rows[second]) == 4

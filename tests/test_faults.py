@@ -2,11 +2,12 @@
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from safetensors.torch import load_file
 from flowback.core.errors import InputError
 from flowback.runs import checkpoint
 from flowback.runs.log import read_metrics
+from forked import Forked, program
 
-PROGRAM = Path(sys.executable).with_name("flowback")
 SMALL = ["--flow.width=32", "--flow.blocks=3", "--flow.layers=1", "--flow.patch_size=2", "--data.limit=128"]
 SMALL += [
     "--train.batch_size=32",
@@ -35,15 +36,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
 
-def start(folder: Path, run: str, *options: str) -> subprocess.Popen:
+def start(folder: Path, run: str, *options: str, function=program) -> Forked:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLOWBACK_CACHE": str(folder / "cache")}
-    words = [str(PROGRAM), "train", f"--run={folder / run}", *SMALL, *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, env=environment, start_new_session=True, **pipes)
+    return Forked(function, ["train", f"--run={folder / run}", *SMALL, *options], environment=environment)
 
 
-def finish(process: subprocess.Popen, status: int = 0) -> str:
-    text, _ = process.communicate(timeout=120)
+def finish(process: Forked, status: int = 0) -> str:
+    text = "".join(process.communicate())
     assert process.returncode == status, text
     return text
 
@@ -137,7 +136,7 @@ def test_without_the_other_process_one_ends_soon_and_says_so(folder, victim, str
     others = [int(word) for word in listed if int(word) != pair.pid]
     killed = time.monotonic()
     os.kill(pair.pid if victim == "the first" else others[0], signal.SIGKILL)
-    text, _ = pair.communicate(timeout=60)  # until nobody holds the pipe
+    text = "".join(pair.communicate(timeout=60))  # until nobody holds the pipes
     assert time.monotonic() - killed < 60
     assert "another process of this run is gone; the last checkpoint is whole" in text
     assert "Traceback" not in text
@@ -173,23 +172,24 @@ def test_the_one_before_a_damaged_checkpoint_is_gone_on_from(folder, whole):
     assert same(folder / "damaged", whole)
 
 
+def limited(size: int, words: list[str]) -> int:
+    """The program where no file may be larger than `size` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return program(words)
+
+
 def test_a_full_disk_ends_the_run_and_loses_nothing(folder, whole):
     shutil.copytree(whole, folder / "full")
     for newer in checkpoint.all_of(folder / "full")[:-2]:
         shutil.rmtree(newer)
     largest = max(file.stat().st_size for file in checkpoint.newest(whole).iterdir())
-    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest // 2}, {largest // 2})); "
-    code = (
-        limit
-        + "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from flowback.cli import main; sys.exit(main())"
-    )
-    words = ["train", f"--run={folder / 'full'}", *SMALL, "--train.steps=12", "--train.resume"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLOWBACK_CACHE": str(folder / "cache")}
-    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "cannot be written" in done.stderr
-    assert "step_00000004 is untouched" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    started = start(folder, "full", "--train.steps=12", "--train.resume", function=partial(limited, largest // 2))
+    _, errors = started.communicate()
+    assert started.returncode == 2, errors
+    assert "cannot be written" in errors
+    assert "step_00000004 is untouched" in errors
+    assert len(errors.strip().splitlines()) == 1
     assert [found.name for found in checkpoint.all_of(folder / "full")] == ["step_00000004", "step_00000002"]
     assert checkpoint.damage(checkpoint.newest(folder / "full")) is None
     train(folder, "full", "--train.steps=12", "--train.resume")

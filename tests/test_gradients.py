@@ -143,30 +143,24 @@ def assert_same(found, expected, tolerance):
     assert worst[1] < tolerance, worst
 
 
-# ---- values ---------------------------------------------------------------------------------------------------------
+# ---- values, and the likelihood's gradients --------------------------------------------------------------------------
 
 
 @flows
 @places
-@ways
-def test_values_are_those_of_the_direct_definition(options, at, strategy):
+def test_values_and_likelihood_gradients_are_those_of_the_direct_definition(options, at):
     task = Task(at, **options)
-    l_nf, l_align = task.run(strategy)
-    assert l_nf.dim() == l_align.dim() == 0
-    assert abs(l_nf - task.plain_nll()) < 1e-12
-    assert abs(l_align - task.forward_definition()) < 1e-12
+    plain, alignment = task.plain_nll(), task.forward_definition()
+    expected = task.gradients(plain)
+    for strategy in STRATEGIES:
+        l_nf, l_align = task.run(strategy)
+        assert l_nf.dim() == l_align.dim() == 0, strategy
+        assert abs(l_nf - plain) < 1e-12, strategy
+        assert abs(l_align - alignment) < 1e-12, strategy
+        assert_same(task.gradients(l_nf), expected, 1e-11)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
-
-
-@flows
-@places
-@ways
-def test_likelihood_gradients_are_those_of_the_plain_flow(options, at, strategy):
-    task = Task(at, **options)
-    expected = task.gradients(task.plain_nll())
-    assert_same(task.gradients(task.run(strategy)[0]), expected, 1e-11)
 
 
 @flows
@@ -194,13 +188,13 @@ def test_terms_of_the_adjoint_equal_unrolled_sweeps(options, at, k):
 
 @flows
 @places
-@pytest.mark.parametrize("decode", [decode_without_cache, decode_with_graph])
-def test_exact_and_sequential_equal_autograd_through_the_decode(options, at, decode):
+def test_exact_and_sequential_equal_autograd_through_the_decode(options, at):
     task = Task(at, **options)
-    expected = task.gradients(task.decode_definition(decode))
-    assert_same(task.gradients(task.run("sequential")[1]), expected, 1e-9)
-    assert_same(task.gradients(task.run(EXACT)[1]), expected, 1e-9)
-    assert_same(task.gradients(task.run(task.N - 1)[1]), expected, 1e-9)
+    found = [task.gradients(task.run(strategy)[1]) for strategy in ("sequential", EXACT, task.N - 1)]
+    for decode in (decode_without_cache, decode_with_graph):
+        expected = task.gradients(task.decode_definition(decode))
+        for gradient in found:
+            assert_same(gradient, expected, 1e-9)
 
 
 @flows

@@ -1,6 +1,6 @@
 """Several processes share a run by ddp or fsdp: its curve, its checkpoints and its refusals are those of one process.
 
-This file is also what the processes run: one start of them takes several runs, one after the other.
+One start of them takes several runs, one after the other.
 """
 
 import json
@@ -8,8 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from builders import encoders_made_once
 from flowback.core.errors import InputError
 from flowback.data import DataConfig
 from flowback.flow.config import FlowConfig
@@ -31,6 +30,7 @@ from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig, Train
 from flowback.runs.log import read_metrics
 from flowback.training import train
 from flowback.training.inputs import Inputs
+from forked import torchrun
 
 OBJECTIVES = ("none", "forward", "detach", "reverse", "joint")
 STRATEGIES = ("ddp", "fsdp")
@@ -74,9 +74,10 @@ def fault(kind: str | None, rank: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
-def work(jobs: list[dict[str, Any]]) -> None:
+@encoders_made_once()
+def work(cache: str, jobs: list[dict[str, Any]]) -> None:
     """Take the runs; what one of them refuses is left in its folder."""
-    torch.set_num_threads(1)
+    os.environ["FLOWBACK_CACHE"] = cache
     rank, devices = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for job in jobs:
         kind = job.pop("fault", None)
@@ -88,9 +89,7 @@ def work(jobs: list[dict[str, Any]]) -> None:
 
 
 def start(processes: int, jobs: list[dict[str, Any]]) -> None:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([sys.executable, *words, __file__, json.dumps(jobs)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    torchrun(processes, work, os.environ["FLOWBACK_CACHE"], jobs)
 
 
 def curve(run: Path) -> torch.Tensor:
@@ -207,7 +206,3 @@ def test_a_slice_that_cannot_be_written_ends_the_run_in_all_processes(pair):
         assert f"step_{HALF:08d} is untouched" in (pair / "full" / f"refused {rank}").read_text()
     assert [found.name for found in (pair / "full" / "checkpoints").iterdir()] == [f"step_{HALF:08d}"]
     assert checkpoint.damage(checkpoint.newest(pair / "full")) is None
-
-
-if __name__ == "__main__":
-    work(json.loads(sys.argv[1]))

@@ -1,12 +1,16 @@
 """What other systems lack: POSIX modules, fork, locks of files. Simulated on this one, in processes of their own."""
 
 import errno
+import fcntl
 import io
 import os
+import platform
+import socket
 import subprocess
 import sys
 import tarfile
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +28,7 @@ from flowback.data.splits import MemorySplit
 from flowback.runs.checkpoint import _sync
 from flowback.runs.folder import _lock
 from flowback.training.parallel import _end_with
+from forked import Forked
 
 # As on Windows: modules and calls of POSIX are missing, a folder cannot be opened, only what is open for writing can be
 # synced, a rename replaces nothing, processes are spawned. Spawned ones run the part above `if` too.
@@ -65,7 +70,7 @@ WITHOUT_POSIX = """
         run, out, image, *small = sys.argv[1:]
         train = ["train", f"--run={run}", "--train.steps=4", "--train.eval_every=4", "--train.keep=1", *small]
         assert main([*train, "--data.workers=1", "--train.until=2"]) == 0
-        assert main([*train, "--data.workers=1", "--train.resume"]) == 0
+        assert main([*train, "--train.resume"]) == 0
         assert main(["sample", run, "--num", "2", "-o", f"{out}/a.png"]) == 0
         assert main(["sample", run, "--num", "66", "-o", f"{out}/a.npz"]) == 0
         assert main(["classify", run, image, "--rule", "exact"]) == 0
@@ -91,31 +96,27 @@ def test_the_verbs_need_neither_posix_modules_nor_fork(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
 
 
-# A process that holds a run's lock until it is killed, or that may not have it. `missing` is the error of a file system
-# without locks, `host` the machine's name; without `exchange` no file takes the place of another at once, as on NFS.
-HOLDER = """
-    import fcntl, platform, socket, sys, time
-    from pathlib import Path
-    run, missing, host, exchange = sys.argv[1:]
-    if int(missing):
-        def flock(*args):
-            raise OSError(int(missing), "no locks here")
-        fcntl.flock = flock
+def hold(run, missing, host, exchange):
+    """Hold a run's lock until the process is killed.
+
+    `missing` is the error of a file system without locks, `host` the machine's name; without `exchange` no file takes the
+    place of another at once, as on NFS.
+    """
+    if missing:
+        fcntl.flock = no_locks(missing)
     if host:
         socket.gethostname = lambda: host
-    if not int(exchange):
+    if not exchange:
         platform.machine = lambda: "one without renameat2"
-    from flowback.runs.folder import _lock
-    with _lock(Path(run)):
+    with _lock(run):
         print("held", flush=True)
         time.sleep(100)
-"""
 
 
 def start(run, missing=0, host="", exchange=True):
-    words = [sys.executable, "-c", textwrap.dedent(HOLDER), *map(str, (run, missing, host, int(exchange)))]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return process, process.stdout.readline()
+    """A process that holds the lock, or that may not have it and has ended."""
+    process = Forked(hold, run, missing, host, exchange)
+    return process, os.read(process.pipes[0].fileno(), 5)
 
 
 def kill(process):
@@ -123,11 +124,15 @@ def kill(process):
     return process.communicate()[1]
 
 
-def without_locks(monkeypatch, code):
+def no_locks(code):
     def flock(*args):
         raise OSError(code, "no locks here")
 
-    monkeypatch.setattr("fcntl.flock", flock)
+    return flock
+
+
+def without_locks(monkeypatch, code):
+    monkeypatch.setattr("fcntl.flock", no_locks(code))
 
 
 @pytest.mark.parametrize("missing", [0, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -136,7 +141,7 @@ def test_a_run_is_locked_with_and_without_locks_of_the_file_system(missing, tmp_
         without_locks(monkeypatch, missing)
     (tmp_path / ".lock").touch()  # of an earlier run
     other, said = start(tmp_path, missing)
-    assert said == "held\n"
+    assert said == b"held\n"
     with pytest.raises(InputError, match=f"process {other.pid} on" if missing else "another process trains in"):
         _lock(tmp_path)
     kill(other)
@@ -150,17 +155,17 @@ def test_a_run_is_locked_with_and_without_locks_of_the_file_system(missing, tmp_
 @pytest.mark.parametrize("options", [{"host": "elsewhere"}, {"exchange": False}], ids=["host", "exchange"])
 def test_a_mark_that_cannot_be_taken_over_is_named_and_may_be_deleted(options, tmp_path):
     first, said = start(tmp_path, errno.ENOSYS, **options)
-    assert said == "held\n"
+    assert said == b"held\n"
     kill(first)
     here = {"exchange": "exchange" not in options}
     second, said = start(tmp_path, errno.ENOSYS, **here)
-    assert said == ""
+    assert said == b""
     complaint = kill(second)
     assert f"{tmp_path / '.lock.process'} says that process {first.pid} on {options.get('host', '')}" in complaint
     assert "delete that file if the process is gone" in complaint
     (tmp_path / ".lock.process").unlink()
     third, said = start(tmp_path, errno.ENOSYS, **here)
-    assert said == "held\n"
+    assert said == b"held\n"
     kill(third)
 
 
@@ -238,15 +243,20 @@ def png(number):
 
 
 @pytest.fixture
-def spawning():
+def start_method(request):
     before = torch.multiprocessing.get_start_method(allow_none=True)
-    torch.multiprocessing.set_start_method("spawn", force=True)
+    torch.multiprocessing.set_start_method(request.param, force=True)
     yield
     torch.multiprocessing.set_start_method(before, force=True)
 
 
-@pytest.mark.parametrize("name", ["digits", "folder", "shards"])
-def test_processes_that_read_ahead_may_be_spawned(name, tmp_path, spawning):
+# a fork server is sent what a spawned process is sent, and has imported PyTorch already
+@pytest.mark.parametrize(
+    ("name", "start_method"),
+    [("digits", "forkserver"), ("folder", "forkserver"), ("shards", "spawn")],
+    indirect=["start_method"],
+)
+def test_processes_that_read_ahead_may_be_spawned(name, start_method, tmp_path):
     files = {f"{label}/{number}.png": png(number) for label in ("cat", "dog") for number in range(6)}
     if name == "folder":
         for path, content in files.items():

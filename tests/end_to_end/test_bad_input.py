@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from builders import SMALL_RUN, refuse, tiny_autoencoder
-from flowback.cli import build_parser, main
+from flowback.cli import main
 from flowback.data import DataConfig, folders, load_data
 from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
 
@@ -872,14 +873,22 @@ TABLE: dict[str, list[tuple[str, str]]] = {
 def contents(folder: Path) -> dict[str, str]:
     """What lies in a folder: of every file a hash, or its size if that is large; of every link where it leads."""
 
-    def content(file: Path) -> str:
-        if file.is_symlink():
-            return f"to {file.readlink()}"
-        if not file.is_file():
+    def content(file: str) -> str:
+        about = os.lstat(file)
+        if stat.S_ISLNK(about.st_mode):
+            return f"to {os.readlink(file)}"
+        if not stat.S_ISREG(about.st_mode):
             return "no file"
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.stat().st_size < 2**24 else str(file.stat().st_size)
+        return hashed(file, about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns)
 
-    return {str(file.relative_to(folder)): content(file) for file in folder.rglob("*")}
+    found = [os.path.join(place, name) for place, *names in os.walk(folder) for name in (*names[0], *names[1])]
+    return {file.removeprefix(f"{folder}/"): content(file) for file in found}
+
+
+@cache
+def hashed(file: str, size: int, *_: int) -> str:
+    """A file's hash, or its size if that is large; computed again once the system says that anything changed."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if size < 2**24 else str(size)
 
 
 def words_of(command: str) -> list[str]:
@@ -914,13 +923,9 @@ def locked(monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
 
 
-parser = cache(build_parser)  # which takes longer than all else that a row of `train` does
-
-
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("flowback.cli.build_parser", parser)
 
 
 ROWS = [pytest.param(command, words, id=f"{group}: {command}") for group, rows in TABLE.items() for command, words in rows]

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from builders import SMALL_RUN, refuse
 from flowback import TarFlow
 from flowback.cli import main
 from flowback.tasks.sampling import checked_store
+from forked import Forked
 
 SMALL = [*SMALL_RUN, "--train.lr=0.01", "--train.ema=0.9"]
 CELL = 34  # an image in a grid: 8 pixels, enlarged fourfold, and a line of 2
@@ -155,22 +155,17 @@ def test_several_processes_and_a_second_start_give_the_same_folder(run, tmp_path
 # ---- several processes, and what ends them ---------------------------------------------------------------------------
 
 MANY = ["--num=1280", "--batch-size=1", "--device=cpu"]  # 20 parts, a second or two each
-MAIN = """import signal, sys
-from flowback.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process of the background may ignore
-sys.exit(main())"""
 
 
-def start(run: Path, output: Path) -> subprocess.Popen:
-    words = [sys.executable, "-c", MAIN, "sample", str(run), *MANY, "--processes=2", "-o", str(output)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(run: Path, output: Path) -> Forked:
+    return Forked(main, ["sample", str(run), *MANY, "--processes=2", "-o", str(output)])
 
 
-def wait_for_another_part(process: subprocess.Popen, output: Path) -> None:
+def wait_for_another_part(process: Forked, output: Path) -> None:
     before = len(list(output.rglob("part_*.json")))
     while process.poll() is None and len(list(output.rglob("part_*.json"))) == before:
         time.sleep(0.02)
-    assert process.poll() is None, process.stderr and process.stderr.read()
+    assert process.poll() is None, process.communicate()
 
 
 def processes_of(output: Path) -> dict[int, str]:
@@ -185,7 +180,7 @@ def test_killed_or_interrupted_nothing_goes_on_and_what_was_drawn_is_kept(run, t
     output = tmp_path / "images"
     process = start(run, output)
     wait_for_another_part(process, output)
-    others = {pid: words for pid, words in processes_of(output).items() if pid != process.pid}
+    others = processes_of(output)
     workers = [pid for pid, words in others.items() if "torch.distributed.run" not in words]
     assert len(workers) == 2, others
     os.kill(workers[0], signal.SIGKILL)
