@@ -270,7 +270,7 @@ def test_likelihoods_of_different_latents_are_never_put_side_by_side(tmp_path):
         known = {"name": "vae", "channels": 3, "downsample": 2, "weights": "a"} | facts
         flow.autoencoder.config = AutoencoderConfig(**known)
         evaluation = {"nats_per_dim": 0.1, "latent_bits_per_dim": 0.2, "steps": 5, "seconds": 1.0}
-        curve = [{"step": 1, "nats_per_dim": 0.2, "held_out_nats_per_dim": 0.1, "held_out_exact": 0.5}]
+        curve = [{"step": 1, "seconds": 1.0, "nats_per_dim": 0.2, "held_out_nats_per_dim": 0.1, "held_out_exact": 0.5}]
         return Record(run, flow, tmp_path / folder, {}, curve, evaluation)
 
     pixels = replace(latent("pixels", "p"), flow=torch.nn.Linear(1, 1))
