@@ -21,6 +21,9 @@ from flowback.runs.checkpoint import load_trained_autoencoder
 from flowback.runs.config import AutoencoderRunConfig, RunConfig, TrainConfig, recipe
 from flowback.runs.log import read_metrics
 from flowback.runs.slices import Reader
+from flowback.studio.draw import requested
+from flowback.studio.shelf import Shelf
+from flowback.tasks.sampling import draw_batches
 from flowback.training.autoencoders import train_autoencoder
 
 KINDS = {
@@ -28,11 +31,6 @@ KINDS = {
     "pca": {"semantic": SemanticConfig(channels=8, decoder_width=32, decoder_layers=1)},
     "attention": {"semantic": SemanticConfig(compressor="attention", channels=8, width=32, layers=1, decoder_width=32)},
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path_factory.getbasetemp() / "autoencoder_cache"))
 
 
 def config(run, kind="kl", **train):
@@ -96,21 +94,41 @@ def test_what_is_offered_to_flows_is_the_last_checkpoint(trained):
     assert latents.std() == pytest.approx(1, abs=0.15)
 
 
-def test_a_flow_works_in_its_latents(trained, tmp_path):
-    _, run = trained
-    words = ["train", f"--run={tmp_path / 'flow'}", "--data.name=digits", "--data.limit=64", f"--latents.autoencoder={run}"]
-    words += ["--flow.patch_size=1", "--flow.width=32", "--flow.blocks=2", "--flow.layers=1", "--flow.noise_std=0.3"]
-    words += ["--train.steps=2", "--train.batch_size=8", "--train.eval_images=4"]
+@pytest.fixture(scope="module")
+def runs(trained, tmp_path_factory):
+    """A folder with the autoencoder's run and that of a flow in its latents."""
+    kind, run = trained
+    folder = tmp_path_factory.mktemp("runs") / "runs"
+    shutil.copytree(run, folder / "autoencoder")
+    words = ["train", f"--run={folder / 'flow'}", "--data.name=digits", "--data.limit=64", "--flow.noise_std=0.3"]
+    words += [f"--latents.autoencoder={folder / 'autoencoder'}", "--flow.patch_size=1", "--flow.width=32"]
+    words += ["--flow.blocks=2", "--flow.layers=1", "--train.steps=2", "--train.batch_size=8", "--train.eval_images=4"]
     assert main(words) == 0
-    flow = from_pretrained(checkpoint.newest(tmp_path / "flow"))
-    assert flow.denoises is (flow.autoencoder.config.noise_std < 0.3)
-    y, denoise = [3, 7], flow.denoises
-    assert torch.equal(flow.sample(y=y, seed=0), flow.to_images(flow.core.sample(y=y, seed=0, denoise=denoise)))
-    assert main(["sample", str(tmp_path / "flow"), "--num=4", "-o", str(tmp_path / "grid.png")]) == 0
-    folder = tmp_path / "exported"
-    assert main(["export", str(tmp_path / "flow"), str(folder)]) == 0
-    moved = shutil.move(folder, tmp_path / "elsewhere")
+    return kind, folder
+
+
+def test_a_flow_works_in_its_latents(runs, tmp_path):
+    kind, folder = runs
+    flow = from_pretrained(checkpoint.newest(folder / "flow"))
+    assert flow.denoises is (kind == "kl")
+    y = [3, 7]
+    assert torch.equal(flow.sample(y=y, seed=0), flow.to_images(flow.core.sample(y=y, seed=0, denoise=kind == "kl")))
+    assert main(["sample", str(folder / "flow"), "--num=4", "-o", str(tmp_path / "grid.png")]) == 0
+    assert main(["export", str(folder / "flow"), str(tmp_path / "exported")]) == 0
+    moved = shutil.move(tmp_path / "exported", tmp_path / "elsewhere")
     assert torch.equal(from_pretrained(moved).sample(y=y, seed=0), flow.sample(y=y, seed=0))
+
+
+def test_the_studio_offers_flows_in_latents_and_no_autoencoders(runs):
+    kind, folder = runs
+    shelf = Shelf([str(folder)], torch.device("cpu"))
+    (name,) = shelf.entries
+    assert name == "runs/flow"
+    flow = shelf.flow(name)
+    request = requested(shelf.classes(name), ["3"], 2, 0, 1, flow.denoises, 5)
+    assert request.denoise is (kind == "kl")
+    (drawn,) = draw_batches(flow, request, range(2))
+    assert drawn.x.shape == (2, 1, 8, 8)
 
 
 def test_figures_are_those_of_the_reconstructions(trained, capsys):

@@ -33,6 +33,7 @@ from flowback.runs import slices
 from flowback.runs.config import CLASSES
 
 STEM = "training"
+FLOWS = ("TarFlow", "LatentFlow")  # what config.json calls them
 CHECKSUMS = "checksums.json"
 NO_FOLDER_SYNC = {errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL}  # where a system or file system has none
 
@@ -82,6 +83,15 @@ def _is_ours(folder: Path) -> bool:
 def newest(run: Path) -> Path | None:
     """The newest checkpoint of a run, if it has any."""
     return next(iter(all_of(run)), None)
+
+
+def holds_flow(folder: Path) -> bool:
+    """Whether a folder is that of a flow, or of a run that trained one; an autoencoder's is not."""
+    try:
+        described = read_json((newest(folder) or folder) / "config.json")
+    except (OSError, ValueError):
+        return newest(folder) is not None  # a damaged one, of which whoever loads it is told
+    return isinstance(described, dict) and described.get("model") in FLOWS
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -309,7 +319,7 @@ def load_trained_autoencoder(run: str | Path) -> Autoencoder:
         InputError: if there is none.
     """
     folder = newest(Path(run)) or Path(run)
-    if (folder / "config.json").is_file() and read_json(folder / "config.json").get("model") in ("TarFlow", "LatentFlow"):
+    if holds_flow(folder):
         flow = from_pretrained(folder)
         if not isinstance(flow, LatentFlow) or flow.stored is not flow:
             raise InputError(f"{run} holds no autoencoder that was trained with the flow; use the folder of its own")

@@ -17,7 +17,7 @@ from flowback.core.errors import InputError, plain
 from flowback.core.files import read_json
 from flowback.flow.io import find_folder
 from flowback.latents import Flow
-from flowback.runs.checkpoint import State, class_names, load_flow, newest
+from flowback.runs.checkpoint import State, class_names, holds_flow, load_flow, newest
 from flowback.runs.config import RunConfig
 
 DEPTH = 4  # folders in folders that are searched for runs
@@ -164,7 +164,7 @@ def figures(run: Path) -> dict[str, str]:
 
 def _flows(folder: Path, depth: int) -> list[Path]:
     """The runs and flows in a folder, itself included, in order."""
-    if newest(folder) is not None or ((folder / "config.json").is_file() and (folder / "model.safetensors").is_file()):
+    if holds_flow(folder):
         return [folder]
     if not depth:
         return []
