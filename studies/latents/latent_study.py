@@ -75,7 +75,7 @@ TRAIN = TrainConfig(
 )
 FLOW = FlowConfig(patch_size=1, width=96, blocks=4, layers=3, head_dim=32)
 PIXELS = replace(FLOW, patch_size=4, noise_std=0.1)
-SHARP = ReconstructionConfig(features=0.1, adversarial=0.05, adversarial_from=0.2)
+SHARP = ReconstructionConfig(adversarial=0.3, adversarial_from=0.5, discriminator_width=16)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Arm:
             data=self.data,
             kind=self.kind,
             reconstruction=self.loss,
-            train=replace(TRAIN, steps=AUTOENCODER_STEPS, lr=1e-3, seed=seed),
+            train=replace(TRAIN, steps=AUTOENCODER_STEPS, batch_size=32, lr=2e-3, seed=seed),
             **own,
         )
 
@@ -155,7 +155,7 @@ MAIN = [
     Arm("pixels", "pixels", flow=PIXELS),
     Arm("kl_16", "kl", {"channels": 16}, flow=noised(0.2)),
     Arm("pca_32", options=PCA, flow=noised(0.4)),
-    Arm("joint_16", "joint", {"channels": 16}, train={"steps": AUTOENCODER_STEPS}),
+    Arm("joint_16", "joint", {"channels": 16, "nll_weight": 0.2}, train={"lr": 3e-3}),
     Arm("attention_32", options={"compressor": "attention", "channels": 32}, flow=noised(0.4)),
     Arm("transformer_32", options={"compressor": "transformer", "channels": 32}, flow=noised(0.4)),
 ]
@@ -170,7 +170,7 @@ ALIGNMENT = [
 ]
 LOSSES = [
     Arm("pca_32_l1", options=PCA, loss=ReconstructionConfig(), flow=noised(0.4), seeds=(0,)),
-    Arm("pca_32_features", options=PCA, loss=replace(SHARP, adversarial=0.0), flow=noised(0.4), seeds=(0,)),
+    Arm("pca_32_l2", options=PCA, loss=replace(SHARP, pixels="l2"), flow=noised(0.4), seeds=(0,)),
 ]
 LONG = [
     Arm("pca_32_all", options=PCA, data=FULL, flow=noised(0.4), train={"steps": LONG_STEPS}),
