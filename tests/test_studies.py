@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import latent_study
+import latent_tables
 import numpy as np
 import pytest
 import study
@@ -162,3 +164,41 @@ def test_the_emoji_become_a_folder_by_class_on_white(tmp_path, monkeypatch, caps
     assert (found["flags/b.png"] == (255, 0, 0)).all()
     assert found["flags/b.png"].shape == (8, 8, 3)
     assert "3 images of 8x8 pixels" in capsys.readouterr().out
+
+
+# ---- latents --------------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_in_latents_can_be_trained_and_differs_in_what_it_says():
+    names = [arm.name for arm in latent_study.ARMS]
+    assert len(set(names)) == len(names)
+    assert {arm.name for arm, seed in latent_study.order()[: len(names)]} == set(names)  # seed 0 of all comes first
+    for arm in latent_study.ARMS:
+        config, made = arm.config(0), arm.autoencoder(0)
+        again = type(config).from_yaml(config.to_yaml())
+        assert again == config
+        assert (config.flow.width, config.flow.blocks, config.flow.layers) == (96, 4, 3)
+        assert config.flow.check_pairs(config.alignment.at) == [tuple(pair) for pair in config.alignment.at]
+        if made is not None:
+            assert config.latents.autoencoder == made.run
+            assert made.data == config.data
+        if arm.kind == "semantic":
+            assert config.flow.noise_std <= made.semantic.noise_std
+    shared = {arm.name: arm.autoencoder(1).run for arm in latent_study.ALIGNMENT}
+    assert set(shared.values()) == {str(latent_study.RUNS / "autoencoder" / "pca_32-1")}
+
+
+def test_the_table_of_latents_has_means_and_intervals(tmp_path):
+    for seed, accuracy in enumerate((0.80, 0.82, 0.84)):
+        row = {"rule": "exact", "accuracy": accuracy, "ece_after": 0.02}
+        samples = [{"fid": 50.0 - seed, "precision": 0.5, "recall": 0.25, "right": 0.75}, {"fid": 90.0}]
+        facts = {"arm": "a", "seed": seed, "classification": [row], "samples": samples, "space": {"linear_flat": 0.9}}
+        (tmp_path / f"a-{seed}.json").write_text(json.dumps(facts | {"seconds": 10.0}))
+    text = latent_tables.table(latent_tables.load(tmp_path))
+    head, _, row = (line.split(" | ") for line in text.splitlines())
+    cells = dict(zip(head, row, strict=True))
+    assert cells["seeds"] == "3"
+    assert cells["exact %"] == f"82.0 ± {4.303 * 2 / 3**0.5:.1f}"
+    assert cells["FID best"] == f"49 ± {4.303 / 3**0.5:.0f}"
+    assert cells["linear probe %"] == "90.0 ± 0.0"
+    assert cells["rFID"] == cells["of features %"] == ""
