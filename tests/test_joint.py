@@ -201,6 +201,11 @@ def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(tmp_path):
     assert all(torch.allclose(weights[0][name], value, atol=1e-4) for name, value in weights[1].items())
 
 
+def test_pieces_of_one_image_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"train\.batch_size must be at least 32, 2 in a piece, got 16"):
+        train(config(tmp_path, grad_accum_steps=16))
+
+
 @pytest.mark.parametrize("strategy", ["forward", "detach", "reverse"])
 def test_both_are_trained_with_an_alignment(tmp_path, strategy):
     one = config(tmp_path, steps=2)

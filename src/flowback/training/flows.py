@@ -210,7 +210,7 @@ def train(
     flow = flow or named
     config = settle(config, data, encoder, flow)
     c = config.train
-    check_batch(c)
+    check_batch(c, least=2 if config.latents.joint else 1)  # how images differ is measured in each piece
     pick_device(c.accelerator)
     data = training_data(config, None if data is None else as_image_set(data))
     torch.manual_seed(c.seed)

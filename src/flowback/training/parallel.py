@@ -39,11 +39,11 @@ def world(config: TrainConfig) -> tuple[int, int]:
     return config.devices, config.nodes
 
 
-def check_batch(config: TrainConfig) -> None:
+def check_batch(config: TrainConfig, least: int = 1) -> None:
     """Whether a batch can be shared.
 
     Raises:
-        InputError: if it cannot be cut into equal pieces.
+        InputError: if it cannot be cut into equal pieces of at least `least` images.
     """
     devices, nodes = world(config)
     pieces = devices * nodes * config.grad_accum_steps
@@ -52,6 +52,8 @@ def check_batch(config: TrainConfig) -> None:
             f"train.batch_size must be a multiple of {pieces} for {devices * nodes} processes and train.grad_accum_steps "
             f"{config.grad_accum_steps}, got {config.batch_size}"
         )
+    if config.batch_size < least * pieces:
+        raise InputError(f"train.batch_size must be at least {least * pieces}, {least} in a piece, got {config.batch_size}")
 
 
 def launch(config: TrainConfig) -> Any:
