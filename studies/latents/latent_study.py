@@ -75,7 +75,7 @@ TRAIN = TrainConfig(
 )
 FLOW = FlowConfig(patch_size=1, width=96, blocks=4, layers=3, head_dim=32)
 PIXELS = replace(FLOW, patch_size=4, noise_std=0.1)
-SHARP = ReconstructionConfig(adversarial=0.3, adversarial_from=0.5, discriminator_width=16)
+SHARP = ReconstructionConfig(adversarial=0.3, adversarial_from=0.2, discriminator_width=16)
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ class Arm:
         if self.kind not in ("kl", "semantic"):
             return None
         own: dict[str, Any] = {"kl": KLConfig(**self.options)} if self.kind == "kl" else {}
-        own = own or {"semantic": SemanticConfig(**self.options)}
+        own = own or {"semantic": SemanticConfig(decoder_width=96, decoder_layers=1, **self.options)}
         return AutoencoderRunConfig(
             run=str(self.folder(seed, "autoencoder")),
             data=self.data,
             kind=self.kind,
             reconstruction=self.loss,
-            train=replace(TRAIN, steps=AUTOENCODER_STEPS, batch_size=32, lr=2e-3, seed=seed),
+            train=replace(TRAIN, steps=AUTOENCODER_STEPS, batch_size=32, lr=2e-3, betas=(0.5, 0.95), seed=seed),
             **own,
         )
 
