@@ -258,6 +258,9 @@ def test_its_autoencoder_serves_other_flows(whole, tmp_path, digits):
         ({"options": {"channels": 5, "width": 32}}, "its options do not fit its facts"),
         ({"options": {"colour": 1}}, "colour"),
         ({"options": None}, "does not describe a joint autoencoder"),
+        ({"options": {"channels": 4, "width": 2**40}}, "overflow"),
+        ({"model": "AutoencoderKL"}, "must name a JointAutoencoder as trained with the flow, got AutoencoderKL"),
+        ({"model": ["JointAutoencoder"]}, "does not describe an autoencoder"),
     ],
 )
 def test_a_config_that_is_not_its_own_is_refused(whole, tmp_path, change, said):
@@ -298,6 +301,25 @@ def test_sections_that_contradict_each_other_are_refused(sections, said):
     with pytest.raises(InputError) as caught:
         RunConfig(latents=LatentConfig(joint=True), **sections)
     assert str(caught.value) == said
+
+
+def test_a_loss_that_cannot_be_had_is_said_before_anything_is_written(tmp_path):
+    one = config(tmp_path / "run")
+    with pytest.raises(InputError, match="LPIPS needs images of at least 16 pixels a side"):
+        train(replace(one, reconstruction=ReconstructionConfig(lpips=1.0)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pieces_of_one_image_which_have_no_signal_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"train\.batch_size must be .* and at least 16, got 8"):
+        train(config(tmp_path, batch_size=8, grad_accum_steps=8))
+
+
+def test_the_files_of_a_run_are_found_from_any_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vgg16.pth").touch()
+    one = replace(config("run"), reconstruction=ReconstructionConfig(lpips_weights="vgg16.pth"))
+    assert one.rooted().reconstruction.lpips_weights == str(tmp_path / "vgg16.pth")
 
 
 def test_another_autoencoder_beside_it_is_refused():

@@ -39,18 +39,18 @@ def world(config: TrainConfig) -> tuple[int, int]:
     return config.devices, config.nodes
 
 
-def check_batch(config: TrainConfig) -> None:
+def check_batch(config: TrainConfig, least: int = 1) -> None:
     """Whether a batch can be shared.
 
     Raises:
-        InputError: if it cannot be cut into equal pieces.
+        InputError: if it cannot be cut into equal pieces of at least `least` images.
     """
     devices, nodes = world(config)
     pieces = devices * nodes * config.grad_accum_steps
-    if config.batch_size % pieces:
+    if config.batch_size % pieces or config.batch_size < least * pieces:
         raise InputError(
             f"train.batch_size must be a multiple of {pieces} for {devices * nodes} processes and train.grad_accum_steps "
-            f"{config.grad_accum_steps}, got {config.batch_size}"
+            f"{config.grad_accum_steps}{f', and at least {least * pieces}' * (least > 1)}, got {config.batch_size}"
         )
 
 
