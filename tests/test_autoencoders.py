@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from flowback import InputError, from_pretrained
+from flowback import InputError, LatentFlow, TarFlow, from_pretrained
 from flowback.cli import main
 from flowback.core.units import from_levels
 from flowback.data import DataConfig, load_data
+from flowback.data.splits import MemorySplit
 from flowback.latents import load_autoencoder
-from flowback.latents.kl import KLConfig
+from flowback.latents.kl import KLAutoencoder, KLConfig
 from flowback.latents.losses import ReconstructionConfig
 from flowback.latents.semantic import SemanticConfig
 from flowback.runs import checkpoint
@@ -24,7 +25,7 @@ from flowback.runs.slices import Reader
 from flowback.studio.draw import requested
 from flowback.studio.shelf import Shelf
 from flowback.tasks.sampling import draw_batches
-from flowback.training.autoencoders import train_autoencoder
+from flowback.training.autoencoders import images, train_autoencoder
 
 KINDS = {
     "kl": {"kind": "kl", "kl": KLConfig(channels=3, downsample=2, width=8)},
@@ -168,9 +169,38 @@ def test_diffusers_reads_what_kl_writes(tmp_path):
     assert torch.allclose(autoencoder.encode(x), latents, atol=1e-6)
 
 
-def test_kl_reconstructs_a_sample_of_its_posterior():
-    from flowback.latents.kl import KLAutoencoder
+def test_a_finished_run_that_goes_on_has_the_same_scale(tmp_path):
+    train_autoencoder(config(tmp_path))
+    scale = load_autoencoder(str(tmp_path)).config.scale
+    assert scale != 1
+    assert train_autoencoder(config(tmp_path, resume=True)).autoencoder.config.scale == scale
+    assert load_autoencoder(str(tmp_path)).config.scale == scale
 
+
+def test_a_flow_made_with_what_training_returns_finds_it_again(tmp_path):
+    result = train_autoencoder(config(tmp_path / "run"))
+    flow = LatentFlow(TarFlow(image_size=4, channels=3, patch_size=2, width=32, blocks=2, layers=1), result.autoencoder)
+    flow.save_pretrained(tmp_path / "flow")
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    assert torch.equal(from_pretrained(tmp_path / "flow").to_data(x), flow.to_data(x))
+    made = KLAutoencoder.new(KLConfig(channels=3, downsample=2, width=8), (8, 8), 1)
+    with pytest.raises(InputError, match="the kl autoencoder must have a folder"):
+        LatentFlow(flow.core, made)
+
+
+def test_the_next_image_stands_for_one_that_cannot_be_read():
+    class Damaged(MemorySplit):
+        def __getitem__(self, indices):
+            if 3 in torch.as_tensor(indices):
+                raise InputError("image 3 cannot be read")
+            return super().__getitem__(indices)
+
+    train = load_data(DataConfig(name="digits", limit=64)).train
+    (found,) = images(Damaged(train.images, train.labels), range(6), 17, torch.device("cpu"))
+    assert torch.equal(found, from_levels(train[[0, 1, 2, 4, 4, 5]][0], 17))
+
+
+def test_kl_reconstructs_a_sample_of_its_posterior():
     torch.manual_seed(0)
     made = KLAutoencoder.new(KLConfig(channels=3, downsample=2, width=8, kl_weight=0.5), (8, 12), 1)
     x, noise = torch.rand(4, 1, 8, 12) * 2 - 1, torch.randn(4, 3, 4, 6)

@@ -110,6 +110,16 @@ def test_random_lite0_is_an_untrained_control(lite0):
     assert (control(x) - lite0(x)).abs().max() > 0.1
 
 
+def test_random_weights_are_the_same_in_every_call_and_leave_other_numbers_alone():
+    """Caches and other runs know them by the word "random" alone."""
+    torch.manual_seed(1)
+    one, drawn = load_encoder(VIT, weights="random", grid=(2, 2)), torch.rand(2)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(2))
+    other = load_encoder(VIT, weights="random", grid=(2, 2))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
 # ---- any encoder ----------------------------------------------------------------------------------------------------
 
 

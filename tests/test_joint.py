@@ -263,6 +263,9 @@ def test_its_autoencoder_serves_other_flows(whole, tmp_path, digits):
         ({"options": {"channels": 5, "width": 32}}, "its options do not fit its facts"),
         ({"options": {"colour": 1}}, "colour"),
         ({"options": None}, "does not describe a joint autoencoder"),
+        ({"options": {"channels": 4, "width": 2**40}}, "overflow"),
+        ({"model": "AutoencoderKL"}, "must name a JointAutoencoder as trained with the flow, got AutoencoderKL"),
+        ({"model": ["JointAutoencoder"]}, "does not describe an autoencoder"),
     ],
 )
 def test_a_config_that_is_not_its_own_is_refused(whole, tmp_path, change, said):
@@ -303,6 +306,20 @@ def test_sections_that_contradict_each_other_are_refused(sections, said):
     with pytest.raises(InputError) as caught:
         RunConfig(latents=LatentConfig(joint=True), **sections)
     assert str(caught.value) == said
+
+
+def test_a_loss_that_cannot_be_had_is_said_before_anything_is_written(tmp_path):
+    one = config(tmp_path / "run")
+    with pytest.raises(InputError, match="LPIPS needs images of at least 16 pixels a side"):
+        train(replace(one, reconstruction=ReconstructionConfig(lpips=1.0)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_files_of_a_run_are_found_from_any_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vgg16.pth").touch()
+    one = replace(config("run"), reconstruction=ReconstructionConfig(lpips_weights="vgg16.pth"))
+    assert one.rooted().reconstruction.lpips_weights == str(tmp_path / "vgg16.pth")
 
 
 def test_another_autoencoder_beside_it_is_refused():

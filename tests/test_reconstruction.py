@@ -135,6 +135,7 @@ def test_a_discriminator_learns_to_see_blur(digits):
         ({"adversarial_from": 1.5}, "reconstruction.adversarial_from must be a share from 0 to 1, got 1.5"),
         ({"discriminator_width": 0}, "reconstruction.discriminator_width must be at least 1, got 0"),
         ({"features": 1.0}, "reconstruction.features needs an encoder"),
+        ({"lpips": 1.0}, "LPIPS needs images of at least 16 pixels a side"),
     ],
 )
 def test_impossible_losses_are_refused(options, message):
@@ -157,7 +158,7 @@ def vgg(tmp_path_factory):
 
 
 def test_lpips_reads_the_file_and_tells_more_blur_from_less(vgg, digits):
-    lpips = load_lpips(str(vgg))
+    lpips = load_lpips(str(vgg), (32, 32))
     assert torch.equal(lpips.net.slice5[-2].weight, torch.load(vgg)["features.28.weight"])
     x = interpolate(digits[0][:4], (32, 32))
     blurred = [upsampled(x, n) for n in (1, 8, 16)]
@@ -171,23 +172,23 @@ def test_lpips_reads_the_file_and_tells_more_blur_from_less(vgg, digits):
 
 def test_where_lpips_cannot_be_had_one_sentence_says_so(vgg, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"reconstruction.lpips_weights must be a local file .*nowhere"):
-        load_lpips(str(tmp_path / "nowhere.pth"))
+        load_lpips(str(tmp_path / "nowhere.pth"), (32, 32))
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part.pth")
     with pytest.raises(InputError, match=r"LPIPS cannot use the weights in .*part\.pth .*expected those of VGG16"):
-        load_lpips(str(tmp_path / "part.pth"))
+        load_lpips(str(tmp_path / "part.pth"), (32, 32))
 
     def offline(*args, **kwargs):
         raise OSError("no network here\nat all")
 
     monkeypatch.setattr(VGG16_Weights, "get_state_dict", offline)
     with pytest.raises(InputError, match=r"need a network or reconstruction.lpips_weights, \(no network here\)"):
-        load_lpips()
+        load_lpips(None, (32, 32))
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(InputError, match=r"LPIPS needs the package lpips: pip install 'flowback\[latent\]'"):
-        load_lpips()
+        load_lpips(None, (32, 32))
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -215,6 +216,14 @@ def test_ssim_of_small_images_by_hand(digits):
     one, other, c1 = torch.full((1, 1, 8, 8), 0.5), torch.full((1, 1, 8, 8), 0.1), 0.02**2
     assert ssim(one, other).item() == pytest.approx((2 * 0.05 + c1) / (0.26 + c1), rel=1e-5)
     assert psnr(one, other).item() == pytest.approx(10 * np.log10(4 / 0.16), rel=1e-5)
+
+
+def test_ssim_is_the_same_under_autocast(digits):
+    x = interpolate(digits[0][:8], (28, 28))
+    x_hat = x + 0.05 * torch.randn_like(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ssim(x, x_hat)
+    assert torch.equal(found, ssim(x, x_hat))
 
 
 def test_figures_of_equal_and_of_blurred_images(digits):

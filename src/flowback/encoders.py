@@ -130,7 +130,8 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     Args:
         name: a short name of `KNOWN`, or any timm model name. The weights of "efficientnet_lite0" come with a package.
         weights: a local file (.safetensors, or a .pth that holds tensors only), in timm's layout or one that timm
-            converts; "random" for an untrained control; None for the shipped weights, or else the hub.
+            converts; "random" for an untrained control, the same in every call; None for the shipped weights, or else the
+            hub.
         grid: rows and columns of features wanted, usually `flow.grid`: the input size is chosen to give them, and
             learned positions are interpolated to it. None keeps the model's own input size.
 
@@ -174,7 +175,8 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
             if not state:
                 raise ValueError("it holds no tensors")
             options["pretrained_cfg_overlay"] = {"state_dict": state}
-        with only_errors("huggingface_hub"):
+        with only_errors("huggingface_hub"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             model: Any = timm.create_model(known.timm, pretrained=weights != "random" and shipped is None, **options)
         model.pretrained_cfg.pop("state_dict", None)  # timm would keep a second copy of the weights
         if shipped is not None:

@@ -90,9 +90,7 @@ class Alignment(Carrier):
         self.strategy, self.gradient, self.weight = strategy, gradient, weight
         self.spatial_norm = spatial_norm
         self.active = True  # False: `loss` is the likelihood's alone from now on, and needs no targets
-        self.to_input = (
-            True  # False: the alignment's gradient of "forward" ends at `x_noisy`, where the others' does anyway
-        )
+        self.to_input = True  # False: the alignment's gradient of "forward" ends at `x_noisy`, as the others' always does
         sizes = flow.config.width, encoder.dim
         self.projector = ConvProjector(*sizes, flow.grid) if projector == "conv" else Projector(*sizes, projector_width)
 

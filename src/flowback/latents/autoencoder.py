@@ -288,8 +288,11 @@ def check_numbers(make: Callable[[], nn.Module], file: Path) -> None:
         ValueError: if it does.
         InputError: if the file cannot be read.
     """
-    with torch.device("meta"):
-        described = sum(p.numel() for p in make().parameters())
+    try:
+        with torch.device("meta"):
+            described = sum(p.numel() for p in make().parameters())
+    except RuntimeError as error:  # PyTorch cannot even count them
+        raise ValueError(str(error).splitlines()[0]) from error
     if described > (held := sum(map(math.prod, tensor_shapes(file).values()))):
         raise ValueError(f"it describes {described} numbers, the weights have {held}")
 

@@ -177,9 +177,9 @@ class Learned(Compressor):
         self.there, self.back = there, back
         self.norm = nn.BatchNorm1d(channels, affine=False)
 
-    def settle(self, features: Tensor) -> None:
+    def settle(self, batches: Iterable[Tensor]) -> None:
         """Give the latents of these features `[B, P, F]` mean 0 and variance 1 in eval mode."""
-        latents, norm = self.there(self.standardize(features)).flatten(0, 1), self.norm
+        latents, norm = torch.cat([self.there(self.standardize(part)).flatten(0, 1) for part in batches]), self.norm
         norm.running_mean, norm.running_var = latents.mean(dim=0), latents.var(dim=0)
 
     def _compress(self, features: Tensor) -> Tensor:

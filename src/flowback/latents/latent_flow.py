@@ -42,6 +42,11 @@ class LatentFlow(io.Pretrained, nn.Module):
             raise InputError(f"the flow must have the {a.channels} channels of the latents, got {flow.channels}")
         if flow.config.noise != "gaussian":
             raise InputError(f"flow.noise must be gaussian in latents, which have no bins, got {flow.config.noise!r}")
+        if a.name is None and a.kind != "joint":
+            raise InputError(
+                f"the {a.kind} autoencoder must have a folder, by which the flow finds it again; save it, and take what "
+                "load_autoencoder(folder) gives"
+            )
         self.flow, self.autoencoder = flow, autoencoder
         self.config, self.num_classes, self.channels = flow.config, flow.num_classes, a.image_channels
         self.token_shape, self.grid, self.dims = flow.token_shape, flow.grid, flow.dims

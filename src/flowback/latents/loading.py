@@ -71,6 +71,8 @@ def build_autoencoder(model: str, description: dict[str, Any], folder: Path) -> 
         InputError: if it describes none.
     """
     kind = _kind(model, folder)
+    if kind is not JointAutoencoder:
+        raise InputError(f"{folder / 'config.json'} must name a JointAutoencoder as trained with the flow, got {model}")
     return kind.build(description, kind.known(description, None, "", folder), folder)
 
 
@@ -105,6 +107,6 @@ def _kind_in(folder: Path) -> type[Autoencoder]:
 
 
 def _kind(model: Any, folder: Path) -> type[Autoencoder]:
-    if model not in KINDS:
+    if not isinstance(model, str) or model not in KINDS:
         raise InputError(f"{folder / 'config.json'} does not describe an autoencoder; expected one of {', '.join(KINDS)}")
     return KINDS[model]

@@ -16,6 +16,7 @@ from flowback.core.errors import InputError
 from flowback.core.files import check_zip
 from flowback.encoders import Carrier, Encoder
 
+LEAST_SIDE = 16  # of images that VGG16 halves four times
 PIXELS = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
@@ -103,7 +104,7 @@ class ReconstructionLoss(Carrier):
             raise InputError("reconstruction.features needs an encoder; name one, or use reconstruction.features 0")
         self.config = config
         self.carry("encoder", encoder if config.features else None)
-        self.carry("lpips", load_lpips(config.lpips_weights) if config.lpips else None)
+        self.carry("lpips", load_lpips(config.lpips_weights, size) if config.lpips else None)
         width = config.discriminator_width
         self.discriminator = Discriminator(channels, width, size) if config.adversarial else None
         self.active = True  # False: before `adversarial_from`
@@ -139,15 +140,19 @@ def feature_error(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).square().sum(dim=(1, 2)) / wanted.square().sum(dim=(1, 2))
 
 
-def load_lpips(weights: str | None = None) -> nn.Module:
+def load_lpips(weights: str | None, size: tuple[int, int]) -> nn.Module:
     """LPIPS on VGG16 (arXiv 1801.03924), frozen: two batches `[B, C, H, W]` in [-1, 1] to distances `[B, 1, 1, 1]`.
 
     Args:
         weights: a local file of torchvision's VGG16 (tensors only); None to let torchvision download it.
+        size: height and width of the images.
 
     Raises:
-        InputError: if the package lpips is missing, or the weights cannot be had or do not fit.
+        InputError: if the images are too small for VGG16, the package lpips is missing, or the weights cannot be had or do
+            not fit.
     """
+    if min(size) < LEAST_SIDE:
+        raise InputError(f"LPIPS needs images of at least {LEAST_SIDE} pixels a side, got {list(size)}")
     try:
         from lpips import LPIPS
         from torchvision.models import VGG16_Weights

@@ -174,7 +174,7 @@ class SemanticAutoencoder(Carrier, Autoencoder):
     def settle(self, images: Tensor) -> None:
         """Give the latents mean 0 and variance 1, which averaged weights no longer have exactly."""
         if isinstance(self.compressor, Learned):
-            self.compressor.settle(torch.cat([self.features(part) for part in images.split(BATCH)]))
+            self.compressor.settle(self.features(part) for part in images.split(BATCH))
 
     def _moments(self, images: Tensor) -> Tensor:
         return self.compressor.compress(self.features(images)).transpose(1, 2).unflatten(2, self.grid)
@@ -212,7 +212,7 @@ class SemanticAutoencoder(Carrier, Autoencoder):
                 raise ValueError("its options do not fit its facts")
             encoder = _encoder(options, config, str(own) if own.is_file() else options.encoder_weights)
             check_numbers(lambda: nn.ModuleList(_nets(options, config, encoder.dim)), folder / WEIGHTS)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{folder / 'config.json'} does not describe a semantic autoencoder ({error})") from error

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from flowback.core.devices import put
+from flowback.core.devices import autocast, put
 from flowback.core.errors import InputError
 from flowback.core.units import from_levels
 from flowback.encoders import Encoder
@@ -38,8 +38,9 @@ def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
         rows = F.conv2d(image.flatten(0, 1)[:, None], kernel.view(1, 1, -1, 1))
         return F.conv2d(rows, kernel.view(1, 1, 1, -1)).view(len(x), -1)
 
-    m, m_hat = mean(x), mean(x_hat)
-    v, v_hat, cov = mean(x * x) - m * m, mean(x_hat * x_hat) - m_hat * m_hat, mean(x * x_hat) - m * m_hat
+    with autocast(x.device, "32-true"):  # differences of squares
+        m, m_hat = mean(x), mean(x_hat)
+        v, v_hat, cov = mean(x * x) - m * m, mean(x_hat * x_hat) - m_hat * m_hat, mean(x * x_hat) - m * m_hat
     c1, c2 = (0.01 * RANGE) ** 2, (0.03 * RANGE) ** 2
     return ((2 * m * m_hat + c1) * (2 * cov + c2) / ((m**2 + m_hat**2 + c1) * (v + v_hat + c2))).mean(dim=1)
 

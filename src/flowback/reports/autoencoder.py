@@ -99,7 +99,7 @@ def evaluate_autoencoder(
     if found.channels != known.image_channels:
         raise InputError(f"data.channels must be {known.image_channels} for this autoencoder, got {found.channels}")
     shape = [known.channels, *known.latent_size(found.size)]
-    lpips = load_lpips(test.lpips_weights).to(autoencoder.device) if test.lpips else None
+    lpips = load_lpips(test.lpips_weights, found.size).to(autoencoder.device) if test.lpips else None
     indices = spread(len(found.held_out), test.images or len(found.held_out))
     real = SplitImages(found.held_out, found.levels, len(indices))
     facts: dict[str, Any] = {"run": Path(run).resolve().name, "data": found.name, "held_out": found.held_out.fingerprint()}

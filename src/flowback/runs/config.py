@@ -96,7 +96,7 @@ class LatentConfig:
     """In which latents the flow works, if in any.
 
     Args:
-        autoencoder: a folder or hub id of a diffusers AutoencoderKL; null for pixels.
+        autoencoder: a folder or hub id of an autoencoder, or a run of `flowback autoencoder train`; null for pixels.
         posterior: which latent of an image: the mean of the autoencoder's posterior, or a sample of it.
         cache: compute the latents once and keep them on disk.
         joint: train an autoencoder together with the flow, of the sections joint and reconstruction.
@@ -318,10 +318,11 @@ class RunConfig(Recipe):
 
     def rooted(self) -> Self:
         """The same from any working folder: what lies on this machine by its whole path."""
-        latents, alignment = self.latents, self.alignment
+        latents, alignment, loss = self.latents, self.alignment, self.reconstruction
         return replace(
             super().rooted(),
             latents=replace(latents, autoencoder=_whole_path(latents.autoencoder)),
+            reconstruction=replace(loss, lpips_weights=_whole_path(loss.lpips_weights)),
             alignment=replace(alignment, encoder_weights=_whole_path(alignment.encoder_weights)),
         )
 

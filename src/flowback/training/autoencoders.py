@@ -15,10 +15,12 @@ from flowback.core.devices import deterministic, keep_freed_memory, pick_device,
 from flowback.core.distributed import in_all, is_first
 from flowback.core.units import from_levels
 from flowback.data import ImageSet, Split
+from flowback.data.batches import Reader
 from flowback.data.cache import ArrayCache
 from flowback.data.splits import evaluated, spread
 from flowback.latents import Autoencoder
 from flowback.latents.kl import KLAutoencoder
+from flowback.latents.loading import read_config
 from flowback.latents.losses import ReconstructionLoss
 from flowback.latents.semantic import SemanticAutoencoder
 from flowback.measure.reconstruction import psnr, ssim
@@ -102,7 +104,7 @@ class AutoencoderJob(Job):
         self.device, self.loss = device, loss
         known = autoencoder.config
         latents = (known.channels, *known.latent_size(data.size))
-        inputs = ImageInputs(config, data, latents, False, device, share, features)
+        inputs = ImageInputs(config, data, latents, device, share, features)
         self.stream, self.prepare = inputs.stream, inputs.prepare
 
     def begin_step(self, step: int) -> None:
@@ -145,9 +147,12 @@ def closeness(autoencoder: Autoencoder, data: ImageSet, count: int, device: torc
 
 @torch.no_grad()
 def images(split: Split, indices: Any, levels: int, device: torch.device) -> Iterator[Tensor]:
-    """Images of a split `[B, C, H, W]` in [-1, 1], batch by batch."""
+    """Images of a split `[B, C, H, W]` in [-1, 1], batch by batch; the next one for each that cannot be read."""
+    reader = Reader(split)
     for start in range(0, len(indices), BATCH):
-        yield from_levels(put(split[indices[start : start + BATCH]][0], device), levels)
+        found = reader.read(indices[start : start + BATCH]).images
+        assert found is not None
+        yield from_levels(put(found, device), levels)
 
 
 def train_autoencoder(config: AutoencoderRunConfig, data: ImageSet | Any = None) -> AutoencoderResult:
@@ -215,6 +220,7 @@ def _offer(autoencoder: Autoencoder, run: Path) -> None:
     autoencoder.save_pretrained(partial)
     shutil.rmtree(place, ignore_errors=True)
     partial.rename(place)
+    autoencoder.set_config(read_config(str(place)))  # a flow that is made with it finds it again
 
 
 def build_autoencoder(config: AutoencoderRunConfig, data: ImageSet) -> Autoencoder:

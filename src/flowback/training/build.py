@@ -23,13 +23,7 @@ from flowback.latents.joint import JointAutoencoder, JointConfig
 from flowback.runs.checkpoint import known_classes, load_flow
 from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig
 
-OF_JOINT_TRAINING = (
-    "nll_weight",
-    "align_encoder",
-    "mask_patch",
-    "dead_below",
-    "most_dead",
-)  # options that change no weights
+OF_JOINT_TRAINING = ("nll_weight", "align_encoder", "mask_patch", "dead_below", "most_dead")  # they change no weights
 
 
 def settle(config: RunConfig, data: Any = None, encoder: Encoder | None = None, flow: Flow | None = None) -> RunConfig:
@@ -260,16 +254,12 @@ def make_autoencoder(config: RunConfig, data: ImageSet, start: Flow | None = Non
 def make_encoder(config: AlignmentConfig, flow: TarFlow, encoder: Encoder | None = None) -> Encoder:
     """The encoder that a configuration names, on the flow's grid, or the given one.
 
-    One of random weights has the same ones in every run.
-
     Raises:
         InputError: if it was given to `train` and is not now.
     """
     if encoder is None and config.encoder == OWN:
         raise InputError(f"alignment.encoder is {OWN}: it was given in Python; pass it to train(config, encoder=...)")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return encoder or load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)
+    return encoder or load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)
 
 
 def make_alignment(config: AlignmentConfig, flow: TarFlow, encoder: Encoder | None = None) -> Alignment:

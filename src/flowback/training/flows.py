@@ -19,6 +19,7 @@ from flowback.encoders import Encoder
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, Flow, LatentFlow
 from flowback.latents.joint import check_signal
+from flowback.latents.losses import ReconstructionLoss
 from flowback.measure.density import densities, seen
 from flowback.runs.checkpoint import State
 from flowback.runs.config import RunConfig
@@ -39,7 +40,7 @@ from flowback.training.build import (
 )
 from flowback.training.inputs import Inputs
 from flowback.training.job import Job
-from flowback.training.joint import JointInputs, make_joint
+from flowback.training.joint import Joint, JointInputs, make_reconstruction
 from flowback.training.loop import take_steps
 from flowback.training.parallel import check_batch, launch, peers
 
@@ -151,18 +152,19 @@ class JointJob(FlowJob):
         config: of the run.
         data: its images.
         inputs: the batches, and the modules that they are for.
+        reconstruction: the autoencoder's loss.
     """
 
     columns = JOINT_COLUMNS
 
-    def __init__(self, config: RunConfig, data: ImageSet, inputs: JointInputs) -> None:
+    def __init__(self, config: RunConfig, data: ImageSet, inputs: JointInputs, reconstruction: ReconstructionLoss) -> None:
         super().__init__(config, data, inputs)
         autoencoder = inputs.joint
-        self.objective = joint = make_joint(config, data, self.objective, autoencoder).to(inputs.device)
-        self.reconstruction, self.device = joint.reconstruction, inputs.device
+        self.objective = Joint(self.objective, autoencoder, reconstruction).to(inputs.device)
+        self.reconstruction, self.device = reconstruction, inputs.device
         self.trained["autoencoder"] = autoencoder
-        if joint.reconstruction.discriminator is not None:
-            self.trained["discriminator"] = joint.reconstruction.discriminator
+        if reconstruction.discriminator is not None:
+            self.trained["discriminator"] = reconstruction.discriminator
         self.averages["autoencoder"] = self.autoencoder = deepcopy(autoencoder).freeze()
         self.average = LatentFlow(self.average.core, self.autoencoder)
 
@@ -210,13 +212,14 @@ def train(
     flow = flow or named
     config = settle(config, data, encoder, flow)
     c = config.train
-    check_batch(c, least=2 if config.latents.joint else 1)  # how images differ is measured in each piece
+    check_batch(c, 2 if config.latents.joint else 1)  # the signal of latents is what differs between images
     pick_device(c.accelerator)
     data = training_data(config, None if data is None else as_image_set(data))
     torch.manual_seed(c.seed)
     autoencoder = make_autoencoder(config, data, flow)
     trained_flow = build_flow(config, data, autoencoder and autoencoder.config, start=flow)
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, trained_flow, encoder)
+    reconstruction = make_reconstruction(config, data, trained_flow, alignment) if config.latents.joint else None
     # nothing is written before everything that was asked for exists
     with deterministic(c.deterministic), open_run(config, data, first=is_first()) as found:
         fabric = launch(c)
@@ -225,14 +228,17 @@ def train(
             resume_from = fabric.broadcast(found)
             with fabric.rank_zero_first():  # which makes the caches that are missing
                 share = (fabric.global_rank, fabric.world_size)
-                kind = JointInputs if config.latents.joint else Inputs
+                kind = Inputs if reconstruction is None else JointInputs
                 inputs = kind(config, data, trained_flow, cast(Any, autoencoder), alignment, fabric.device, share)
             if fabric.is_global_zero:
                 said = describe(config, trained_flow, data, autoencoder, fabric.world_size)
                 if flow is not None and resume_from is None:
                     said += f"\n{describe_start(what, flow, data.classes if trained_flow.num_classes else [])}"
                 say(said)
-            job = JointJob(config, data, inputs) if isinstance(inputs, JointInputs) else FlowJob(config, data, inputs)
+            if reconstruction is None:
+                job = FlowJob(config, data, inputs)
+            else:
+                job = JointJob(config, data, cast(JointInputs, inputs), reconstruction)
             state = take_steps(job, fabric, resume_from)
     return RunResult(config.folder, job.average, data, state, interrupted=state.step < c.steps)
 

@@ -100,7 +100,6 @@ class ImageInputs(Source):
         config: of the run.
         data: its images.
         latents: channels, height and width of an image's latents.
-        classes: whether there are labels.
         device: where batches go.
         share: (i, k): this process is the i-th, from 0, of k that share every batch.
         features: of a frozen encoder, where they are on disk.
@@ -111,23 +110,21 @@ class ImageInputs(Source):
         config: Recipe,
         data: ImageSet,
         latents: tuple[int, ...],
-        classes: bool,
         device: torch.device,
         share: tuple[int, int] = (0, 1),
         features: ArrayCache | None = None,
     ) -> None:
         super().__init__(config, data, device, share)
-        self.latents, self.classes, self.features = latents, classes, features
+        self.latents, self.features = latents, features
 
     def prepare(self, raw: Raw, step: int) -> Batch:
-        """Everything random in step `step`, from 0: mirrored images, noise, dropped labels."""
+        """Everything random in step `step`, from 0: mirrored images, noise."""
         drawn = self.draw(raw, step)
         assert drawn.x is not None
         noise = draw(torch.randn, drawn.x.new_empty(len(drawn.x), *self.latents), drawn.generators)
         levels = draw(torch.rand, drawn.x.new_empty(len(drawn.x), 1), drawn.generators)[:, 0]
-        y = put(drawn.y, self.device) if self.classes else None
         features = self.features and put(self.features(raw.indices, drawn.flipped), self.device).to(drawn.x.dtype)
-        return Batch(drawn.x, y, features, noise, levels)
+        return Batch(drawn.x, None, features, noise, levels)
 
 
 class Inputs(Source):

@@ -1,6 +1,6 @@
 """Training an autoencoder together with a flow in its latents (SimFlow, arXiv 2512.04084): its batches, and the loss."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +104,11 @@ class Joint(nn.Module):
         return loss + options.nll_weight * flow_loss, parts | flow_parts | signal_figures(mean, options)
 
 
-def make_joint(config: RunConfig, data: ImageSet, likelihood: nn.Module, autoencoder: JointAutoencoder) -> Joint:
-    """The objective that a configuration describes, of a flow's; features are those of the alignment's encoder."""
-    encoder, flow = None, cast(TarFlow, likelihood.flow)
+def make_reconstruction(
+    config: RunConfig, data: ImageSet, flow: TarFlow, alignment: Alignment | None
+) -> ReconstructionLoss:
+    """The loss of reconstructions that a configuration describes; features are those of the alignment's encoder."""
+    encoder = None
     if config.reconstruction.features:
-        aligned = isinstance(likelihood, Alignment)
-        encoder = likelihood.encoder if aligned else make_encoder(config.alignment, flow)
-    return Joint(likelihood, autoencoder, ReconstructionLoss(config.reconstruction, data.channels, data.size, encoder))
+        encoder = make_encoder(config.alignment, flow) if alignment is None else alignment.encoder
+    return ReconstructionLoss(config.reconstruction, data.channels, data.size, encoder)

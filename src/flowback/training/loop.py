@@ -76,6 +76,7 @@ def take_steps(job: Job, fabric: Any, resume_from: Path | None) -> State:
     state = State()
     if resume_from is not None:
         state = checkpoint.load(resume_from, average, job.trained, optimizer.optimizer)
+        job.settle()
         if writes:
             say(f"resumed from step {state.step}")
     step, tally = GuardedStep(optimizer.optimizer, c.grad_clip), Tally(state, fabric.device)
