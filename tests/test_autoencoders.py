@@ -150,6 +150,16 @@ def test_figures_are_those_of_the_reconstructions(trained, capsys):
     assert "psnr" in capsys.readouterr().out
 
 
+def test_what_other_images_show_does_not_replace_the_runs_own(trained, tmp_path, capsys):
+    _, run = trained
+    words = ["autoencoder", "evaluate", str(run), "--data.limit=32", "--images=20", "--extractor=none"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "reconstruction.json is of the run's own data; give -o" in capsys.readouterr().err
+    assert main([*words, "-o", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "reconstruction.json").read_text())["reconstruction"]["images"] == 20
+
+
 def test_an_exported_autoencoder_is_the_runs(trained, tmp_path):
     _, run = trained
     folder = tmp_path / "out"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from builders import refuse
-from flowback import InputError, LatentFlow
+from flowback import InputError, LatentFlow, TarFlow
 from flowback.data import DataConfig, load_data
 from flowback.data.splits import MemorySplit
 from flowback.flow.config import FlowConfig
@@ -313,6 +313,13 @@ def test_a_loss_that_cannot_be_had_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="LPIPS needs images of at least 16 pixels a side"):
         train(replace(one, reconstruction=ReconstructionConfig(lpips=1.0)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_flow_of_images_of_another_size_than_its_autoencoders_is_refused(whole):
+    flow = load_flow(whole)[0]
+    larger = TarFlow(replace(flow.config, image_size=4))
+    with pytest.raises(InputError, match=r"the autoencoder's image size must be \[8, 8\], got \[16, 16\]"):
+        LatentFlow(larger, flow.autoencoder)
 
 
 def test_the_files_of_a_run_are_found_from_any_working_folder(tmp_path, monkeypatch):

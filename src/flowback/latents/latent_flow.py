@@ -52,6 +52,7 @@ class LatentFlow(io.Pretrained, nn.Module):
         self.token_shape, self.grid, self.dims = flow.token_shape, flow.grid, flow.dims
         height, width = (side * a.downsample for side in flow.image_size)
         self.image_size, self.data_shape = (height, width), (a.image_channels, height, width)
+        a.latent_size(self.image_size)
 
     @property
     def core(self) -> TarFlow:

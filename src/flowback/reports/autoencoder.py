@@ -28,7 +28,7 @@ from flowback.measure.fidelity import SplitImages, TensorImages
 from flowback.measure.reconstruction import reconstruction
 from flowback.runs.checkpoint import load_trained_autoencoder
 from flowback.runs.config import AutoencoderRunConfig, RunConfig, load_yaml
-from flowback.runs.folder import other_data, run_data
+from flowback.runs.folder import other_data, run_data, run_of
 
 FILE = "reconstruction.json"
 SHOWN = 32  # images in the picture, each beside its reconstructions
@@ -94,6 +94,8 @@ def evaluate_autoencoder(
     if output is None and not folder.is_dir():
         raise InputError(f"{run} is no local folder; give -o, a folder for what is measured")
     check_place(folder / FILE)
+    if data and output is None and run_of(run):
+        raise InputError(f"{folder / FILE} is of the run's own data; give -o, a folder for what others show")
     autoencoder = load_trained_autoencoder(run).to(pick_device(device))
     found, known = _data(run, autoencoder, data), autoencoder.config
     if found.channels != known.image_channels:
@@ -138,8 +140,7 @@ def _data(run: str | Path, autoencoder: Autoencoder, given: ImageSet | dict[str,
     """
     if isinstance(given, ImageSet):
         return given
-    places = (Path(run), Path(run).absolute().parent.parent)
-    began = next((place for place in places if (place / "config.yaml").is_file()), None)
+    began = run_of(run)
     if began is None:
         if not given:
             raise InputError(f"{run} has no config.yaml that names its data; expected a run's folder, or --data.name")

@@ -43,7 +43,7 @@ from flowback.measure.probe import probe_layers
 from flowback.reports.classification import PASSES, UNLABELLED, cost_accuracy, judged
 from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
-from flowback.runs.folder import other_data, run_data
+from flowback.runs.folder import other_data, run_data, run_of
 from flowback.tasks.classify import Effort, effort
 from flowback.tasks.sampling import Request, checked_store, sample_to_disk
 
@@ -149,7 +149,7 @@ def evaluate(
     Raises:
         InputError: if the data is not named or does not fit the flow, or something that a metric needs cannot be had.
     """
-    file, began = evaluation_file(run, output), _run_of(run)
+    file, began = evaluation_file(run, output), run_of(run)
     check_place(file)
     flow, weights = load_flow(run, config.weights, device)
     folder = flow_folder(run) if Path(run).exists() else None
@@ -192,12 +192,6 @@ def evaluation_file(run: str | Path, output: str | Path | None = None) -> Path:
     if not Path(run).is_dir():
         raise InputError(f"{run} is no local folder; give -o, a folder or a .json file for what is measured")
     return Path(run) / FILE
-
-
-def _run_of(flow: str | Path) -> Path | None:
-    """The run to which a run's folder or a checkpoint belongs; None for other flows."""
-    places = (Path(flow), Path(flow).absolute().parent.parent)
-    return next((place for place in places if (place / "config.yaml").is_file()), None)
 
 
 def _data(

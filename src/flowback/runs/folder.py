@@ -58,6 +58,12 @@ def training_data(config: Recipe, given: ImageSet | None = None) -> ImageSet:
     return data
 
 
+def run_of(folder: str | Path) -> Path | None:
+    """The run to which a run's folder or a checkpoint belongs; None for other folders."""
+    places = (Path(folder), Path(folder).absolute().parent.parent)
+    return next((place for place in places if (place / "config.yaml").is_file()), None)
+
+
 def run_data(run: Path, config: DataConfig, recipe: type[Recipe] = RunConfig) -> ImageSet:
     """The data of a run as it was trained on: its classes and split. Images that came or changed since are left out.
 

@@ -200,7 +200,7 @@ def _fit(autoencoder: SemanticAutoencoder, data: ImageSet, features: ArrayCache 
     """Fit what has a closed form to training images, or to their features where they are on disk; none is mirrored."""
     count = len(data.train)
     parts = [torch.arange(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-    with Bar("fitting", count) as bar:
+    with Bar("fitting", count, shown=is_first()) as bar:
 
         def watched(batches: Iterator[Tensor]) -> Iterator[Tensor]:
             for part, batch in zip(parts, batches, strict=True):

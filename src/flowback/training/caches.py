@@ -153,7 +153,9 @@ def make_caches(
     alignment = None if config.alignment.strategy == "none" else make_alignment(config.alignment, flow).to(device)
     plans = cache_plans(config, data, flow, autoencoder, alignment, device)
     if not plans:
-        raise InputError("this configuration has nothing to cache; expected one with an autoencoder or an alignment")
+        raise InputError(
+            "this configuration has nothing to cache; expected one with a trained autoencoder, or an alignment"
+        )
     caches = [plan.planned(root or cache_folder(), len(data.train), config.train.hflip) for plan in plans]
     for cache in caches:
         console.print(
