@@ -227,6 +227,10 @@ def test_kl_reconstructs_a_sample_of_its_posterior():
     ("words", "said"),
     [
         ("--kind=vq", "kind must be one of semantic, kl, got 'vq'"),
+        (
+            "--kind=kl --reconstruction.features=1",
+            "reconstruction.features must be 0 for kind kl, which has no encoder, got 1.0",
+        ),
         ("--kl.downsample=3", "kl.downsample must be a power of 2, got 3"),
         ("--kl.width=12", "kl.width must be a multiple of 8, got 12"),
         ("--kl.kl_weight=-1", "kl.kl_weight must be at least 0, got -1"),
@@ -245,6 +249,8 @@ def test_impossible_options_are_one_sentence(words, said, tmp_path, capsys):
 
 
 def test_what_is_no_autoencoder_is_said(small_run, tmp_path, capsys):
+    with pytest.raises(InputError, match="is a run that has not ended, or one of a flow; use the folder that"):
+        load_autoencoder(str(small_run))
     with pytest.raises(InputError, match="holds no autoencoder that was trained with the flow"):
         load_trained_autoencoder(small_run)
     for words in (["evaluate", str(tmp_path)], ["export", str(tmp_path), str(tmp_path / "out")]):

@@ -579,8 +579,10 @@ def test_gradients_reach_images_and_never_weights(name):
     x = photograph("coffee", 16).double().requires_grad_()
     direction = torch.randn_like(x)
     (gradient,) = torch.autograd.grad(encoder(x).square().sum(), x)
-    ahead, back = (encoder(x + step * direction).square().sum() for step in (1e-7, -1e-7))
-    assert (gradient * direction).sum().item() == pytest.approx((ahead - back).item() / 2e-7, rel=1e-3)  # of kinks
+    ahead, back = (encoder(x + step * direction).square().sum() for step in (1e-6, -1e-6))
+    assert (gradient * direction).sum().item() == pytest.approx(
+        (ahead - back).item() / 2e-6, rel=1e-3
+    )  # small, because of kinks
     encoder.train()(x).sum().backward()
     assert all(p.grad is None for p in encoder.parameters())
 

@@ -289,9 +289,8 @@ def write_semantic(root: Path) -> None:
             described[section] = values and described[section] | values
         (folders[name] / "config.json").write_text(json.dumps(described))
     save_file({"conv.weight": torch.ones(3)}, folders["encoder"] / "encoder.safetensors")
-    torch.manual_seed(1)
-    other = SemanticAutoencoder.new(options, (8, 8), 1).encoder.model.state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in other.items()}, folders["other"] / "encoder.safetensors")
+    other = {name: torch.randn(tensor.shape) for name, tensor in made.encoder.model.state_dict().items()}
+    save_file(other, folders["other"] / "encoder.safetensors")
     weights = folders["tensor"] / "model.safetensors"
     save_file(load_file(weights) | {"conv.weight": torch.ones(3)}, weights)
 
@@ -360,7 +359,8 @@ SHORT = {  # in the rows' commands
     "TARS=": "train --config=configs/tars.yaml --data.path=tars/",
     "ALIGNED": "train --config=configs/aligned.yaml",
     "VAE=": "train --config=configs/latent.yaml --latents.autoencoder=models/",
-    "LPIPS=": "autoencoder train --reconstruction.lpips=1 --reconstruction.lpips_weights=",
+    "LPIPS=": "autoencoder train --data.name=folder --data.path=samples --data.image_size=16 --semantic.downsample=8 "
+    "--reconstruction.lpips=1 --reconstruction.lpips_weights=",
     "JOINT": "train --config=configs/latent.yaml --latents.joint --flow.noise_std=0.5",
 }
 TABLE: dict[str, list[tuple[str, str]]] = {
@@ -486,7 +486,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("cache --part=half", "part | half | 1/4"),
         ("cache --part=0/1 --config=configs/aligned.yaml", "part | 1 to 1, of at least 1 | 0 of 1"),
         ("cache --part=3/2 --config=configs/aligned.yaml", "part | 1 to 2, of at least 1 | 3 of 2"),
-        ("cache", "this configuration | nothing to cache | one with an autoencoder or an alignment"),
+        ("cache", "this configuration | nothing to cache | one with a trained autoencoder, or an alignment"),
         ("cache --config=configs/aligned.yaml -o trees/file", "trees/file"),
         ("ALIGNED --train.caches=trees/empty", "trees/empty | cache of features | what `flowback cache`"),
         ("ALIGNED --train.caches=nowhere", "nowhere | cache of features | what `flowback cache` makes of"),
@@ -722,6 +722,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("autoencoder train --semantic.noise_std=-1", "semantic.noise_std | -1.0"),
         ("autoencoder train --reconstruction.pixels=l3", "reconstruction.pixels | 'l3' | l1, l2"),
         ("autoencoder train --reconstruction.lpips=-1", "reconstruction.lpips | -1.0"),
+        ("autoencoder train --reconstruction.lpips=1", "LPIPS needs images of at least 16 pixels | [8, 8]"),
         ("LPIPS=nowhere.pth", "nowhere.pth | local file"),
         ("LPIPS=models/code.pth", "models/code.pth | VGG16"),
         ("autoencoder train --reconstruction.adversarial_from=2", "reconstruction.adversarial_from | 2.0"),

@@ -93,7 +93,13 @@ def copy_files(name: str, target: Path) -> None:
 def _folder(name: str) -> Path:
     patterns = sorted({file for kind in KINDS.values() for file in kind.files})
     folder = find_folder(name, [*patterns, *(f"{inside}/{file}" for inside in INSIDE for file in patterns)])
-    return next((folder / inside for inside in INSIDE if (folder / inside).is_dir()), folder)
+    found = next((folder / inside for inside in INSIDE if (folder / inside).is_dir()), folder)
+    if found == folder and (folder / "checkpoints").is_dir():
+        raise InputError(
+            f"{name} is a run that has not ended, or one of a flow; use the folder that `flowback autoencoder export` "
+            "makes of it"
+        )
+    return found
 
 
 def _kind_in(folder: Path) -> type[Autoencoder]:

@@ -357,6 +357,10 @@ class AutoencoderRunConfig(Recipe):
     def __post_init__(self) -> None:
         if self.kind not in TRAINABLE:
             raise InputError(f"kind must be one of {', '.join(TRAINABLE)}, got {self.kind!r}")
+        if self.kind == "kl" and self.reconstruction.features:
+            raise InputError(
+                f"reconstruction.features must be 0 for kind kl, which has no encoder, got {self.reconstruction.features}"
+            )
         default = TrainConfig()
         for name in OF_FLOWS:
             if getattr(self.train, name) != getattr(default, name):
