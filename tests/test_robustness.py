@@ -680,9 +680,14 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
 
 def test_downloads_are_of_named_files_only(monkeypatch):
     from flowback.flow import io as flow_io
-    from flowback.latents import autoencoder
+    from flowback.latents import loading
 
-    assert not any(set(name) & set("*?[") or ".." in name for name in (*flow_io.FILES, *autoencoder.FILES))
+    asked = []
+    monkeypatch.setattr(loading, "find_folder", lambda name, files: asked.extend(files) or Path("nowhere"))
+    with pytest.raises(InputError, match="nowhere holds no readable"):
+        loading.read_config("some/autoencoder")
+    assert {"model.safetensors", "vae/diffusion_pytorch_model.safetensors", "autoencoder/config.json"} <= set(asked)
+    assert not any(set(name) & set("*?[") or ".." in name for name in (*flow_io.FILES, *asked))
 
 
 def test_a_bomb_is_refused_whatever_another_thread_does_to_warnings(tmp_path, monkeypatch):
