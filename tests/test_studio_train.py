@@ -17,7 +17,7 @@ from flowback.cli import build_parser, main
 from flowback.cli.training import _run_config
 from flowback.core.console import command
 from flowback.runs.checkpoint import State, newest
-from flowback.runs.config import RunConfig, recipe, recipes
+from flowback.runs.config import RunConfig, descriptions, recipe, recipes
 from flowback.studio import train
 from flowback.studio.app import page
 from flowback.studio.common import Studio
@@ -230,3 +230,8 @@ def test_a_training_that_fails_says_why(shelf, tmp_path):
     said = tab.until("Failed")
     assert "/nothing &lt;b&gt;here" in said
     assert not (tmp_path / "runs" / "new").exists()
+
+
+def test_options_come_in_the_order_in_which_the_page_has_their_controls():
+    sections = list(dict.fromkeys(option.name.split(".")[0] for option in train.options()))
+    assert sections == [section for section in descriptions(RunConfig) if section in sections]

@@ -115,8 +115,9 @@ class Option:
 
 def options() -> list[Option]:
     """All options of a run but those that the page sets, section by section."""
-    found = []
-    for section, config in get_type_hints(RunConfig).items():
+    found, sections = [], get_type_hints(RunConfig)
+    for section in descriptions(RunConfig):  # in the order of the page
+        config = sections[section]
         if isinstance(config, type) and is_dataclass(config):
             about, types = descriptions(config), get_type_hints(config)
             for name in (field.name for field in fields(config)):
