@@ -563,6 +563,28 @@ def test_latents_with_and_without_caches(second, tmp_path, monkeypatch):
     assert counts.operations > 0
 
 
+@pytest.mark.parametrize("kind", ["kl", "semantic"])
+def test_autoencoders_are_trained_and_measured_on_the_device(second, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path / "cache"))
+    words = ["--data.name=digits", "--data.limit=32", f"--kind={kind}", "--train.steps=3", "--train.batch_size=8"]
+    words += ["--train.log_every=1", "--train.eval_images=8", "--kl.downsample=2", "--kl.width=8"]
+    words += ["--semantic.encoder=test_vit", "--semantic.encoder_weights=random", "--semantic.compressor=attention"]
+    words += ["--semantic.channels=4", "--semantic.width=32", "--semantic.layers=1", "--semantic.decoder_width=32"]
+    words += ["--reconstruction.adversarial=0.1", "--reconstruction.discriminator_width=8"]
+    rows, figures = {}, {}
+    for device in ("cpu", second):
+        run = tmp_path / device
+        with second.counted() as counts:
+            assert main(["autoencoder", "train", f"--run={run}", f"--device={device}", *words]) == 0
+            measure = ["autoencoder", "evaluate", str(run), "--images=8", "--extractor=none", f"--device={device}"]
+            assert main(measure) == 0
+        assert (counts.operations > 0) == (device == second)
+        rows[device] = [row["loss"] for row in read_metrics(run / "metrics.csv") if "loss" in row]
+        figures[device] = json.loads((run / "reconstruction.json").read_text())["reconstruction"]["psnr"]
+    assert rows[second] == pytest.approx(rows["cpu"], abs=5e-3)
+    assert figures[second] == pytest.approx(figures["cpu"], abs=0.05)
+
+
 def test_the_quickstart_ends_on_the_device(second, tmp_path):
     """That of the recipe, made small."""
     config = RunConfig.from_yaml(recipe("digits").read_text())

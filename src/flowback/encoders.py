@@ -176,7 +176,7 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
                 raise ValueError("it holds no tensors")
             options["pretrained_cfg_overlay"] = {"state_dict": state}
         with only_errors("huggingface_hub"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # the CPU's alone: the caller's streams stay as they are
             model: Any = timm.create_model(known.timm, pretrained=weights != "random" and shipped is None, **options)
         model.pretrained_cfg.pop("state_dict", None)  # timm would keep a second copy of the weights
         if shipped is not None:

@@ -3,17 +3,15 @@
 import signal
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_type_hints
 
 from jsonargparse import Namespace
 
-from flowback.cli.common import add_options, add_output, read_options, say
+from flowback.cli.common import add_data, add_options, add_output, given_data, read_options, say
 from flowback.cli.parser import Verb
 from flowback.core.console import command
 from flowback.core.distributed import end_with_input, is_first
-from flowback.data import DataConfig
 from flowback.reports.autoencoder import ReconstructionTest, evaluate_autoencoder, export_autoencoder
-from flowback.runs.config import AutoencoderRunConfig, descriptions
+from flowback.runs.config import AutoencoderRunConfig
 from flowback.training.autoencoders import train_autoencoder
 
 RUN = "a run that trained an autoencoder, alone or with a flow; a checkpoint of it, a folder or hub id of an autoencoder"
@@ -29,10 +27,7 @@ def add(verb: Verb) -> None:
     command.add_argument("run", type=str, help=RUN)
     add_options(command, ReconstructionTest)
     add_output(command, None, "a folder for reconstruction.json and .png (default: the run's own folder)")
-    types, texts = get_type_hints(DataConfig), descriptions(DataConfig)
-    for name in (name for name in texts if name != "workers" and name in types):
-        about = f"in place of the run's: {texts[name]}"
-        command.add_argument(f"--data.{name}", type=types[name] | None, default=None, help=about)
+    add_data(command)
 
     command = verb("autoencoder export", _export)
     command.add_argument("run", type=str, help=RUN)
@@ -54,9 +49,9 @@ def _train(options: Namespace) -> int:
 
 
 def _evaluate(options: Namespace) -> int:
-    data = {name: value for name, value in vars(options.data).items() if value is not None}
+    data = given_data(options)
     test = read_options(options, ReconstructionTest)
-    found, file = evaluate_autoencoder(options.run, test, options.device, data or None, options.output)
+    found, file = evaluate_autoencoder(options.run, test, options.device, data, options.output)
     for name, value in found.items():
         text = ", ".join(f"{k} {_short(v)}" for k, v in value.items()) if isinstance(value, dict) else _short(value)
         say(f"{name:14} {text}")

@@ -16,7 +16,7 @@ from flowback.cli.parser import Parser
 from flowback.core.console import say
 from flowback.core.errors import InputError
 from flowback.core.files import check_place, names_folder, write_whole
-from flowback.data import as_images
+from flowback.data import DataConfig, as_images
 from flowback.latents import Flow
 from flowback.runs.checkpoint import class_names
 from flowback.runs.config import descriptions
@@ -39,6 +39,19 @@ def add_options(command: Parser, config: type, *skip: str) -> None:
         if isinstance(default, tuple):
             kind, default, text = str, ",".join(map(str, default)), f"{text} With commas."
         command.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=default, help=text)
+
+
+def add_data(command: Parser) -> None:
+    """Options of `DataConfig` in place of the run's own, read by `given_data`."""
+    types, texts = get_type_hints(DataConfig), descriptions(DataConfig)
+    for name in (name for name in texts if name != "workers" and name in types):
+        about = f"in place of the run's: {texts[name]}"
+        command.add_argument(f"--data.{name}", type=types[name] | None, default=None, help=about)
+
+
+def given_data(options: Namespace) -> dict[str, Any] | None:
+    """The options of `add_data` that were given; None if none was."""
+    return {name: value for name, value in vars(options.data).items() if value is not None} or None
 
 
 def read_options(options: Namespace, config: type[T], **given: Any) -> T:

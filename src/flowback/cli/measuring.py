@@ -2,16 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from jsonargparse import Namespace
 
-from flowback.cli.common import add_flow, add_options, add_output, read_options, say
+from flowback.cli.common import add_data, add_flow, add_options, add_output, given_data, read_options, say
 from flowback.cli.parser import Verb
-from flowback.data import DataConfig
 from flowback.reports.compare import write_comparison
 from flowback.reports.evaluate import EvaluationConfig, evaluate, evaluation_file
-from flowback.runs.config import descriptions
 
 
 def add(verb: Verb) -> None:
@@ -20,10 +18,7 @@ def add(verb: Verb) -> None:
     add_flow(command)
     add_options(command, EvaluationConfig, "weights")
     add_output(command, None, "a folder, or a .json file, for what is measured (default: the flow's own folder)")
-    types, texts = get_type_hints(DataConfig), descriptions(DataConfig)
-    for name in (name for name in texts if name != "workers" and name in types):
-        about = f"in place of the run's: {texts[name]}"
-        command.add_argument(f"--data.{name}", type=types[name] | None, default=None, help=about)
+    add_data(command)
 
     command = verb("compare", _compare)
     command.add_argument("runs", type=str, nargs="+", help="folders of runs")
@@ -31,9 +26,9 @@ def add(verb: Verb) -> None:
 
 
 def _evaluate(options: Namespace) -> int:
-    data = {name: value for name, value in vars(options.data).items() if value is not None}
+    data = given_data(options)
     config = read_options(options, EvaluationConfig)
-    results = evaluate(options.run, config, options.device, data or None, options.output, _print)
+    results = evaluate(options.run, config, options.device, data, options.output, _print)
     _print({"seconds_of_measuring": results["seconds_of_measuring"]})
     if missing := sorted(_not_finite(results)):
         say(f"not finite, and null in evaluation.json: {', '.join(missing)}")

@@ -6,6 +6,7 @@ the weights and the kind of latent are saved with the flow: another autoencoder 
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,6 +86,17 @@ class AutoencoderConfig:
             object.__setattr__(self, "image_size", size if isinstance(size, tuple) else (size, size))
             self.latent_size(self.image_size)
 
+    @classmethod
+    def planned(cls, kind: str, options: Any, image_size: tuple[int, int], image_channels: int) -> Self:
+        """What a flow will have to know of one that is not made yet, by its options `channels`, `downsample`, `noise_std`.
+
+        Raises:
+            InputError: if the size of the images is no multiple of `downsample`.
+        """
+        sizes: dict[str, Any] = {"image_channels": image_channels, "image_size": image_size}
+        sizes |= {name: getattr(options, name) for name in ("channels", "downsample", "noise_std")}
+        return cls(name=None, kind=kind, **sizes)
+
     @property
     def title(self) -> str:
         """What it is called in a sentence."""
@@ -112,7 +124,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, ABC):
     """Images to latents and back. Inputs are moved to its device.
 
     A kind writes `_moments`, `_decode` and `reconstruct`. While it is trained it is a module like others; `freeze` ends
@@ -187,18 +199,18 @@ class Autoencoder(nn.Module):
         parts = (put(latents, self.device) / self.scale + self.shift).split(BATCH)
         return torch.cat([self._decode(part).to(latents.dtype) for part in parts])
 
+    @abstractmethod
     def _moments(self, images: Tensor) -> Tensor:
         """`moments` of a few images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
         """A few latents, without scale and shift, to images."""
-        raise NotImplementedError
 
     def reconstruct(
         self, images: Tensor, noise: Tensor, levels: Tensor, features: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Encode, disturb, decode: what training compares with the images.
+        """Encode, disturb, decode: what training compares with the images. Kinds have it that are trained on their own.
 
         Args:
             images: `[B, C, H, W]` in [-1, 1].

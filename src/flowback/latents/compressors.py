@@ -8,6 +8,7 @@ Latents have mean 0. Those of pca are divided by one number, so that the mean of
 their proportions; the others end in a batch norm without weights. So noise on latents has a meaning while they are learned.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -83,7 +84,7 @@ class SelfAttention(nn.Module):
         return self.leave(x + self.attention(self.norm(x)))
 
 
-class Compressor(nn.Module):
+class Compressor(nn.Module, ABC):
     """Features `[B, P, F]` to latents `[B, P, channels]`, and back.
 
     Args:
@@ -130,11 +131,11 @@ class Compressor(nn.Module):
     def _fit(self, covariance: Tensor) -> None:
         """Learn more from the features' covariance `[F, F]`."""
 
-    def _compress(self, features: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _compress(self, features: Tensor) -> Tensor: ...
 
-    def _expand(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _expand(self, latents: Tensor) -> Tensor: ...
 
 
 class PCA(Compressor):

@@ -132,15 +132,7 @@ class JointAutoencoder(Autoencoder):
         Raises:
             InputError: if the size is no multiple of `downsample`.
         """
-        return AutoencoderConfig(
-            name=None,
-            kind=cls.kind,
-            channels=options.channels,
-            downsample=options.downsample,
-            image_channels=image_channels,
-            image_size=image_size,
-            noise_std=options.noise_std,
-        )
+        return AutoencoderConfig.planned(cls.kind, options, image_size, image_channels)
 
     def forward(self, images: Tensor, noise: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What training needs.

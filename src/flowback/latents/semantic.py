@@ -123,15 +123,7 @@ class SemanticAutoencoder(Carrier, Autoencoder):
         Raises:
             InputError: if the size is no multiple of `downsample`, or has too many latents.
         """
-        planned = AutoencoderConfig(
-            name=None,
-            kind=cls.kind,
-            channels=options.channels,
-            downsample=options.downsample,
-            image_channels=image_channels,
-            image_size=image_size,
-            noise_std=options.noise_std,
-        )
+        planned = AutoencoderConfig.planned(cls.kind, options, image_size, image_channels)
         if math.prod(planned.latent_size(image_size)) > MOST_LATENTS:
             raise InputError(
                 f"semantic.downsample must leave at most {MOST_LATENTS} latents of an image of {list(image_size)} pixels, "
