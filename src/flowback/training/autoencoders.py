@@ -100,12 +100,11 @@ class AutoencoderJob(Job):
         if loss.discriminator is not None:
             trained["discriminator"] = loss.discriminator
         average = deepcopy(autoencoder).freeze()
-        super().__init__(config, data, objective, trained, {"autoencoder": average}, average)
-        self.device, self.loss = device, loss
         known = autoencoder.config
         latents = (known.channels, *known.latent_size(data.size))
         inputs = ImageInputs(config, data, latents, device, share, features)
-        self.stream, self.prepare = inputs.stream, inputs.prepare
+        super().__init__(config, data, inputs, objective, trained, {"autoencoder": average}, average)
+        self.device, self.loss = device, loss
 
     def begin_step(self, step: int) -> None:
         """Let the discriminator act from its share of the run on."""

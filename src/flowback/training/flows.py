@@ -94,9 +94,8 @@ class FlowJob(Job):
             trained["projector"] = alignment.projector
         core = deepcopy(flow).to(inputs.device).requires_grad_(False).eval()
         average = core if autoencoder is None else LatentFlow(core, autoencoder)
-        super().__init__(config, data, alignment or Likelihood(flow), trained, {"flow": core}, average)
+        super().__init__(config, data, inputs, alignment or Likelihood(flow), trained, {"flow": core}, average)
         self.flow, self.alignment = flow, alignment
-        self.stream, self.prepare = inputs.stream, inputs.prepare
         self.affordable = held_out_effort(config, average, data)
 
     def apply(self) -> None:

@@ -6,6 +6,7 @@ Latents and targets do not change while a flow learns, so they are computed once
 (`flowback.data.cache`); where both are, images are not even read.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class Drawn:
     generators: list[torch.Generator]  # of what else is random, one for each image
 
 
-class Source:
+class Source(ABC):
     """What the inputs of all runs share.
 
     Args:
@@ -76,6 +77,10 @@ class Source:
         """What the steps `start` … `stop - 1` read, `images` or only labels; `prepare` makes batches of it."""
         c = self.config
         return batches(self.data.train, c.train.batch_size, c.train.seed, start, stop, c.data.workers, images, self.share)
+
+    @abstractmethod
+    def prepare(self, raw: Raw, step: int) -> Batch:
+        """The batch of step `step`, from 0, with everything random in it."""
 
     def draw(self, raw: Raw, step: int) -> Drawn:
         """Clean images and labels of step `step`, from 0, and the generators of their noise."""

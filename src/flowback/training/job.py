@@ -1,26 +1,25 @@
 """What the loop trains: a flow, an autoencoder, or both."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowback.data import ImageSet
-from flowback.data.batches import Raw
 from flowback.latents import Autoencoder, Flow
 from flowback.runs.checkpoint import buffers
 from flowback.runs.config import Recipe
-from flowback.training.inputs import Batch
+from flowback.training.inputs import Source
 from flowback.training.optim import update_ema
 
 
 class Job:
-    """An objective, the modules that it trains, their averages, and what is measured of these.
+    """An objective, the modules that it trains, their averages, and what is measured of these: each kind says that itself.
 
     Args:
         config: of the run.
         data: its images.
+        inputs: what a step reads.
         objective: takes images, labels and what else a `Batch` has, and returns the loss and its parts. Parts that are
             tensors are logged.
         trained: the modules that are optimized, by name.
@@ -34,23 +33,16 @@ class Job:
         self,
         config: Recipe,
         data: ImageSet,
+        inputs: Source,
         objective: nn.Module,
         trained: dict[str, nn.Module],
         averages: dict[str, nn.Module],
         average: Flow | Autoencoder,
     ) -> None:
-        self.config, self.data, self.objective = config, data, objective
+        self.config, self.data, self.inputs, self.objective = config, data, inputs, objective
         self.trained, self.averages, self.average = trained, averages, average
         pairs = [(module, trained[name]) for name, module in averages.items()]
         self.buffers = [pair for a, b in pairs for pair in zip(buffers(a).values(), buffers(b).values(), strict=True)]
-
-    def stream(self, start: int, stop: int) -> Iterator[Raw]:
-        """What the steps `start` … `stop - 1` read."""
-        raise NotImplementedError
-
-    def prepare(self, raw: Raw, step: int) -> Batch:
-        """The batch of step `step`, from 0."""
-        raise NotImplementedError
 
     def apply(self) -> None:
         """Apply what the configuration asks for to the modules, such as compilation, before they are set up."""

@@ -89,9 +89,9 @@ def take_steps(job: Job, fabric: Any, resume_from: Path | None) -> State:
         MetricsLog(run, state.step, job.columns) if writes else nullcontext() as log,
     ):
         ready = time.perf_counter()
-        for raw in job.stream(state.step, stop):
+        for raw in job.inputs.stream(state.step, stop):
             job.begin_step(state.step)
-            batch = job.prepare(raw, state.step)
+            batch = job.inputs.prepare(raw, state.step)
             waited += time.perf_counter() - ready
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, c.lr, c.warmup, c.steps)
