@@ -693,7 +693,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("VAE=vae --latents.posterior=mode", "latents.posterior | 'mode' | mean, sample"),
         ("VAE=vae_list", "models/vae_list/config.json | does not describe an autoencoder"),
     ],
-    "latents of meaning": [
+    "semantic latents": [
         ("VAE=semantic --latents.posterior=sample", "latents.posterior | 'sample' | mean with a semantic autoencoder"),
         ("VAE=semantic --flow.image_size=4", "flow.image_size | 4 | 2 for these latents"),
         ("VAE=semantic --flow.channels=3", "flow.channels | 3 | 4 for these latents"),

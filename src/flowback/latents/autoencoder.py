@@ -210,7 +210,7 @@ class Autoencoder(nn.Module, ABC):
     def reconstruct(
         self, images: Tensor, noise: Tensor, levels: Tensor, features: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Encode, disturb, decode: what training compares with the images. Kinds have it that are trained on their own.
+        """Encode, disturb, decode: what training compares with the images. Only kinds that are trained alone have it.
 
         Args:
             images: `[B, C, H, W]` in [-1, 1].
@@ -263,7 +263,7 @@ class Autoencoder(nn.Module, ABC):
 
     @classmethod
     def build(cls, description: dict[str, Any], config: AutoencoderConfig, folder: Path) -> Self:
-        """The autoencoder that a config.json in `folder` describes, without its weights."""
+        """The autoencoder that a config.json in `folder` describes, without its weights; a kind with its own `load` has none."""
         raise NotImplementedError
 
     @classmethod

@@ -14,7 +14,7 @@ from flowback.training.optim import update_ema
 
 
 class Job:
-    """An objective, the modules that it trains, their averages, and what is measured of these: each kind says that itself.
+    """An objective, the modules that it trains, their averages, and how these are measured and shown.
 
     Args:
         config: of the run.
