@@ -3,7 +3,8 @@
     python studies/latents/latent_study.py [--only NAME,…] [--seeds 0] [--hours 12] [--list]
 
 A run is an arm and a seed: an autoencoder (unless the arm works in pixels), then a flow in its latents, or both at once.
-What was measured of it is in results/ARM-SEED.json. Runs stand in runs/studies/latents.
+What was measured of it is in results/ARM-SEED.json. Runs stand in runs/studies/latents. CPU seconds
+are of a training that was not cut off: what other work on the machine disturbs least.
 """
 
 import argparse
@@ -194,14 +195,20 @@ def run(arm: Arm, seed: int) -> None:
     facts: dict[str, Any] = {"arm": arm.name, "seed": seed, "kind": arm.kind, "machine": machine(pick_device("auto"))}
     recipe, config = arm.autoencoder(seed), arm.config(seed)
     if recipe is not None:
-        state = train_autoencoder(replace(recipe, train=replace(recipe.train, resume=_begun(recipe.folder)))).state
+        begun, cpu = _begun(recipe.folder), time.process_time()
+        state = train_autoencoder(replace(recipe, train=replace(recipe.train, resume=begun))).state
+        if not begun:
+            facts["autoencoder_cpu_seconds"] = round(time.process_time() - cpu, 1)
         if state.step < recipe.train.steps:
             sys.exit(f"interrupted at step {state.step}; the same command goes on from there")
         facts["autoencoder_seconds"] = round(state.seconds, 1)
-    if not _begun(config.folder) or _state(config.folder).step < config.train.steps:
-        state = train(replace(config, train=replace(config.train, resume=_begun(config.folder)))).state
+    begun, cpu = _begun(config.folder), time.process_time()
+    if not begun or _state(config.folder).step < config.train.steps:
+        state = train(replace(config, train=replace(config.train, resume=begun))).state
         if state.step < config.train.steps:
             sys.exit(f"interrupted at step {state.step}; the same command goes on from there")
+    if not begun:
+        facts["cpu_seconds"] = round(time.process_time() - cpu, 1)
     state = _state(config.folder)
     facts |= {"steps": state.step, "seconds": round(state.seconds, 1), "skipped": state.skipped}
     flow, _ = load_flow(config.folder)
