@@ -263,7 +263,7 @@ class Autoencoder(nn.Module, ABC):
 
     @classmethod
     def build(cls, description: dict[str, Any], config: AutoencoderConfig, folder: Path) -> Self:
-        """The autoencoder that a config.json in `folder` describes, without weights. A kind with its own `load` has none."""
+        """The autoencoder of a config.json in `folder`, without weights; a kind that has its own `load` has none."""
         raise NotImplementedError
 
     @classmethod
