@@ -10,9 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from builders import gradients
 from flowback import InputError, LatentFlow, TarFlow, from_pretrained, load_encoder
+from flowback.data import DataConfig, load_data
 from flowback.latents import load_autoencoder
 from flowback.latents.losses import ReconstructionConfig, ReconstructionLoss
 from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
+from flowback.runs.config import AutoencoderRunConfig, TrainConfig
+from flowback.training.caches import CachePlan, feature_plan
 
 SMALL = {"encoder": "test_vit", "encoder_weights": "random", "channels": 3, "downsample": 2, "width": 32, "layers": 1}
 SMALL |= {"decoder_width": 32, "decoder_layers": 1}
@@ -75,6 +78,29 @@ def test_averaged_weights_are_settled_to_mean_0_and_variance_1(x):
     latents = autoencoder.encode(x)
     assert torch.allclose(latents.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4)
     assert torch.allclose(latents.var(dim=(0, 2, 3)), torch.ones(3), atol=1e-2)
+
+
+@pytest.mark.parametrize("compressor", ["pca", "attention"])
+def test_latents_are_made_of_cached_features_where_these_are_there(x, tmp_path, monkeypatch, compressor):
+    autoencoder = made(x, compressor=compressor).freeze()
+    data = load_data(DataConfig(limit=60))
+    config = AutoencoderRunConfig(data=DataConfig(limit=60), train=TrainConfig(hflip=True))
+    features = feature_plan(config, data, autoencoder)
+    moments = CachePlan({"kind": "latents"}, (3, *autoencoder.grid), autoencoder.moments, features, autoencoder.compressed)
+
+    def filled(plan, name):
+        cache = plan.planned(tmp_path / name, len(data.train), flips=True)
+        plan.fill(cache, config, data, lambda done: None)
+        return cache
+
+    expected = filled(moments, "alone")
+    filled(features, "beside")
+    monkeypatch.setattr(autoencoder, "encoder", None)  # which nothing is left to do for
+    found = filled(moments, "beside")
+    for flipped in (False, True):
+        rows = torch.arange(len(data.train)), torch.full((len(data.train),), flipped)
+        assert torch.allclose(found(*rows).float(), expected(*rows).float(), atol=0.02)
+    assert not torch.allclose(found(*rows), found(rows[0], ~rows[1]), atol=0.1)
 
 
 def test_noise_is_uniform_up_to_noise_std_on_latents_as_a_flow_sees_them(x):

@@ -154,7 +154,7 @@ PCA = {"compressor": "pca", "channels": 32}
 FULL = replace(DATA, limit=None)
 MAIN = [
     Arm("pixels", "pixels", flow=PIXELS),
-    Arm("kl_16", "kl", {"channels": 16}, flow=noised(0.2)),
+    Arm("kl_16", "kl", {"channels": 16, "width": 16}, flow=noised(0.2)),
     Arm("pca_32", options=PCA, flow=noised(0.4)),
     Arm("joint_16", "joint", {"channels": 16, "nll_weight": 0.2}, train={"lr": 3e-3}),
     Arm("attention_32", options={"compressor": "attention", "channels": 32}, flow=noised(0.4)),

@@ -152,6 +152,7 @@ class ArrayCache:
         batch_size: int = 64,
         workers: int = 0,
         tolerance: Tolerance | None = None,
+        source: "ArrayCache | None" = None,
     ) -> None:
         """Compute what is missing and write it. What is on disk, even of an interrupted shard, is not computed again.
 
@@ -166,6 +167,7 @@ class ArrayCache:
             batch_size: images computed at once.
             workers: processes that read images ahead; 0 reads in this one.
             tolerance: for images that cannot be read, which get the arrays of the next one; None allows none.
+            source: a complete cache of the same images, whose arrays `compute` gets in place of images.
 
         Raises:
             InputError: if the disk is full, an image cannot be read, or a value is not finite in the cache's dtype.
@@ -190,15 +192,20 @@ class ArrayCache:
         report = report or (lambda done: None)
         tolerance = tolerance or Tolerance(0.0, self.count)
 
-        def images(ranges: list[range]) -> Iterator[Tensor]:
+        def inputs(ranges: list[range]) -> Iterator[list[Tensor]]:  # of a batch, for each variant
+            if source is not None:
+                for indices in (torch.as_tensor(part) for part in ranges):
+                    yield [source(indices, torch.full_like(indices, v, dtype=torch.bool)) for v in range(self.variants)]
+                return
             for raw in read_ahead(Reader(split), ranges, workers):
                 tolerance.note(raw.unreadable)
-                yield from_levels(cast(Tensor, raw.images), levels)
+                x = from_levels(cast(Tensor, raw.images), levels)
+                yield [x, x.flip(-1)][: self.variants]
 
         done = 0
         for shard in own:
             if not self._is_whole(shard):
-                self._fill_shard(shard, images, compute, batch_size, report, done)
+                self._fill_shard(shard, inputs, compute, batch_size, report, done)
             done += self._length(shard)
             report(done)
         if not self.missing():
@@ -355,7 +362,7 @@ class ArrayCache:
     def _fill_shard(
         self,
         shard: int,
-        images: Callable[[list[range]], Iterator[Tensor]],
+        inputs: Callable[[list[range]], Iterator[list[Tensor]]],
         compute: Callable[[Tensor], Tensor],
         batch_size: int,
         report: Callable[[int], None],
@@ -365,9 +372,10 @@ class ArrayCache:
         done = saved = self._restore(shard, array, batch_size)
         saved_at, end = time.monotonic(), first + len(array)
         try:
-            for x in images([range(k, min(k + batch_size, end)) for k in range(first + done, end, batch_size)]):
-                array[done : done + len(x)] = self._compute(compute, x, first + done)
-                done += len(x)
+            for batch in inputs([range(k, min(k + batch_size, end)) for k in range(first + done, end, batch_size)]):
+                computed = self._compute(compute, batch, first + done)
+                array[done : done + len(computed)] = computed
+                done += len(computed)
                 report(before + done)
                 if time.monotonic() - saved_at > SAVE_SECONDS:
                     self._save(shard, array[:done])
@@ -403,12 +411,12 @@ class ArrayCache:
             return 0
         return done if done == len(array) else done - done % batch_size
 
-    def _compute(self, compute: Callable[[Tensor], Tensor], x: Tensor, first: int) -> np.ndarray:
-        """Arrays `[B, variants, *shape]` of images `x [B, C, H, W]`, the numbers `first`, `first + 1`, ... of the split."""
+    def _compute(self, compute: Callable[[Tensor], Tensor], batch: list[Tensor], first: int) -> np.ndarray:
+        """Arrays `[B, variants, *shape]` of a batch of each variant, the numbers `first`, `first + 1`, ... of the split."""
         variants = []
-        for variant in range(self.variants):
+        for variant, x in enumerate(batch):
             with torch.no_grad():
-                values = compute(x.flip(-1) if variant else x)
+                values = compute(x)
             if values.shape != (len(x), *self.shape):
                 raise InputError(f"computed arrays must have shape {list(self.shape)}, got {list(values.shape[1:])}")
             kept = values.to(getattr(torch, self.dtype))

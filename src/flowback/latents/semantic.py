@@ -169,7 +169,12 @@ class SemanticAutoencoder(Carrier, Autoencoder):
             self.compressor.settle(self.features(part) for part in images.split(BATCH))
 
     def _moments(self, images: Tensor) -> Tensor:
-        return self.compressor.compress(self.features(images)).transpose(1, 2).unflatten(2, self.grid)
+        return self.compressed(self.features(images))
+
+    def compressed(self, features: Tensor) -> Tensor:
+        """What `moments` makes of images with these features `[B, P, F]`."""
+        features = put(features, self.device).to(self.scale.dtype)
+        return self.compressor.compress(features).transpose(1, 2).unflatten(2, self.grid)
 
     def _decode(self, latents: Tensor) -> Tensor:
         features = self.compressor.expand(latents.flatten(2).transpose(1, 2))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class CachePlan:
     facts: dict[str, Any]
     shape: tuple[int, ...]
     compute: Callable[[Tensor], Tensor]  # images [B, C, H, W] in [-1, 1] to arrays [B, *shape]
+    source: "CachePlan | None" = None  # a cache that these can also be computed from, if it is there
+    convert: Callable[[Tensor], Tensor] | None = None  # its arrays [B, *source.shape] to arrays [B, *shape]
 
     @property
     def kind(self) -> str:
@@ -42,6 +45,23 @@ class CachePlan:
         """The cache in `root`, begun or not."""
         folder = root / f"{self.facts['kind']}-{cache_key(self.facts)}"
         return ArrayCache.plan(folder, self.facts, count, 2 if flips else 1, self.shape)
+
+    def fill(
+        self,
+        cache: ArrayCache,
+        config: Recipe,
+        data: ImageSet,
+        report: Callable[[int], None],
+        part: tuple[int, int] = (1, 1),
+    ) -> None:
+        """Compute what is missing in `cache`, from the source's arrays if these lie beside it."""
+        source, compute = None, self.compute
+        if self.source is not None and self.convert is not None:
+            with suppress(InputError):  # an incomplete one is none
+                source = find(cache.folder.parent, self.source.facts)
+            compute = compute if source is None else self.convert
+        options = {"workers": config.data.workers, "tolerance": Tolerance(config.data.unreadable, cache.count)}
+        cache.fill(data.train, compute, data.levels, report, part, source=source, **options)
 
 
 def cache_shapes(
@@ -70,7 +90,9 @@ def cache_plans(
     if autoencoder is not None and "latents" in shapes:
         known = autoencoder.config
         facts = {"kind": "latents", **images, "autoencoder": known.weights, "moments": known.moments}
-        plans.append(CachePlan(facts, shapes["latents"], autoencoder.moments))
+        features = feature_plan(config, data, autoencoder) if isinstance(autoencoder, SemanticAutoencoder) else None
+        convert = autoencoder.compressed if isinstance(autoencoder, SemanticAutoencoder) else None
+        plans.append(CachePlan(facts, shapes["latents"], autoencoder.moments, features, convert))
     if alignment is not None and "features" in shapes:
         a = config.alignment
 
@@ -123,10 +145,9 @@ def open_cache(plan: CachePlan, config: Recipe, data: ImageSet) -> ArrayCache:
             raise InputError(f"{why}; use what `flowback cache` makes of this configuration")
         return cache
     cache = plan.planned(cache_folder(), len(data.train), config.train.hflip)
-    tolerance = Tolerance(config.data.unreadable, cache.count)
     if cache.missing():
         with Bar(plan.kind, cache.count) as bar:
-            cache.fill(data.train, plan.compute, data.levels, bar.update, workers=config.data.workers, tolerance=tolerance)
+            plan.fill(cache, config, data, bar.update)
     return cache
 
 
@@ -172,7 +193,5 @@ def make_caches(
             if task == "verify":
                 cache.verify(bar.update)
             else:
-                tolerance = Tolerance(config.data.unreadable, cache.count)
-                workers = config.data.workers
-                cache.fill(data.train, plan.compute, data.levels, bar.update, part, workers=workers, tolerance=tolerance)
+                plan.fill(cache, config, data, bar.update, part)
     return caches
