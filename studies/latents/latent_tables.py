@@ -47,8 +47,8 @@ COLUMNS: dict[str, tuple[Callable[[Result], float], int]] = {  # title: value, d
     "judge right %": (lambda r: 100 * best("right")(r), 0),
     "rFID": (lambda r: r["reconstruction"]["fid"], 0),
     "rFID, noised": (lambda r: r["noised"]["fid"], 0),
-    "autoencoder s": (lambda r: r["autoencoder_seconds"], 0),
-    "flow s": (lambda r: r["seconds"], 0),
+    "autoencoder CPU s": (lambda r: r["autoencoder_cpu_seconds"], 0),
+    "flow CPU s": (lambda r: r["cpu_seconds"], 0),
 }
 
 
