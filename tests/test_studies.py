@@ -193,7 +193,7 @@ def test_the_table_of_latents_has_means_and_intervals(tmp_path):
         row = {"rule": "exact", "accuracy": accuracy, "ece_after": 0.02}
         samples = [{"fid": 50.0 - seed, "precision": 0.5, "recall": 0.25, "right": 0.75}, {"fid": 90.0}]
         facts = {"arm": "a", "seed": seed, "classification": [row], "samples": samples, "space": {"linear_flat": 0.9}}
-        (tmp_path / f"a-{seed}.json").write_text(json.dumps(facts | {"seconds": 10.0}))
+        (tmp_path / f"a-{seed}.json").write_text(json.dumps(facts | {"cpu_seconds": 10.0}))
     text = latent_tables.table(latent_tables.load(tmp_path))
     head, _, row = (line.split(" | ") for line in text.splitlines())
     cells = dict(zip(head, row, strict=True))
