@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flowback.flow import FlowConfig, Guidance, TarFlow
     from flowback.latents import LatentFlow, from_pretrained
     from flowback.tasks.classify import classify
+    from flowback.tasks.score import score
     from flowback.training import train
 
 __version__ = "0.2.0.dev0"
@@ -25,6 +26,7 @@ __all__ = [
     "classify",
     "from_pretrained",
     "load_encoder",
+    "score",
     "train",
 ]
 LATER = {  # imported when first asked for: the command line's help needs no PyTorch, and a flow no training
@@ -36,6 +38,7 @@ LATER = {  # imported when first asked for: the command line's help needs no PyT
     "classify": "flowback.tasks.classify",
     "from_pretrained": "flowback.latents",
     "load_encoder": "flowback.encoders",
+    "score": "flowback.tasks.score",
     "train": "flowback.training",
 }
 

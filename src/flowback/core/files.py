@@ -130,6 +130,32 @@ def save_tensors(tensors: dict[str, "Tensor"], file: Path, metadata: dict[str, s
     write_whole(file, write)
 
 
+def write_record(file: Path, format: int, values: dict[str, Any]) -> None:
+    """Write values beside a flow as a JSON file, with the number of its format.
+
+    Raises:
+        OSError: of the file's name, if it cannot be written.
+    """
+    text = json.dumps({"format": format, **values}, indent=1, allow_nan=False) + "\n"
+    write_whole(file, lambda partial: partial.write_text(text))
+
+
+@contextmanager
+def read_record(file: Path, format: int, remedy: str) -> Iterator[dict[str, Any]]:
+    """The values of a file that `write_record` wrote. What is made of them in the `with` block is checked there.
+
+    Raises:
+        InputError: if it is something else, or the block raises as bad values make it; its last words are the `remedy`.
+    """
+    try:
+        content = read_json(file)
+        if (found := content.pop("format")) != format:
+            raise ValueError(f"it is of format {found}, not {format}")
+        yield content
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{file} cannot be used ({error}); {remedy}") from error
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder inside `folder` to write into; its files move up once all are written. If that fails, nothing is left.

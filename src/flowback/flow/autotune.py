@@ -1,6 +1,5 @@
 """Which decoder for which block: as measured on a machine (`flowback.tasks.autotune`), stored with the model."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +9,7 @@ import torch
 
 from flowback.core.devices import device_name
 from flowback.core.errors import InputError
-from flowback.core.files import read_json
+from flowback.core.files import read_record, write_record
 from flowback.flow.decoding import DECODERS, Solver
 
 FILE, FORMAT = "decoding.json", 1
@@ -42,7 +41,7 @@ class Autotune:
 
     def save(self, folder: Path) -> None:
         """Write `decoding.json`."""
-        (folder / FILE).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        write_record(folder / FILE, FORMAT, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "Autotune | None":
@@ -51,13 +50,9 @@ class Autotune:
         Raises:
             InputError: if it is something else.
         """
-        file = folder / FILE
-        if not file.is_file():
+        if not (folder / FILE).is_file():
             return None
-        try:
-            content = read_json(file)
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}, not {FORMAT}")
+        with read_record(folder / FILE, FORMAT, "delete it and run `flowback autotune` again") as content:
             rows = {
                 int(rows): [Measurement(**{**m, "solver": Solver(**m["solver"])}) for m in measurements]
                 for rows, measurements in content["rows"].items()
@@ -65,8 +60,6 @@ class Autotune:
             if min(rows, default=1) < 1:
                 raise ValueError(f"{min(rows)} rows")
             return cls(content["machine"], rows)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{file} is not what autotune wrote ({error}); it can be deleted and made anew") from error
 
 
 def machine_name(device: torch.device) -> str:

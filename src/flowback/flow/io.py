@@ -30,7 +30,16 @@ MOST_TOKENS = 2**20
 MOST_UNSEEN = 10**8  # numbers of a flow that are made on the word of a config.json
 WEIGHTS = "model.safetensors"
 AUTOENCODER = [f"autoencoder/{prefix}.safetensors" for prefix in ("model", "diffusion_pytorch_model", "encoder")]
-FILES = ("config.json", WEIGHTS, AUTOTUNE, "classification.json", "classes.json", "autoencoder/config.json", *AUTOENCODER)
+FILES = (
+    "config.json",
+    WEIGHTS,
+    AUTOTUNE,
+    "classification.json",
+    "held_out.json",
+    "classes.json",
+    "autoencoder/config.json",
+    *AUTOENCODER,
+)
 
 
 class Pretrained:

@@ -35,6 +35,7 @@ class Trace:
     """What `encode` saw on its way, on the graph: `inputs[t]` is `x^(t-1)`, `hidden[t, l]` the state after layer l."""
 
     inputs: dict[int, Tensor] = field(default_factory=dict)  # t -> [B, N, D]
+    a: dict[int, Tensor] = field(default_factory=dict)  # t -> [B, N, D], the logarithms of the scales
     hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (t, l) -> [B, N, width]
 
 
@@ -161,6 +162,7 @@ class TarFlow(io.Pretrained, nn.Module):
         for t, block in enumerate(self.blocks, start=1):
             record.inputs[t] = z
             out: BlockOutput = block(z, classes, hidden=[layer for b, layer in at if b == t])
+            record.a[t] = out.a
             record.hidden.update({(t, layer): h for layer, h in out.hidden.items()})
             log_dets.append(out.log_det)
             z = out.z
@@ -177,10 +179,19 @@ class TarFlow(io.Pretrained, nn.Module):
         The flow models *noised* images: add the noise first, `flow.log_prob(flow.perturb(x))`. For bits per dimension see
         `flowback.core.units.bits_per_dim`.
         """
-        z, log_det = self.encode(x, y)
+        return self.token_log_prob(x, y).sum(dim=1)
+
+    def token_log_prob(self, x: Tensor, y: Labels = None) -> Tensor:
+        """The share `[B, N]`, nats, of each token in `log_prob`, which is their sum.
+
+        It is the log-density of the token's part of z, and the logarithms of the factors by which the blocks stretch the
+        token: given those that a block reads before it.
+        """
+        z, _, trace = self.encode(x, y, trace=())
+        log_det = -torch.stack([a.sum(dim=2) for a in trace.a.values()]).sum(dim=0)
         if self.prior_std is not None:
-            z, log_det = z / self.prior_std, log_det - self.prior_std.log().sum()
-        return -0.5 * (z.square() + LOG_2PI).sum(dim=(1, 2)) + log_det
+            z, log_det = z / self.prior_std, log_det - self.prior_std.log().sum(dim=1)
+        return -0.5 * (z.square() + LOG_2PI).sum(dim=2) + log_det
 
     def perturb(self, x: Tensor, generator: Generators = None) -> Tensor:
         """Add the noise of training to clean images: Gaussian of `noise_std`, or uniform over a pixel's bin."""

@@ -14,11 +14,11 @@ and so is chosen too often; and the curvature that the slope ignores lowers the 
 depend on the class far more than on the image, so they can be estimated from unlabelled images.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flowback.core.devices import put
 from flowback.core.errors import InputError
-from flowback.core.files import read_json, write_whole
+from flowback.core.files import read_record, write_record
 from flowback.data.images import Images, as_images
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow, as_data
@@ -73,8 +73,7 @@ class ClassStatistics:
 
     def save(self, folder: Path) -> None:
         """Write `classification.json`."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False) + "\n"
-        write_whole(folder / FILE, lambda file: file.write_text(text))
+        write_record(folder / FILE, FORMAT, asdict(self))
 
     @classmethod
     def load(cls, folder: Path | None, classes: int) -> "ClassStatistics | None":
@@ -83,12 +82,9 @@ class ClassStatistics:
         Raises:
             InputError: if it is something else, or of another number of classes.
         """
-        if folder is None or not (file := folder / FILE).is_file():
+        if folder is None or not (folder / FILE).is_file():
             return None
-        try:
-            content = read_json(file)
-            if content.pop("format") != FORMAT:
-                raise ValueError(f"it is not of format {FORMAT}")
+        with read_record(folder / FILE, FORMAT, "delete it and run `flowback evaluate` again") as content:
             statistics = cls(**content)
             if len(statistics.mean) != classes or len(statistics.std) != classes:
                 raise ValueError(f"it has {len(statistics.mean)} classes, the flow {classes}")
@@ -96,9 +92,7 @@ class ClassStatistics:
             numbers += [number for intercept, slope in statistics.left_out.values() for number in (intercept, slope)]
             if not torch.tensor(numbers, dtype=torch.float64).isfinite().all():
                 raise ValueError("it has numbers that are not finite")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{file} cannot be used ({error}); delete it and run `flowback evaluate` again") from error
-        return statistics
+            return statistics
 
 
 ROWS = 256  # that the flow sees at once, unless told otherwise
@@ -158,11 +152,22 @@ def class_log_probs(flow: TarFlow, x: Tensor, labels: Tensor | None = None, batc
 
     Of all labels in one batch, or of as many at once as `batch_size` rows hold.
     """
+    return _by_class(flow, flow.log_prob, x, labels, batch_size)
+
+
+def class_maps(flow: TarFlow, x: Tensor, labels: Tensor | None = None, batch_size: int | None = None) -> Tensor:
+    """The share of each token in `class_log_probs`, nats, `[B, m, rows, columns]`; arguments as there."""
+    return _by_class(flow, flow.token_log_prob, x, labels, batch_size).unflatten(2, flow.grid)
+
+
+def _by_class(
+    flow: TarFlow, density: Callable[..., Tensor], x: Tensor, labels: Tensor | None, batch_size: int | None
+) -> Tensor:
     if labels is None:
         labels = torch.arange(flow.num_classes, device=x.device).expand(len(x), -1)
     columns = labels.split(max(1, batch_size // max(1, len(x))) if batch_size else labels.shape[1], dim=1)
-    log_probs = [flow.log_prob(x.repeat_interleave(own.shape[1], dim=0), own.flatten()).view(own.shape) for own in columns]
-    return torch.cat(log_probs, dim=1)
+    found = [density(x.repeat_interleave(own.shape[1], dim=0), own.flatten()).unflatten(0, own.shape) for own in columns]
+    return torch.cat(found, dim=1)
 
 
 def _logit_gradient(flow: TarFlow, x: Tensor, lam: Tensor) -> Tensor:
@@ -421,21 +426,41 @@ def classify_files(
     Raises:
         InputError: as `classify`.
     """
+    for known, x, unread in read_files(flow, files, batch_size, read):
+        scores: dict[str, Tensor] = {}
+        if known and len(rules) == 1:
+            scores = {rules[0]: class_scores(flow.core, as_data(flow, x), rules[0], draws, batch_size, 0, statistics)}
+        elif known and rules:
+            scores = class_scores_by_all(flow.core, as_data(flow, x), rules, statistics, draws, 0, batch_size)
+        yield FileScores(known, x, {rule: found.cpu() for rule, found in scores.items()}, unread)
+
+
+def read_files(
+    flow: Flow, files: Iterable[str], batch_size: int = 64, read: Callable[[str], Tensor] | None = None
+) -> Iterator[tuple[list[str], Tensor, list[str]]]:
+    """Image files, a batch after the other.
+
+    Args:
+        flow: which they are for.
+        files: their paths.
+        batch_size: files that are read at once.
+        read: makes an image `[1, C, H, W]` of a file; `as_images` by default.
+
+    Yields:
+        The files that can be read; their images `[B, C, H, W]`, without a batch dimension if there are none; and a sentence
+        on each of the others.
+    """
     read = read or (lambda file: as_images(file, flow.image_size, flow.channels))
-    for start in range(0, len(files), batch_size):
+    left = iter(files)
+    while part := list(islice(left, batch_size)):
         known, images, unread = [], [], []
-        for file in files[start : start + batch_size]:
+        for file in part:
             try:
                 images.append(read(file))
                 known.append(file)
             except InputError as error:
                 unread.append(str(error))
-        x, scores = torch.cat(images) if images else torch.empty(0), {}
-        if images and len(rules) == 1:
-            scores = {rules[0]: class_scores(flow.core, as_data(flow, x), rules[0], draws, batch_size, 0, statistics)}
-        elif images and rules:
-            scores = class_scores_by_all(flow.core, as_data(flow, x), rules, statistics, draws, 0, batch_size)
-        yield FileScores(known, x, {rule: found.cpu() for rule, found in scores.items()}, unread)
+        yield known, torch.cat(images) if images else torch.empty(0), unread
 
 
 def accuracies(
