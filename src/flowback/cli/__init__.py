@@ -41,6 +41,10 @@ VERBS = {  # the module of each verb, and its help
     "swap": ("editing", "Change the class of images and keep their z. Writes one grid: image, then classes."),
     "inpaint": ("editing", "Draw a region of images anew, given the rest. Writes one grid, a row per image."),
     "classify": ("classifying", "Classify image files with the flow's own likelihood. No classifier is trained."),
+    "score": (
+        "scoring",
+        "Measure how normal images are, and where they are not, by the flow's density. Takes files and whole folders.",
+    ),
     "autoencoder train": (
         "autoencoding",
         "Train an autoencoder for flows in its latents. Options come from a YAML file (--config, see configs/autoencoder/) "

@@ -2,9 +2,8 @@
 
 from jsonargparse import Namespace
 
-from flowback.cli.common import add_flow, add_images, say
+from flowback.cli.common import add_flow, add_images, check_counts, refuse_unread, say
 from flowback.cli.parser import Verb
-from flowback.core.errors import InputError
 from flowback.runs.checkpoint import class_names, load_flow
 from flowback.tasks.classify import (
     RULES,
@@ -15,8 +14,6 @@ from flowback.tasks.classify import (
     rule_named,
     usual_rule,
 )
-
-SHOWN = 5  # files that cannot be read and are named
 
 
 def add(verb: Verb) -> None:
@@ -30,9 +27,7 @@ def add(verb: Verb) -> None:
 
 
 def _classify(options: Namespace) -> int:
-    for name, value in (("top", options.top), ("batch-size", options.batch_size)):
-        if value < 1:
-            raise InputError(f"--{name} must be a whole number of at least 1, got {value}")
+    check_counts(options, "top", "batch_size")
     flow, _ = load_flow(options.run, options.weights, options.device)
     names = class_names(options.run, flow)
     statistics = ClassStatistics.load(flow.core.folder, flow.num_classes)
@@ -55,7 +50,5 @@ def _classify(options: Namespace) -> int:
             say(f"{file}: {', '.join(form.format(names[k], value) for k, value in zip(classes, values, strict=True))}")
     if kind:
         say(f"{kind}, by {rule}" + ("" if statistics else "; `flowback evaluate` makes a better rule and calibrates it"))
-    if unread:
-        more = f"; {len(unread) - SHOWN} more cannot be read" if len(unread) > SHOWN else ""
-        raise InputError("; ".join(unread[:SHOWN]) + more)
+    refuse_unread(unread)
     return 0

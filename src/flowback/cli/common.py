@@ -2,7 +2,7 @@
 
 import difflib
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +23,7 @@ from flowback.runs.config import descriptions
 from flowback.tasks.classify import likely_labels
 
 T = TypeVar("T")
+SHOWN = 5  # files that cannot be read and are named
 
 
 def add_flow(command: Parser) -> None:
@@ -84,10 +85,36 @@ def number_list(text: str, name: str, kind: type[int] | type[float] = int) -> li
         raise InputError(f"{name} must be {what}, got {text!r}") from error
 
 
-def add_images(command: Parser) -> None:
+def add_images(command: Parser, about: str = "image files") -> None:
     """The options of every verb that takes image files."""
-    command.add_argument("images", type=str, nargs="+", help="image files")
+    command.add_argument("images", type=str, nargs="+", help=about)
     command.add_argument("--batch-size", type=int, default=64, help="images at once; bounds the memory")
+
+
+def check_counts(options: Namespace, *names: str) -> None:
+    """Check options that count something, and may be None.
+
+    Raises:
+        InputError: if one is less than 1.
+    """
+    for name in names:
+        value = options[name]
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be a whole number of at least 1, got {value}")
+
+
+def refuse_unread(unread: Sequence[str]) -> None:
+    """End a verb that did its work on all files but these.
+
+    Args:
+        unread: a sentence on each; the first ones are said.
+
+    Raises:
+        InputError: if there are any.
+    """
+    if unread:
+        more = f"; {len(unread) - SHOWN} more cannot be read" if len(unread) > SHOWN else ""
+        raise InputError("; ".join(unread[:SHOWN]) + more)
 
 
 def add_output(command: Parser, default: str | None, text: str) -> None:

@@ -9,7 +9,7 @@ import re
 import stat
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,6 +271,21 @@ def _scan(base: bytes, unit: Unit) -> tuple[list[tuple[bytes, int]], list[tuple[
                 else:
                     files.append((name, size))
     return folders, sorted(files), kinds
+
+
+def image_files(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """The image files in a folder and those below it, by path, told as `FolderSource` tells them; one folder at a time."""
+    with os.scandir(os.fsencode(folder)) as entries:
+        found = sorted((entry for entry in entries if entry.name[:1] != b"." and entry.name not in LEFTOVERS), key=_name)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from image_files(os.fsdecode(entry.path))
+        elif _size(entry) is not None and _other_kind(entry) is None:
+            yield os.fsdecode(entry.path)
+
+
+def _name(entry: os.DirEntry[bytes]) -> bytes:
+    return entry.name
 
 
 def _other_kind(entry: os.DirEntry[bytes]) -> str | None:

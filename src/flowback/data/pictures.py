@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 from flowback.core.errors import InputError
 from flowback.core.files import write_whole
@@ -36,6 +36,18 @@ def save_grid(x: Tensor, file: Path, columns: int, smallest: int = 28) -> None:
     """Images `[B, C, H, W]` as one PNG; arguments as in `grid_array`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid_array(x, columns, smallest).numpy()).save(file)
+
+
+def with_map(x: Tensor, maps: Tensor, limit: float) -> Tensor:
+    """Images `[B, C, H, W]` in [-1, 1], in grey, under maps `[B, rows, columns]`: red above zero, blue below; uint8 RGB.
+
+    A value of `limit` or more covers the image by three quarters, one of zero not at all.
+    """
+    grey = (x.cpu().float().mean(dim=1, keepdim=True) + 1) / 2
+    maps = interpolate(maps.cpu().float()[:, None].nan_to_num(), x.shape[-2:], mode="nearest-exact")
+    cover = 0.75 * (maps.abs() / limit).clamp(max=1)
+    red, blue = (torch.tensor(color).view(3, 1, 1) for color in ((0.86, 0.15, 0.15), (0.15, 0.39, 0.92)))
+    return to_uint8(2 * ((1 - cover) * grey + cover * torch.where(maps > 0, red, blue)) - 1)
 
 
 def grid_array(x: Tensor, columns: int, smallest: int = 28) -> Tensor:

@@ -35,7 +35,7 @@ FILES = (
     WEIGHTS,
     AUTOTUNE,
     "classification.json",
-    "held_out.json",
+    "held_out.safetensors",
     "classes.json",
     "autoencoder/config.json",
     *AUTOENCODER,

@@ -179,19 +179,19 @@ class TarFlow(io.Pretrained, nn.Module):
         The flow models *noised* images: add the noise first, `flow.log_prob(flow.perturb(x))`. For bits per dimension see
         `flowback.core.units.bits_per_dim`.
         """
-        return self.token_log_prob(x, y).sum(dim=1)
+        return self.log_prob_parts(x, y).sum(dim=(1, 2))
 
-    def token_log_prob(self, x: Tensor, y: Labels = None) -> Tensor:
-        """The share `[B, N]`, nats, of each token in `log_prob`, which is their sum.
+    def log_prob_parts(self, x: Tensor, y: Labels = None) -> Tensor:
+        """What `log_prob` is the sum of, `[B, T + 1, N]`, nats.
 
-        It is the log-density of the token's part of z, and the logarithms of the factors by which the blocks stretch the
-        token: given those that a block reads before it.
+        First what the prior gives each token of z; then, block by block, the log-determinant of each token's map, given the
+        tokens that the block reads before it.
         """
         z, _, trace = self.encode(x, y, trace=())
-        log_det = -torch.stack([a.sum(dim=2) for a in trace.a.values()]).sum(dim=0)
+        log_dets = [-a.sum(dim=2) for a in trace.a.values()]
         if self.prior_std is not None:
-            z, log_det = z / self.prior_std, log_det - self.prior_std.log().sum(dim=1)
-        return -0.5 * (z.square() + LOG_2PI).sum(dim=2) + log_det
+            z, log_dets[-1] = z / self.prior_std, log_dets[-1] - self.prior_std.log().sum(dim=1)
+        return torch.stack([-0.5 * (z.square() + LOG_2PI).sum(dim=2), *log_dets], dim=1)
 
     def perturb(self, x: Tensor, generator: Generators = None) -> Tensor:
         """Add the noise of training to clean images: Gaussian of `noise_std`, or uniform over a pixel's bin."""

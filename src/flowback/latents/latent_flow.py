@@ -181,12 +181,13 @@ Flow = TarFlow | LatentFlow
 def as_data(flow: Flow, images: Images) -> Tensor:
     """Images in any form that `as_images` takes, clean, as the flow sees them: `[B, *core.data_shape]`, on its device.
 
-    Where latents are samples, they are always the same ones, independent of the noise that is added later.
+    Where latents are samples, those of an image are always the same, whatever images are beside it.
 
     Raises:
         InputError: if they are no images, or of another shape.
     """
-    x = flow.to_data(as_images(images, flow.image_size, flow.channels), keyed_generator(0))
+    images = as_images(images, flow.image_size, flow.channels)
+    x = flow.to_data(images, [keyed_generator(0) for _ in images])
     if x.shape[1:] != flow.core.data_shape:
         allowed = ", ".join(map(str, flow.data_shape))
         raise InputError(f"images must have the shape [B, {allowed}], got {list(x.shape)}")

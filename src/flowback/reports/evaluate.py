@@ -9,6 +9,7 @@ metric), and for the metrics that were asked for
                 flow in latents "latent_bits_per_dim" instead of both; "density" says in words of what
     accuracy    "accuracy": rule -> share; "noise_draws" that it averages; "classification": a row for each rule, see
                 `classification.cost_accuracy`; "judged": what exact likelihoods take images for, see `judged` there
+    (both)      "typicality": quantiles of the log-densities of the held-out images that p-values are counted against
     probe       "probe": a row for each (block, layer), see `probe.probe_layers`
     fid …       "fidelity": the figures with extractor, samples, labels, reference and guidance, see `fidelity.fidelity`;
                 with a sweep also "guidance_sweep", a row of this kind for each scale
@@ -46,11 +47,14 @@ from flowback.runs.config import RunConfig
 from flowback.runs.folder import other_data, run_data, run_of
 from flowback.tasks.classify import Effort, effort
 from flowback.tasks.sampling import Request, checked_store, sample_to_disk
+from flowback.tasks.score import LEAST, HeldOut, background_of, log_prob_parts, score_data
 
 FILE = "evaluation.json"
 EXTRACTORS = ("efficientnet_lite0", "dinov2", "inception")
 PARTS = ("train", "held_out")  # of the data
 METRICS = ("bpd", "accuracy", "probe", *fid.METRICS)
+TYPICAL = 1000  # held-out images that p-values are counted against, at most; they take a tenth of the passes, at most
+QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 IMPORTANCE_WEIGHTED = 1000  # images of the tighter bound, each of which costs 16 passes
 
 
@@ -274,6 +278,18 @@ def _measures(
     def clean() -> tuple[Tensor, Tensor]:
         return seen(flow, data.held_out, images, data.levels)
 
+    def typicality() -> dict[str, Any]:
+        x, _ = clean()
+        held_out = score_data(flow.core, x[spread(len(x), typical)], background_of(flow, None), draws=config.draws)
+        training, _ = seen(flow, data.train, spread(len(data.train), UNLABELLED), data.levels)
+        found = HeldOut.fit(held_out, log_prob_parts(flow.core, training, config.draws))
+        if config.weights == "ema" and flow_folder is not None:
+            with contextlib.suppress(OSError):
+                found.save(flow_folder)
+        values = torch.quantile(found.log_prob, found.log_prob.new_tensor(QUANTILES)).tolist()
+        said = {f"{100 * q:g} %": value for q, value in zip(QUANTILES, values, strict=True)}
+        return {"typicality": {"images": len(found.log_prob), "log_prob": said}}
+
     measures: dict[str, Callable[[], dict[str, Any]]] = {}
     if "bpd" in config.metrics:
         measures["bpd"] = lambda: _density(flow, *clean())
@@ -281,6 +297,9 @@ def _measures(
         if len(images) < 4:
             raise InputError(f"an accuracy needs at least 4 held-out images, got {len(images)}")
         measures["accuracy"] = accuracy
+    typical = min(TYPICAL, exact_images or TYPICAL, config.passes // 10 // (config.draws * (flow.num_classes + 1)))
+    if {"bpd", "accuracy"} & set(config.metrics) and min(typical, len(images)) >= LEAST:
+        measures["typicality"] = typicality
     if "probe" in config.metrics:
         if len(data.classes) < 2:
             raise InputError(f"a probe needs at least 2 classes, got {len(data.classes)}")

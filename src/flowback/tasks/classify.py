@@ -157,7 +157,11 @@ def class_log_probs(flow: TarFlow, x: Tensor, labels: Tensor | None = None, batc
 
 def class_maps(flow: TarFlow, x: Tensor, labels: Tensor | None = None, batch_size: int | None = None) -> Tensor:
     """The share of each token in `class_log_probs`, nats, `[B, m, rows, columns]`; arguments as there."""
-    return _by_class(flow, flow.token_log_prob, x, labels, batch_size).unflatten(2, flow.grid)
+
+    def density(rows: Tensor, y: Tensor) -> Tensor:
+        return flow.log_prob_parts(rows, y).sum(dim=1).unflatten(1, flow.grid)
+
+    return _by_class(flow, density, x, labels, batch_size)
 
 
 def _by_class(
