@@ -183,14 +183,22 @@ def test_evaluate_measures_what_was_asked_for(runs):
     assert (found["steps"], found["strategy"], found["gradient"], found["noise_draws"]) == (4, "none", None, 1)
     assert found["seconds"] > 0
     assert sum(map(sum, found["judged"]["confusion"])) == found["held_out_images"] == 40
-    assert len(found["judged"]["best"]) == len(found["judged"]["worst"]) == 8
+    assert all(len(found["judged"][which]) == 8 for which in ("best", "worst", "doubtful"))
+    assert found["typicality"]["images"] == 40
     assert len(found["probe"]) == 2
     f = found["fidelity"]
     assert (f["extractor"], f["samples"], f["guidance"]) == ("efficientnet_lite0", 12, 0.0)
     assert f["reference"].startswith("digits-train-12-8-")
     assert {"fid", "kid", "precision", "recall", "is"} <= set(f)
     assert [row["guidance"] for row in found["guidance_sweep"]] == [0, 1]
-    assert set(found["seconds_of_measuring"]) == {"bpd", "accuracy", "probe", "fidelity", "guidance_sweep"}
+    assert set(found["seconds_of_measuring"]) == {
+        "bpd",
+        "accuracy",
+        "typicality",
+        "probe",
+        "fidelity",
+        "guidance_sweep",
+    }
     assert len(list(runs.glob("short/checkpoints/*/classification.json"))) == 1
     assert (runs / "short" / "report.html").is_file()
 

@@ -39,6 +39,7 @@ from flowback.tasks.classify import classify, classify_files, fit_statistics
 from flowback.tasks.editing import inpaint, interpolate, swap_class
 from flowback.tasks.refinement import agreement, best_of, refine
 from flowback.tasks.sampling import Request, alike, trajectory
+from flowback.tasks.score import HeldOut, evidence, score
 
 Y = torch.tensor([0, 1, 2])
 DRAWN = Request(3, (0, 1, 2), guidance=0.5, seed=4)
@@ -389,6 +390,7 @@ VERBS = {
     "sample best of 2": "sample RUN --num 2 --labels 1,2 --best-of 2 -o OUT/a.npz",
     "sample refined": "sample RUN --num 2 --labels 1,2 --refine 1 -o OUT/a.npz",
     "classify": "classify RUN IMAGES --rule exact",
+    "score": "score RUN IMAGES",
     "encode": "encode RUN IMAGES -o OUT/z.safetensors",
     "decode": "decode RUN Z -o OUT/decoded",
     "interpolate": "interpolate RUN IMAGES --steps 3 -o OUT/a.png",
@@ -439,7 +441,7 @@ def test_every_verb_works_on_the_device_and_says_the_same(second, run, verb, tmp
     assert wanted or said["cpu"]
     for name in wanted:  # pictures to two of 256 levels
         assert np.allclose(found[name], wanted[name], atol=2 / 127), name
-    if verb == "classify":
+    if verb in ("classify", "score"):
         assert np.allclose(said["cpu"], said[second], atol=2e-3)
 
 
@@ -611,12 +613,20 @@ def test_saved_precisions_work_in_the_verbs(second, run, tmp_path):
             perform(VERBS[command].replace("RUN", str(folder)), run, tmp_path / str(dtype), second)
 
 
+def typical(flow):
+    x = images(flow, 60)
+    return score(flow, x, held_out=HeldOut.fit(score(flow, x[:30]), score(flow, x[30:])))
+
+
 STUDIO = {
     "trajectory": lambda flow: trajectory(flow, DRAWN, 1),
     "alike": lambda flow: alike(flow, DRAWN, 1, 0.4, seed=5, num=2),
     "walk by hand": lambda flow: edit.moved(flow, edit.Start("", noise(flow)[:1], Y[:1], 3, None), [20, -10], 0.9)[0],
     "inpaint by step": lambda flow: [p.x.cpu() for p in edit.drawings(flow, images(flow)[:1], MASK, Y[:1], 2, 4, 2, 0)][-1],
     "likelihoods": lambda flow: torch.tensor(tab.likelihoods(flow, images(flow), labels(flow))),
+    "evidence": lambda flow: evidence(flow, images(flow), Y[:3], Y[:3] - 1, draws=2).cpu(),
+    "typicality": lambda flow: typical(flow).typicality.cpu(),
+    "anomaly": lambda flow: typical(flow).anomaly.cpu(),
     "classify files": lambda flow: next(
         classify_files(
             flow, "abc", ["exact", "single_gradient"], 2, read=lambda file: images(flow)["abc".index(file)][None]

@@ -68,8 +68,9 @@ def test_judged_images_are_the_surest_and_the_least_sure_of_their_own_class():
     scores = torch.tensor([[0.0, 5.0, -1.0], [3.0, 0.0, 0.0], [0.0, 0.0, 9.0], [1.0, 0.0, 0.0]])
     y = torch.tensor([0, 0, 2, 0])
     found = judged(scores, y, images=[10, 20, 30, 40], most=2)
-    assert found["best"] == [[30, 2, 2], [20, 0, 0]]
-    assert found["worst"] == [[10, 0, 1], [40, 0, 0]]
+    assert found["best"] == [[30, 2, 2, 0], [20, 0, 0, 1]]
+    assert found["worst"] == [[10, 0, 1, 0], [40, 0, 0, 1]]
+    assert found["doubtful"] == [[40, 0, 0, 1], [20, 0, 0, 1]]
     assert found["confusion"] == [[2, 1, 0], [0, 0, 0], [0, 0, 1]]
     assert "confusion" not in judged(torch.zeros(4, 21), y, [0, 1, 2, 3])
 

@@ -220,6 +220,7 @@ def write_flows(root: Path, run: Path) -> None:
     (copy("pickled") / "model.safetensors").write_bytes(pickle.dumps(Code()))
     (copy("calibration") / "decoding.json").write_text('{"format": 9}')
     (copy("statistics") / "classification.json").write_text('{"format": 1, "mean": [0]}')
+    (copy("held_out") / "held_out.safetensors").write_text("no tensors")
     (copy("bad_raw") / "training.safetensors").write_text("no tensors")
     (copy("other_raw") / "training.safetensors").unlink()
     save_file({"weights.flow.x": torch.ones(1)}, root / "other_raw" / "training.safetensors")
@@ -496,6 +497,8 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("compare flows/bad_yaml", "flows/bad_yaml/config.yaml | configuration of a run"),
     ],
     "images": [
+        ("score run images/text.png", "image images/text.png | none of PNG, JPEG, WEBP, BMP, TIFF"),
+        ("score run trees/empty trees/hidden", "no image in trees/empty, trees/hidden"),
         ("classify run images/text.png", "image images/text.png | none of PNG, JPEG, WEBP, BMP, TIFF"),
         ("classify run images/zero.png", "image images/zero.png | none of PNG, JPEG, WEBP, BMP, TIFF"),
         ("classify run images/truncated.png", "image images/truncated.png | image file | truncated"),
@@ -616,7 +619,8 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample flows/header", "flows/header/model.safetensors | as safetensors (Error while deserializing"),
         ("sample flows/cut_weights", "flows/cut_weights/model.safetensors | as safetensors (Error while"),
         ("sample flows/pickled", "flows/pickled/model.safetensors | as safetensors (Error while"),
-        ("sample flows/calibration", "flows/calibration/decoding.json | format 9, not 1 | deleted"),
+        ("sample flows/calibration", "flows/calibration/decoding.json | format 9, not 1 | delete it"),
+        ("score flows/held_out images/0.png", "flows/held_out/held_out.safetensors | cannot be used | delete it"),
         (
             "classify flows/statistics images/0.png",
             "flows/statistics/classification.json | cannot be used",
@@ -757,6 +761,8 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("swap run images/0.png --labels=1,2", "2 labels | 1 images | one for all, or one for each"),
     ],
     "seeds, counts, choices": [
+        ("score run images/0.png --draws=0", "draws | 0 | at least 1"),
+        ("score run images/0.png --batch-size=0", "batch-size | 0 | at least 1"),
         ("train --train.seed=-1", "train.seed | -1 | at least 0"),
         ("train --train.seed=99999999999999999999", "train.seed | 99999999999999999999 | at most"),
         ("train --data.split_seed=-1", "data.split_seed | -1 | at least 0"),
@@ -826,6 +832,10 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("inpaint run images/0.png --box=0,0,2,2 --steps=-1", "steps | -1 | at least 0"),
     ],
     "outputs": [
+        ("score run images/0.png --csv=t.txt", "csv | a .csv file | t.txt"),
+        ("score run images/0.png --csv=trees/file/t.csv", "trees/file/t.csv | Not a directory"),
+        ("score run images/0.png --maps=full", "maps | new or empty folder | full"),
+        ("score run images/0.png --maps=new", "maps | held-out images | flowback evaluate"),
         ("sample run -o a.gif", "output | a.gif | .png | .npz | folder"),
         ("sample run --num=1 -o trees/file/x.png", "output trees/file/x.png | Not a directory"),
         ("sample run --num=1 -o trees/file/x.npz", "output trees/file/x.npz | Not a directory"),

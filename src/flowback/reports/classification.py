@@ -110,13 +110,18 @@ def judged(scores: Tensor, y: Tensor, images: Sequence[int], most: int = 8) -> d
     Returns:
         "confusion": counts `[K][K]`, true classes in rows, predicted ones in columns; left out if there are more than 20.
         Images that have no finite score are in none of these.
-        "best" and "worst": the `most` images whose own class is the likeliest and the least likely: number (of `images`),
-        class, predicted class.
+        "best", "worst" and "doubtful": the `most` images whose own class is the likeliest and the least likely, and those
+        whose two likeliest classes are nearest to each other: number (of `images`), class, predicted class, and the class
+        that the prediction is to be compared with: the own one, or if this is the predicted one the second likeliest.
     """
-    predicted = likeliest(scores)
-    own = listed_only(scores).log_softmax(dim=1).gather(1, y[:, None])[:, 0]
-    rows = torch.stack([torch.as_tensor(images), y, predicted], dim=1)[own.argsort(descending=True)]
-    rows = rows[rows[:, 2] >= 0]
-    found = {"best": rows[:most].tolist(), "worst": rows.flip(0)[:most].tolist()}
+    scores = listed_only(scores)
+    two = scores.topk(min(2, scores.shape[1]), dim=1)
+    predicted, second = likeliest(scores), two.indices[:, -1]
+    rows = torch.stack([torch.as_tensor(images), y, predicted, torch.where(predicted == y, second, y)], dim=1)
+    known = predicted >= 0
+    rows, own = rows[known], scores.log_softmax(dim=1).gather(1, y[:, None])[known, 0]
+    rows_by = {"best": own.argsort(descending=True), "worst": own.argsort()}
+    rows_by["doubtful"] = (two.values[:, 0] - two.values[:, -1])[known].nan_to_num(torch.inf).argsort()
+    found = {name: rows[order[:most]].tolist() for name, order in rows_by.items()}
     few = scores.shape[1] <= MOST_CLASSES
     return found | ({"confusion": confusion(rows[:, 2], rows[:, 1], scores.shape[1]).tolist()} if few else {})

@@ -22,7 +22,7 @@ from flowback.core.errors import InputError
 from flowback.core.files import check_place, read_json, write_whole
 from flowback.core.units import from_levels
 from flowback.data import ImageSet
-from flowback.data.pictures import grid_array
+from flowback.data.pictures import grid_array, with_map
 from flowback.data.splits import spread
 from flowback.latents import Flow, LatentFlow
 from flowback.reports.card import FIDELITY
@@ -33,6 +33,7 @@ from flowback.runs.config import RunConfig, flat
 from flowback.runs.folder import run_data
 from flowback.runs.log import read_metrics, series
 from flowback.tasks.sampling import shown_classes
+from flowback.tasks.score import evidence
 
 # what a run is judged by while it trains: column of metrics.csv -> (title, whether larger is better)
 CURVES = {
@@ -51,6 +52,7 @@ LARGER = {"is", "precision", "recall"}  # the better; of the other figures of fi
 OWN = {"data", "machine", "config_differences", "crossings", "not_comparable"}  # keys of report.json beside the runs
 SHOWN = 8  # images in a row of the page
 GUIDANCE = 1.0  # of the guided samples
+EVIDENCE_DRAWS = 8  # of noise, that maps of evidence average
 
 
 @dataclass
@@ -329,12 +331,23 @@ def section(record: Record, plain: Tensor, guided: Tensor | None = None) -> dict
     shown |= {"curve": as_svg(draw_cost_accuracy(e)) if e.get("classification") else None}
     shown |= {"sweep": as_svg(draw_sweep(e["guidance_sweep"])) if e.get("guidance_sweep") else None}
     if "judged" in e:
-        best, worst = (e["judged"][which] for which in ("best", "worst"))
-        shown["judged"] = as_png(_picture(_images(record.data, [row[0] for row in (*best, *worst)])))
-        shown["captions"] = [f"{classes[own]}, taken for {classes[predicted]}" for _, own, predicted in worst]
+        groups = [e["judged"][which] for which in ("best", "worst", "doubtful") if which in e["judged"]]
+        x = _images(record.data, [row[0] for rows in groups for row in rows])
+        shown["judged"] = as_png(_picture(x))
+        shown["captions"] = [f"{classes[row[1]]}, taken for {classes[row[2]]}" for row in groups[1]]
+        if len(groups) == 3:
+            _, _, predicted, other = torch.tensor([row for rows in groups for row in rows]).T
+            shown["evidence"] = as_png(_picture(_under_evidence(record.flow, x, predicted, other)))
+            shown["doubts"] = [f"{classes[row[2]]} or {classes[row[3]]}" for row in groups[2]]
         counts = e["judged"].get("confusion", [])
         shown["confusion"] = [(name, row, max(1, sum(row))) for name, row in zip(classes, counts, strict=False)]
     return shown
+
+
+def _under_evidence(flow: Flow, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Images under what speaks for the classes `a [B]` (red) and `b [B]` (blue), uint8 `[B, 3, H, W]`."""
+    maps = evidence(flow, x, a, b, draws=EVIDENCE_DRAWS)
+    return with_map(x, maps, limit=float(maps.abs().flatten().quantile(0.98).clamp(min=1e-6)))
 
 
 def _images(data: ImageSet, indices: Sequence[int]) -> Tensor:

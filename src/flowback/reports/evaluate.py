@@ -287,8 +287,8 @@ def _measures(
             with contextlib.suppress(OSError):
                 found.save(flow_folder)
         values = torch.quantile(found.log_prob, found.log_prob.new_tensor(QUANTILES)).tolist()
-        said = {f"{100 * q:g} %": value for q, value in zip(QUANTILES, values, strict=True)}
-        return {"typicality": {"images": len(found.log_prob), "log_prob": said}}
+        said = {f"log_prob_{100 * q:g}": value for q, value in zip(QUANTILES, values, strict=True)}
+        return {"typicality": {"images": len(found.log_prob), **said}}
 
     measures: dict[str, Callable[[], dict[str, Any]]] = {}
     if "bpd" in config.metrics:

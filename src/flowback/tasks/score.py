@@ -380,7 +380,7 @@ def log_prob_parts(flow: TarFlow, x: Tensor, draws: int = 1, batch_size: int = 2
 
 
 def _noisy(flow: TarFlow, x: Tensor, draws: int, seed: int) -> list[Tensor]:
-    """`x` with noise, draw by draw. All images have the same, so that an image's figures do not depend on those beside it."""
+    """`x` with noise, draw by draw. All images have the same, so that figures do not depend on others beside them."""
     return [flow.perturb(x, [keyed_generator(seed, draw) for _ in x]) for draw in range(draws)]
 
 
@@ -392,7 +392,9 @@ def _mean_parts(flow: TarFlow, noisy: Sequence[Tensor], batch_size: int) -> Tens
 def _bits(flow: TarFlow, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     """An upper bound of the marginal's bits per dimension: `p(x) >= p(x | y) / K`, whatever y is."""
     labels = y if flow.num_classes else torch.full_like(y, -1)
-    parts = zip(flow.dequantize(x, [keyed_generator(0) for _ in x]).split(batch_size), labels.split(batch_size), strict=True)
+    parts = zip(
+        flow.dequantize(x, [keyed_generator(0) for _ in x]).split(batch_size), labels.split(batch_size), strict=True
+    )
     log_prob = torch.cat([flow.log_prob(*part) for part in parts]) - math.log(max(1, flow.num_classes))
     return bits_per_dim(log_prob, flow.dims, flow.levels)
 
