@@ -54,6 +54,7 @@ EXTRACTORS = ("efficientnet_lite0", "dinov2", "inception")
 PARTS = ("train", "held_out")  # of the data
 METRICS = ("bpd", "accuracy", "probe", *fid.METRICS)
 TYPICAL = 1000  # held-out images that p-values are counted against, at most; they take a tenth of the passes, at most
+TRAINING = 2000  # training images whose parts are the center of distances, at most
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 IMPORTANCE_WEIGHTED = 1000  # images of the tighter bound, each of which costs 16 passes
 
@@ -281,7 +282,7 @@ def _measures(
     def typicality() -> dict[str, Any]:
         x, _ = clean()
         held_out = score_data(flow.core, x[spread(len(x), typical)], background_of(flow, None), draws=config.draws)
-        training, _ = seen(flow, data.train, spread(len(data.train), UNLABELLED), data.levels)
+        training, _ = seen(flow, data.train, spread(len(data.train), TRAINING), data.levels)
         found = HeldOut.fit(held_out, log_prob_parts(flow.core, training, config.draws))
         if config.weights == "ema" and flow_folder is not None:
             with contextlib.suppress(OSError):
