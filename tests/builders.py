@@ -80,7 +80,8 @@ def encoders_made_once() -> Iterator[None]:
         return lambda *arguments, **options: copy.deepcopy(made(*arguments, **options))
 
     with pytest.MonkeyPatch.context() as patch:
-        for user in ("training.build", "training.budget", "measure.extractors"):  # dry runs have theirs without content
+        users = ("training.build", "training.budget", "measure.extractors", "reports.decisions")
+        for user in users:  # dry runs have theirs without content
             patch.setattr(f"flowback.{user}.load_encoder", copies(cache(load_encoder)))
         yield
 

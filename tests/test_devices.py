@@ -21,6 +21,7 @@ from flowback import InputError, LatentFlow, TarFlow
 from flowback.alignment import Alignment
 from flowback.cli import main
 from flowback.core.devices import device_name, pick_device, put
+from flowback.data import DataConfig, load_data
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solver
 from flowback.latents import load_autoencoder
@@ -30,6 +31,9 @@ from flowback.latents.losses import ReconstructionConfig, ReconstructionLoss
 from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
 from flowback.measure.reconstruction import psnr, ssim
 from flowback.quickstart import quickstart
+from flowback.reports import decisions
+from flowback.reports.decisions import Decisions
+from flowback.reports.evaluate import EvaluationConfig
 from flowback.runs.config import RunConfig, recipe
 from flowback.runs.log import read_metrics
 from flowback.studio import classify as tab
@@ -192,6 +196,31 @@ def test_a_flow_says_where_it_is_and_loads_anywhere(second, tmp_path):
 def test_auto_takes_what_is_there(second):
     assert pick_device("auto") == pick_device("gpu") == torch.device(second, 0)
     assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_decisions_are_those_of_the_cpu(second, monkeypatch, tmp_path):
+    options = {"image_size": 8, "channels": 1, "levels": 17, "num_classes": 10}
+    config = EvaluationConfig(metrics=("ood", "coverage"), encoder="toy", outliers=("noise",))
+    data = load_data(DataConfig(limit=100))
+    monkeypatch.setattr(decisions, "load_encoder", lambda *_: PatchEncoder(random_flow(torch.float32, **options)))
+
+    def rows(device):
+        monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path / device))
+        measures = Decisions(random_flow(torch.float32, **options).to(device), data, range(80), config).measures()
+        return [row for measure in measures.values() for found in measure().values() for row in found]
+
+    here = rows("cpu")
+    with second.counted() as counts:
+        there = rows(second)
+    assert counts.operations > 0
+    for pair in zip(here, there, strict=True):
+        expected, found = map(flat_numbers, pair)
+        assert found == pytest.approx(expected, abs=0.02)
+
+
+def flat_numbers(row):
+    values = (list(value.values()) if isinstance(value, dict) else [value] for value in row.values())
+    return [value for own in values for value in own if isinstance(value, float)]
 
 
 def test_the_encoder_follows(second):

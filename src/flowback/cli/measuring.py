@@ -32,8 +32,9 @@ def _evaluate(options: Namespace) -> int:
     _print({"seconds_of_measuring": results["seconds_of_measuring"]})
     if missing := sorted(_not_finite(results)):
         say(f"not finite, and null in evaluation.json: {', '.join(missing)}")
-    if "accuracy" in config.metrics and "accuracy" not in results:
-        say("no accuracy: the flow is unconditional")
+    for name in ("accuracy", "shift", "coverage"):
+        if name in config.metrics and name not in results:
+            say(f"no {name}: the flow is unconditional")
     run, file = Path(options.run), evaluation_file(options.run, options.output)
     if options.output is None and not data and (run / "metrics.csv").is_file():
         write_comparison([run], run, options.device)
@@ -67,4 +68,6 @@ def _compare(options: Namespace) -> int:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{k} {_short(v)}" for k, v in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

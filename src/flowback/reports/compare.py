@@ -25,6 +25,7 @@ from flowback.data import ImageSet
 from flowback.data.pictures import grid_array, with_map
 from flowback.data.splits import spread
 from flowback.latents import Flow, LatentFlow
+from flowback.reports import decisions
 from flowback.reports.card import FIDELITY
 from flowback.reports.evaluate import FILE, write_json
 from flowback.reports.figures import draw_cost_accuracy, draw_curves, draw_overview, draw_probe, draw_sweep
@@ -329,6 +330,7 @@ def section(record: Record, plain: Tensor, guided: Tensor | None = None) -> dict
     shown |= {"probe": as_svg(draw_probe(e)) if e.get("probe") else None}
     shown |= {"classes": [classes[k] for k in shown_classes(record.flow)] if record.flow.num_classes else []}
     shown |= {"curve": as_svg(draw_cost_accuracy(e)) if e.get("classification") else None}
+    shown["tables"] = list(decisions.tables(e))
     shown |= {"sweep": as_svg(draw_sweep(e["guidance_sweep"])) if e.get("guidance_sweep") else None}
     if "judged" in e:
         groups = [e["judged"][which] for which in ("best", "worst", "doubtful") if which in e["judged"]]

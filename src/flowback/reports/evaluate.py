@@ -11,6 +11,9 @@ metric), and for the metrics that were asked for
                 `classification.cost_accuracy`; "judged": what exact likelihoods take images for, see `judged` there
     (both)      "typicality": quantiles of the log-densities of the held-out images that p-values are counted against
     probe       "probe": a row for each (block, layer), see `probe.probe_layers`
+    ood         "ood": a row for each score of images, by the flow or from frozen features; see `decisions.Decisions.ood`
+    shift       "shift": a row for each corruption and strength; "prior_shift": for the flow and a linear probe
+    coverage    "coverage": for the flow and a linear probe, see `measure.decisions.rejection`
     fid …       "fidelity": the figures with extractor, samples, labels, reference and guidance, see `fidelity.fidelity`;
                 with a sweep also "guidance_sweep", a row of this kind for each scale
 
@@ -42,6 +45,8 @@ from flowback.measure import fidelity as fid
 from flowback.measure.density import density, importance_weighted_bits, seen
 from flowback.measure.probe import probe_layers
 from flowback.reports.classification import PASSES, UNLABELLED, cost_accuracy, judged
+from flowback.reports.decisions import METRICS as DECISIONS
+from flowback.reports.decisions import Decisions, applicable
 from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
 from flowback.runs.folder import other_data, run_data, run_of
@@ -52,7 +57,7 @@ from flowback.tasks.score import LEAST, HeldOut, background_of, log_prob_parts, 
 FILE = "evaluation.json"
 EXTRACTORS = ("efficientnet_lite0", "dinov2", "inception")
 PARTS = ("train", "held_out")  # of the data
-METRICS = ("bpd", "accuracy", "probe", *fid.METRICS)
+METRICS = ("bpd", "accuracy", "probe", *fid.METRICS, *DECISIONS)
 TYPICAL = 1000  # held-out images that p-values are counted against, at most; they take a tenth of the passes, at most
 TRAINING = 2000  # training images whose parts are the center of distances, at most
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
@@ -64,11 +69,12 @@ class EvaluationConfig:
     """What to measure.
 
     Args:
-        metrics: any of bpd, accuracy, probe, fid, sfid, is, kid, prc.
+        metrics: any of bpd, accuracy, probe, fid, sfid, is, kid, prc, ood, shift, coverage.
         weights: ema (averaged) or raw (of the last step).
-        images: held-out images for bpd, accuracy and probe; null for all.
+        images: held-out images for all but fidelity; null for all. ood, shift and coverage take at most 1,000 of them.
         passes: forward passes of one image that bpd and accuracy may take. Exact likelihoods cost one a class; where that
-            is too much they are of fewer images, or left out, and at last all figures are of fewer images.
+            is too much they are of fewer images, or left out, and at last all figures are of fewer images. As many may be
+            taken by ood, shift and coverage.
         draws: noise draws averaged in an accuracy; they multiply its cost.
         samples: images drawn for fidelity, compared with as many real ones; the papers use 4,096 and 50,000.
         samples_from: a folder of images or an .npz to measure instead of drawing any; their guidance is then not known.
@@ -80,7 +86,11 @@ class EvaluationConfig:
         extractor_weights: a local file of the extractor's weights.
         reference: real images of fidelity: train, held_out, a folder of images, an .npz of them, or one of ADM's
             statistics.
-        seed: of the samples.
+        outliers: of ood: any of digits (scikit-learn's), upside_down (held-out images), noise, and folders of images; a set
+            that is the data itself is left out.
+        encoder: whose features ood, shift and coverage compare the flow with: any name of timm's, as in an alignment.
+        encoder_weights: a local file of its weights, or random.
+        seed: of the samples, and of what ood, shift and coverage draw.
         compile: compile the decoding of the samples; pays for many.
 
     Raises:
@@ -100,6 +110,9 @@ class EvaluationConfig:
     extractor: str = "efficientnet_lite0"
     extractor_weights: str | None = None
     reference: str = "train"
+    outliers: tuple[str, ...] = ("digits", "upside_down", "noise")
+    encoder: str = "efficientnet_lite0"
+    encoder_weights: str | None = None
     seed: int = 0
     compile: bool = False
 
@@ -173,8 +186,12 @@ def evaluate(
     results["gradient"] = alignment.gradient if alignment and alignment.strategy == "reverse" else None
     results |= {"held_out_images": len(indices)}
     measures = _measures(config, flow, images, indices, affordable.exact, file.parent, folder)
-    density_or_classes = {"bpd", "accuracy"} & set(config.metrics)
-    report(results | ({"effort": f"{affordable} (--passes {config.passes:,})"} if density_or_classes else {}))
+    efforts = [f"{affordable} (--passes {config.passes:,})"] if {"bpd", "accuracy"} & set(config.metrics) else []
+    if applicable(config.metrics, flow):
+        decisions = Decisions(flow, images, indices, config)
+        measures |= decisions.measures()
+        efforts.append(decisions.effort)
+    report(results | ({"effort": "; ".join(efforts)} if efforts else {}))
     seconds = results["seconds_of_measuring"] = {}
     for name, measure in measures.items():
         started = time.perf_counter()
