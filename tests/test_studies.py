@@ -9,6 +9,7 @@ from pathlib import Path
 import latent_study
 import latent_tables
 import numpy as np
+import outlier_study
 import pytest
 import study
 import tables
@@ -202,3 +203,30 @@ def test_the_table_of_latents_has_means_and_intervals(tmp_path):
     assert cells["FID best"] == f"49 ± {4.303 / 3**0.5:.0f}"
     assert cells["linear probe %"] == "90.0 ± 0.0"
     assert cells["rFID"] == cells["of features %"] == ""
+
+
+# ---- outliers -------------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_outliers_have_means_and_ranges_and_baselines_once(tmp_path, monkeypatch, capsys):
+    for arm, seed, value in (("a_b", 0, 0.5), ("a_b", 1, 0.75), ("c", 0, 0.25)):
+        both = {"flow": value, "probe": 0.125 * seed}
+        ood = [
+            {"of": of, "score": "s", "auroc": {"some/set": number}, "fpr_at_95_tpr": {"some/set": 1 - number}}
+            for of, number in (("flow", value), ("encoder", 0.125 * seed))
+        ]
+        same = {"corruption": "blur", "ece": both, "aurc": both}
+        shift = [same | {"strength": n, "accuracy": {of: v / n for of, v in both.items()}} for n in (1, 2)]
+        risk = {"accuracy": value, "ece": 0.1, "aurc": 0.1, "risk_0.9": 0.1, "risk_0.8": 0.0}
+        facts = {"ood": ood, "shift": shift, "coverage": [{"of": "flow", **risk}]}
+        facts["prior_shift"] = [{"of": "flow", "accuracy": {"before": value, "given": 1.0}}]
+        (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(facts))
+    monkeypatch.setattr("sys.argv", ["outlier_study.py", "--results", str(tmp_path)])
+    outlier_study.main()
+    said = capsys.readouterr().out.splitlines()
+    assert "| a_b: s | 0.625 (0.500 to 0.750) |" in said
+    assert "| a_b: s | 0.375 (0.250 to 0.500) |" in said
+    assert "| c: s | 0.250 |" in said
+    assert said.count("| encoder: s | 0.062 (0.000 to 0.125) |") == 1
+    assert "| a_b | 0.469 (0.375 to 0.562) | 0.625 (0.500 to 0.750) | 0.625 (0.500 to 0.750) |" in said
+    assert any(line.startswith("| c | 0.250 | 0.100 | 0.100 | 0.100 | 0.000 | 0.250 | 1.000 |") for line in said)

@@ -21,6 +21,7 @@ from flowback.data.splits import spread
 from flowback.encoders import load_encoder
 from flowback.latents import Flow, as_data
 from flowback.measure.decisions import estimate_shares, rejection, with_shares
+from flowback.measure.density import seen
 from flowback.measure.outliers import (
     Detector,
     Features,
@@ -36,8 +37,7 @@ from flowback.tasks.classify import NEVER, calibrated, calibration_error, fit_ca
 from flowback.tasks.score import LEAST, HeldOut, Score, background_of, log_prob_parts, score_data
 
 METRICS = ("ood", "shift", "coverage")
-TRAINING, HELD_OUT = 2000, 1000  # images that baselines are fitted to, and that are measured, at most
-TYPICAL = 512  # training images that distances are from, as in what `flowback evaluate` stores
+TRAINING, HELD_OUT = 2000, 1000  # images that distances and baselines are fitted to, and that are measured, at most
 FITTED, OUTLIERS, CORRUPTED = 4, 2, 4  # of the held-out images one in so many fits what is fitted; so many are in each set
 CHUNK = 250  # images whose features are one file of the cache
 RATIO = 50  # of the commonest class' share to the rarest one's, in the figures of prior shift
@@ -99,10 +99,12 @@ class Decisions:
         self.outliers = {name: outliers(name, self.images, count // OUTLIERS, config.seed) for name in names}
         self.encoder_name = config.encoder
         self.encoder = load_encoder(config.encoder, config.encoder_weights).to(flow.device)
-        encoded = round(count * parts) + min(TRAINING, len(data.train))
+        self.training_indices = spread(len(data.train), TRAINING)
+        training = len(self.training_indices)
+        passes = round(count * each) + training * config.draws * ("ood" in self.metrics)
         self.effort = (
-            f"{', '.join(self.metrics)}: {count:,} held-out images, {round(count * each):,} forward passes, "
-            f"{encoded:,} images through {config.encoder}"
+            f"{', '.join(self.metrics)}: {count:,} held-out images, {passes:,} forward passes, "
+            f"{round(count * parts) + training:,} images through {config.encoder}"
         )
 
     def measures(self) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -113,7 +115,7 @@ class Decisions:
         """A row for each score of normality: how well it tells each set of outliers from held-out images."""
         sets, rows = {name: self._seen(x) for name, x in self.outliers.items()}, []
         for (of, name), score in self._scores().items():
-            normal = score(self.seen)[self.others.numpy()]
+            normal = score(self.held)[self.others.numpy()]
             told = {key: separation(normal, score(seen)) for key, seen in sets.items()}
             figures = {figure: {key: found[figure] for key, found in told.items()} for figure in ("auroc", "fpr_at_95_tpr")}
             rows.append({"of": of, "score": name, "images": len(normal)} | figures)
@@ -133,7 +135,7 @@ class Decisions:
     def coverage(self) -> dict[str, Any]:
         """A row for each classifier: what a reject option gains."""
         y, rows = self.labels[self.others], []
-        for name, p in self._posteriors(self.seen).items():
+        for name, p in self._posteriors(self.held).items():
             p = p[self.others]
             rows.append({"of": name, "images": len(y), "ece": calibration_error(p, y)} | rejection(p, y))
         return {"coverage": rows}
@@ -148,7 +150,7 @@ class Decisions:
         drawn = torch.multinomial((shares / counts)[labels], len(labels), replacement=True, generator=generator)
         y, rows = labels[drawn], []
         assumed = {"flow": torch.ones(K), "probe": self.training[1].bincount(minlength=K).clamp(min=1)}
-        for name, p in self._posteriors(self.seen).items():
+        for name, p in self._posteriors(self.held).items():
             p = p[self.others][drawn]
             estimated = estimate_shares(p, assumed[name])
             known = {"estimated": estimated, "given": shares}
@@ -160,9 +162,9 @@ class Decisions:
 
     def _scores(self) -> dict[tuple[str, str], Callable[[Seen], np.ndarray]]:
         """What may tell outliers, of whom and by name: `[B]`, larger is more normal."""
-        own, K = self.seen.score, self.flow.num_classes
+        own, K = self.held.score, self.flow.num_classes
         fitted = replace(own, class_maps=own.class_maps[self.fit], parts=own.parts[self.fit], background=None)
-        x = as_data(self.flow, self._training(TYPICAL))
+        x, _ = seen(self.flow, self.data.train, self.training_indices, self.data.levels)
         known = HeldOut.fit(fitted, log_prob_parts(self.flow.core, x, self.draws))
         middle = fitted.log_prob.median()
         of_flow: dict[str, Callable[[Score], Tensor]] = {"log_prob": lambda s: s.log_prob}
@@ -185,7 +187,7 @@ class Decisions:
     # ---- what is computed once ----
 
     @cached_property
-    def seen(self) -> Seen:
+    def held(self) -> Seen:
         """Of all held-out images."""
         return self._seen(self.images)
 
@@ -196,16 +198,10 @@ class Decisions:
         tensors = {name: value.cpu() for name, value in vars(score).items() if isinstance(value, Tensor)}
         return Seen(replace(score, **tensors), self._features(images))
 
-    def _training(self, count: int) -> Tensor:
-        """An even spread of training images, `[n, C, H, W]` in [-1, 1]."""
-        split = self.data.train
-        return from_levels(split[spread(len(split), count)][0], self.data.levels)
-
     @cached_property
     def training(self) -> tuple[Features, Tensor]:
         """Features of training images, and their labels."""
-        split = self.data.train
-        indices = spread(len(split), TRAINING)
+        split, indices = self.data.train, self.training_indices
         chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
         found = [self._features(from_levels(split[chunk][0], self.data.levels)) for chunk in chunks]
         return Features(*(np.concatenate(parts) for parts in zip(*found, strict=True))), split.labels[indices]
@@ -215,13 +211,13 @@ class Decisions:
         """A linear probe, its temperature fitted as the flow's."""
         features, y = self.training
         probe = MaxProbability(self.flow.num_classes).fit(features, y.numpy())
-        logits = probe.logits(self.seen.features)[self.fit]
+        logits = probe.logits(self.held.features)[self.fit]
         probe.temperature = fit_calibration(logits, self.labels[self.fit])[0]
         return probe
 
     @cached_property
     def _temperature(self) -> float:
-        return fit_calibration(self.seen.score.class_log_prob[self.fit], self.labels[self.fit])[0]
+        return fit_calibration(self.held.score.class_log_prob[self.fit], self.labels[self.fit])[0]
 
     def _flow_posterior(self, score: Score) -> Tensor:
         return calibrated(score.class_log_prob.double(), self._temperature, NEVER)

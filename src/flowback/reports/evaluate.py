@@ -46,7 +46,7 @@ from flowback.measure.density import density, importance_weighted_bits, seen
 from flowback.measure.probe import probe_layers
 from flowback.reports.classification import PASSES, UNLABELLED, cost_accuracy, judged
 from flowback.reports.decisions import METRICS as DECISIONS
-from flowback.reports.decisions import Decisions, applicable
+from flowback.reports.decisions import TRAINING, Decisions, applicable
 from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
 from flowback.runs.folder import other_data, run_data, run_of
@@ -59,7 +59,6 @@ EXTRACTORS = ("efficientnet_lite0", "dinov2", "inception")
 PARTS = ("train", "held_out")  # of the data
 METRICS = ("bpd", "accuracy", "probe", *fid.METRICS, *DECISIONS)
 TYPICAL = 1000  # held-out images that p-values are counted against, at most; they take a tenth of the passes, at most
-TRAINING = 2000  # training images whose parts are the center of distances, at most
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 IMPORTANCE_WEIGHTED = 1000  # images of the tighter bound, each of which costs 16 passes
 
