@@ -4,7 +4,7 @@
     python studies/outliers/outlier_study.py RUN… --outliers digits,upside_down,noise,runs/data/emoji
     python studies/outliers/outlier_study.py                                                  # the tables alone
 
-Runs are folders named ARM-SEED, such as runs/studies/latents/flow/pixels-0. What is in results/ARM-SEED.json is not measured
+Runs are folders named ARM-SEED, such as runs/studies/latents/flow/pixels-0. What is in results/ is not measured
 again. Of several seeds there is the mean, with the smallest and the largest value in brackets.
 """
 
