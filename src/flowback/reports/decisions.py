@@ -236,7 +236,7 @@ class Decisions:
 
     def _features(self, x: Tensor) -> Features:
         """Features of images `[n, C, H, W]` on the CPU, which are cached by the pixels and the encoder's weights."""
-        key = hashlib.sha256(self._encoder_hash + x.numpy().tobytes()).hexdigest()[:32]
+        key = hashlib.sha256(self._encoder_hash + repr(x.shape).encode() + x.numpy().tobytes()).hexdigest()[:32]
         file = cache_folder() / "features" / f"{key}.npz"
         with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file, allow_pickle=False) as arrays:
             return Features(arrays["pooled"], arrays["patches"])
