@@ -320,8 +320,8 @@ def test_an_unconditional_flow_has_outliers_only(encoded):
     rows = found.ood()["ood"]
     assert {row["score"] for row in rows} == {
         "log_prob",
-        "typicality",
-        "profile",
+        "log_prob, both sides",
+        "distance",
         "mahalanobis",
         "padim",
         "nearest neighbors",
