@@ -4,10 +4,10 @@
     python studies/cells/cells.py elpv_dataset-1.0.0.post1-py3-none-any.whl --output runs/data/cells [--size 64]
     flowback train --config studies/cells/pixels.yaml
 
-2,624 electroluminescence images of 300x300 pixels, with a probability of a defect, from 44 solar modules: `sound/` has those
-of probability 0, `defect_033/`, `defect_067/` and `defect_100/` the others. A file's name begins with the kind of module, mono or
-poly. The images are under CC BY-NC-SA 4.0 (Buerhop-Lutz et al., doi 10.4229/35thEUPVSEC20182018-5CV.3.15): credit them, and ask
-their authors before you use them commercially.
+2,624 electroluminescence images (300x300) of cells of 44 solar modules, with a probability of a defect: `sound/` has those
+of probability 0, `defect_033/`, `defect_067/` and `defect_100/` the others. A file's name begins with the kind of module,
+mono or poly. The images are under CC BY-NC-SA 4.0 (Buerhop-Lutz et al., doi 10.4229/35thEUPVSEC20182018-5CV.3.15): credit
+them, and ask their authors before you use them commercially.
 """
 
 import argparse
