@@ -26,11 +26,12 @@ from flowback.data.folders import image_files
 from flowback.data.pictures import save_grid, with_map
 from flowback.data.splits import spread
 from flowback.encoders import load_encoder
+from flowback.latents import as_data
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import State, load_flow
 from flowback.runs.config import AutoencoderRunConfig, RunConfig
 from flowback.runs.folder import run_data
-from flowback.tasks.score import HeldOut, score
+from flowback.tasks.score import HeldOut, log_prob_parts, score
 from flowback.training import train
 from flowback.training.autoencoders import train_autoencoder
 
@@ -44,7 +45,7 @@ BASELINES: dict[str, Callable[[], Detector]] = {
     "nearest_neighbors": NearestNeighbors,
     "padim": Padim,
 }
-DRAWS, BOOTSTRAPS, SIZE = 4, 2000, 64
+DRAWS, BOOTSTRAPS, SIZE = 2, 2000, 64
 SHOWN, LIMIT = 12, 6.0  # cells in the picture, and standard deviations at which a map has its full color
 
 
@@ -88,16 +89,19 @@ def _kind(name: str) -> str:
     return name.split("_")[0]
 
 
-def of_flow(run: Path, reference: Tensor, test: dict[str, Cells]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def of_flow(
+    run: Path, images: Tensor, reference: Tensor, test: dict[str, Cells]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Scores of the flow, the more normal the larger: of each score and class `[n]`; and the anomaly maps of each class."""
     flow, _ = load_flow(run)
-    held_out = HeldOut.of(score(flow, reference, draws=DRAWS))
+    parts = log_prob_parts(flow.core, as_data(flow, images), DRAWS)
+    held_out = HeldOut.fit(score(flow, reference, draws=DRAWS), parts)
     scores: dict[str, dict[str, Tensor]] = {}
     maps = {}
     for name, cells in test.items():
         found = score(flow, cells.x, held_out=held_out)
         maps[name], tokens = found.anomaly, found.anomaly.flatten(1)
-        values = {"log_prob": found.log_prob, "typicality": found.typicality}
+        values = {"log_prob": found.log_prob, "distance": -found.distance, "typicality": found.typicality}
         values |= {"map_max": -tokens.amax(dim=1), "map_95": -tokens.quantile(0.95, dim=1)}
         for key, value in values.items():
             scores.setdefault(key, {})[name] = value
@@ -183,7 +187,7 @@ def main() -> None:
     images, reference, test = divided(configs["pixels"])
     scores, maps = {}, {}
     for arm, config in configs.items():
-        found, maps[arm] = of_flow(config.folder, reference, test)
+        found, maps[arm] = of_flow(config.folder, images, reference, test)
         scores |= {f"{arm} {name}": value for name, value in found.items()}
     figures = measured(scores | of_baselines(images, test), test)
     for arm, config in configs.items():

@@ -142,9 +142,9 @@ def told(flow: Flow) -> str:
         text += " There is no typicality and no anomaly map: run `flowback evaluate`, which stores what they need."
     else:
         text += (
-            f" Typicality p is counted against {len(held_out.log_prob)} held-out images; of images like them at most the "
+            f" Typicality p is counted against {len(held_out.distance)} held-out images; of images like them the share p "
         )
-        text += "share p has so little of it."
+        text += "has p or less."
     if flow.num_classes and (statistics is None or "exact" not in statistics.temperatures):
         text += " Probabilities are not calibrated: run `flowback evaluate`."
     return text + ("" if flow.num_classes else " This flow is unconditional: it knows no classes, so there is no evidence.")
@@ -175,7 +175,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
     def controls(name: str) -> tuple[gr.Slider, gr.Slider, gr.Dropdown, gr.Dropdown, gr.Markdown]:
         flow, names = shelf.flow(name), shelf.classes(name)
         held_out = HeldOut.load(flow)
-        least = 0.001 if held_out is None else math.ceil(20000 / (len(held_out.log_prob) + 1)) / 10000
+        least = 0.001 if held_out is None else math.ceil(10000 / (len(held_out.distance) + 1)) / 10000
         return (
             gr.Slider(
                 least,
