@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from flowback.measure.outliers import Detector, Mahalanobis, NearestNeighbors, Padim, features_of
 from torch import Tensor
 
 from flowback.core.devices import machine, pick_device
@@ -27,6 +26,7 @@ from flowback.data.pictures import save_grid, with_map
 from flowback.data.splits import spread
 from flowback.encoders import load_encoder
 from flowback.latents import as_data
+from flowback.measure.outliers import Detector, Mahalanobis, NearestNeighbors, Padim, features_of
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import State, load_flow
 from flowback.runs.config import AutoencoderRunConfig, RunConfig
@@ -46,7 +46,7 @@ BASELINES: dict[str, Callable[[], Detector]] = {
     "padim": Padim,
 }
 DRAWS, BOOTSTRAPS, SIZE = 2, 2000, 64
-SHOWN, LIMIT = 12, 6.0  # cells in the picture, and standard deviations at which a map has its full color
+SHOWN = 12  # cells in the picture
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def draw(file: Path, test: dict[str, Cells], maps: dict[str, dict[str, Tensor]])
     for name in ("sound", DEFECTS[0]):
         places = spread(len(test[name].kinds), SHOWN)
         x = test[name].x[places]
-        rows += [with_map(x, torch.zeros(len(x), 1, 1), 1), *(with_map(x, maps[arm][name][places], LIMIT) for arm in maps)]
+        rows += [with_map(x, torch.zeros(len(x), 1, 1), 1), *(with_map(x, maps[arm][name][places]) for arm in maps)]
     save_grid(torch.cat(rows), file, columns=SHOWN)
 
 

@@ -40,7 +40,6 @@ NAME = "Score"
 BATCH = 16  # files between two looks at the page
 LIKELIEST, OTHER = "the likeliest", "the likeliest other"
 UNKNOWN = "does not know"
-LIMIT = 6.0  # standard deviations at which an anomaly map has its full color
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,9 @@ def rows_of(
 def maps_of(found: Score, x: Tensor, asked: Asked) -> dict[str, Tensor]:
     """Images `[B, C, H, W]` under the maps that there are, by name, uint8 `[B, 3, H, W]`.
 
-    The color of an anomaly is a number of standard deviations; that of evidence is full where the image's is strongest.
+    The color of evidence is full where that of the image is strongest.
     """
-    maps = {} if found.held_out is None else {"anomaly": with_map(x, found.anomaly, LIMIT)}
+    maps = {} if found.held_out is None else {"anomaly": with_map(x, found.anomaly)}
     chosen = pair(found, asked)
     if chosen is not None:
         evidence = found.evidence(*chosen)
