@@ -1,11 +1,14 @@
-"""The alignment study: what it would run is possible, its arithmetic is right, and its page says what its results say."""
+"""The studies: what they would run is possible, their arithmetic is right, and pages say what the results say."""
 
 import copy
+import io
 import json
 import re
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import cells_study
 import latent_study
 import latent_tables
 import numpy as np
@@ -16,9 +19,11 @@ import tables
 import torch
 from PIL import Image
 
+import cells
 import emoji
 from builders import random_flow
 from convergence import errors_by_sweep, sweeps_until
+from flowback.runs.config import AutoencoderRunConfig, RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +235,75 @@ def test_tables_of_outliers_have_means_and_ranges_and_baselines_once(tmp_path, m
     assert said.count("| encoder: s | 0.062 (0.000 to 0.125) |") == 1
     assert "| a_b | 0.469 (0.375 to 0.562) | 0.625 (0.500 to 0.750) | 0.625 (0.500 to 0.750) |" in said
     assert any(line.startswith("| c | 0.250 | 0.100 | 0.100 | 0.100 | 0.000 | 0.250 | 1.000 |") for line in said)
+
+
+# ---- cells ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_cells_become_folders_by_their_probability_of_a_defect(tmp_path, monkeypatch, capsys):
+    package, output = tmp_path / "elpv.whl", tmp_path / "cells"
+    rows = [(1, "1.0", "mono"), (2, "0.0", "poly"), (3, "0.3333333333333333", "mono"), (4, "0.6666666666666666", "poly")]
+    with zipfile.ZipFile(package, "w") as archive:
+        text = [f"images/cell{i:04d}.png  {share}   {kind}" for i, share, kind in rows]
+        archive.writestr(f"{cells.DATA}/labels.csv", "\n".join(text) + "\n")
+        for i, *_ in rows:
+            image = io.BytesIO()
+            Image.fromarray(np.full((12, 12), 60 * i, np.uint8)).save(image, "png")
+            archive.writestr(f"{cells.DATA}/images/cell{i:04d}.png", image.getvalue())
+    monkeypatch.setattr("sys.argv", ["cells.py", str(package), "--output", str(output), "--size", "6"])
+    cells.main()
+    found = {str(file.relative_to(output)): np.array(Image.open(file)) for file in output.rglob("*.png")}
+    names = {1: "defect_100/mono", 2: "sound/poly", 3: "defect_033/mono", 4: "defect_067/poly"}
+    assert found.keys() == {f"{name}_cell{i:04d}.png" for i, name in names.items()}
+    assert all((found[f"{name}_cell{i:04d}.png"] == np.full((6, 6), 60 * i)).all() for i, name in names.items())
+    assert "1 sound, 1 defect_033, 1 defect_067, 1 defect_100" in capsys.readouterr().out
+    package.write_bytes(b"no zip")
+    with pytest.raises(SystemExit, match="expected the wheel of elpv-dataset"):
+        cells.main()
+
+
+def test_the_recipes_of_cells_share_their_data_and_their_size():
+    recipes = {arm: RunConfig.read(cells_study.HERE / f"{arm}.yaml") for arm in cells_study.ARMS}
+    autoencoder = AutoencoderRunConfig.read(cells_study.HERE / "autoencoder.yaml")
+    pixels, semantic = recipes["pixels"], recipes["semantic"]
+    assert pixels.data == semantic.data == autoencoder.data
+    assert pixels.train == semantic.train
+    assert semantic.latents.autoencoder == autoencoder.run
+    assert semantic.flow.noise_std <= autoencoder.semantic.noise_std
+    latents = autoencoder.data.image_size // autoencoder.semantic.downsample
+    assert latents**2 == (64 // pixels.flow.patch_size) ** 2 == 64
+
+
+def test_areas_are_the_share_of_pairs_in_order_and_their_intervals_hold_them():
+    from sklearn.metrics import roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    sound = torch.randn(80, generator=generator) + 1
+    defect = torch.randn(50, generator=generator).round(decimals=1)
+    sound[:30] = sound[:30].round(decimals=1)  # some are equal
+    areas = cells_study.auroc(sound, defect)
+    y = [1] * len(sound) + [0] * len(defect)
+    assert float(areas[0]) == pytest.approx(roc_auc_score(y, torch.cat([sound, defect])))
+    value, low, high = cells_study.interval(areas)
+    assert low < value < high
+    width = (areas[0] * (1 - areas[0]) / 50).sqrt() * 4  # rather wide for 80 and 50 images
+    assert 0.03 < high - low < float(width) * 1.5
+    assert cells_study.interval(areas - cells_study.auroc(sound, defect)) == [0, 0, 0]
+    assert float(cells_study.auroc(-sound, -defect)[0]) == pytest.approx(1 - float(areas[0]))
+
+
+def test_a_flow_that_finds_defects_is_better_than_one_that_does_not():
+    test = {
+        name: cells_study.Cells(torch.zeros(40, 1, 2, 2), ["mono", "poly"] * 20) for name in ("sound", *cells_study.DEFECTS)
+    }
+    good = {name: torch.arange(40.0) + 100 * (name == "sound") for name in test}
+    blind = {name: torch.arange(40.0) for name in test}
+    found = cells_study.measured(
+        {"pixels map_95": good, "padim": blind, **dict.fromkeys(("mahalanobis", "nearest_neighbors", "brightness"), blind)},
+        test,
+    )
+    assert found["auroc"]["pixels map_95"]["defect_100/mono"] == [1, 1, 1]
+    value, low, high = found["differences"]["pixels map_95 - padim"]
+    assert value == pytest.approx(0.5)
+    assert 0.3 < low < value < high < 0.7
+    assert "| padim | 0.500 (" in cells_study.table(found)

@@ -11,6 +11,8 @@ from PIL import Image
 from playwright.sync_api import TimeoutError, sync_playwright
 from safetensors.torch import load_file
 
+from flowback.core.units import to_uint8
+from flowback.data.pictures import save_png
 from flowback.studio import draw
 from flowback.studio.app import serve
 from flowback.studio.common import UPLOAD, Studio
@@ -227,6 +229,26 @@ def test_it_classifies_its_own_images(page):
     page.get_by_text(".png").first.wait_for()
     click(page, "Classify")
     page.get_by_role("gridcell").first.wait_for()
+
+
+def test_it_scores_a_folder_on_a_small_screen_and_by_keyboard(page, digits, tmp_path):
+    page.set_viewport_size({"width": 390, "height": 800})
+    for i, x in enumerate(digits[0][:3]):
+        save_png(to_uint8(x), tmp_path / f"digit_{i}.png")
+    (tmp_path / "notes.txt").write_text("left aside")
+    open_tab(page, "Score")
+    page.get_by_text("no anomaly map: run").wait_for()  # the flow was not evaluated
+    page.locator("input[type=file][webkitdirectory]").set_input_files(tmp_path)
+    page.get_by_text("digit_2").first.wait_for()
+    page.get_by_role("button", name="Score", exact=True).press("Enter")
+    page.get_by_text("3 files in").wait_for()
+    page.get_by_text(re.compile(r"\d against \d: .* nats")).first.wait_for()
+    assert page.get_by_role("gridcell", name="digit_0.png").count()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    with page.expect_download() as download:
+        page.locator("a.download-link[download='scores.csv'], a[href$='/scores.csv']").first.click()
+    download.value.save_as(tmp_path / "scores.csv")
+    assert (tmp_path / "scores.csv").read_text().startswith("file,log_prob,nats_per_dim,bits_per_dim,ratio,class,")
 
 
 @pytest.mark.parametrize(

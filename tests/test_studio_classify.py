@@ -20,7 +20,7 @@ from flowback.latents import load_autoencoder
 from flowback.measure.density import densities
 from flowback.runs.checkpoint import newest
 from flowback.studio import classify as tab
-from flowback.studio.common import Studio, own_image, uploaded
+from flowback.studio.common import Studio, own_image, save_table, uploaded
 from flowback.studio.shelf import Shelf
 from flowback.tasks.classify import classify, classify_files, fit_statistics, likeliest, readable
 
@@ -160,7 +160,7 @@ def test_files_of_the_same_name_are_told_apart(flow, files, tmp_path):
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", " =1", "\t=1"])
 def test_no_cell_is_a_formula(name, tmp_path):
-    file = tab.save(tmp_path, ["file", "value"], [[name, -1.5], ["a=b", 2]])
+    file = save_table(tmp_path / "table.csv", ["file", "value"], [[name, -1.5], ["a=b", 2]])
     with open(file, newline="") as stream:
         assert list(csv.reader(stream)) == [["file", "value"], [f"'{name}", "-1.5"], ["a=b", "2"]]
 

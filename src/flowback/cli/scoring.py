@@ -22,7 +22,6 @@ from flowback.runs.checkpoint import class_names, load_flow
 from flowback.tasks.classify import read_files
 from flowback.tasks.score import HeldOut, background_of, figures, score
 
-LIMIT = 6.0  # standard deviations at which a map has its full color
 SIDE = 128  # pixels of a picture, at least
 
 
@@ -134,7 +133,7 @@ def growing(file: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 def _draw(x: Tensor, anomaly: Tensor, file: Path) -> None:
     """The image `[C, H, W]` beside itself under the map `[rows, columns]` of how unusual its places are."""
-    both = torch.cat([to_uint8(x.cpu()).expand(3, -1, -1)[None], with_map(x[None], anomaly[None], LIMIT)])
+    both = torch.cat([to_uint8(x.cpu()).expand(3, -1, -1)[None], with_map(x[None], anomaly[None])])
     write_whole(file, lambda partial: save_grid(both, partial, columns=2, smallest=SIDE))
 
 

@@ -38,10 +38,11 @@ def save_grid(x: Tensor, file: Path, columns: int, smallest: int = 28) -> None:
     Image.fromarray(grid_array(x, columns, smallest).numpy()).save(file)
 
 
-def with_map(x: Tensor, maps: Tensor, limit: float) -> Tensor:
+def with_map(x: Tensor, maps: Tensor, limit: float = 6.0) -> Tensor:
     """Images `[B, C, H, W]` in [-1, 1], in grey, under maps `[B, rows, columns]`: red above zero, blue below; uint8 RGB.
 
-    A value of `limit` or more covers the image by three quarters, one of zero not at all.
+    A value of `limit` or more covers the image by three quarters, one of zero not at all. The default is for anomaly maps,
+    whose unit is a standard deviation.
     """
     grey = (x.cpu().float().mean(dim=1, keepdim=True) + 1) / 2
     maps = interpolate(maps.cpu().float()[:, None].nan_to_num(), x.shape[-2:], mode="nearest-exact")

@@ -11,10 +11,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from flowback.core.console import say
 from flowback.core.errors import InputError
-from flowback.studio import classify, compare, draw, edit, train
+from flowback.studio import classify, compare, draw, edit, score, train
 from flowback.studio.common import SERVED, UPLOAD, Studio, says_problems
 
-TABS: tuple[ModuleType, ...] = (draw, classify, edit, compare)
+TABS: tuple[ModuleType, ...] = (draw, classify, score, edit, compare)
 LOCAL_TABS: tuple[ModuleType, ...] = (train,)  # that only this machine may use: they start processes and write runs
 WAITING = 64  # people in the queue, at most
 HERE = ["127.0.0.1", "localhost"]  # names that a browser may know this machine by: no page of a foreign one becomes ours

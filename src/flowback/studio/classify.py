@@ -1,7 +1,5 @@
 """The tab in which image files are classified, and their likelihoods shown."""
 
-import csv
-import math
 import time
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -15,7 +13,22 @@ from torch import Tensor
 from flowback.core.errors import InputError, plain
 from flowback.latents import Flow, as_data
 from flowback.measure.density import densities
-from flowback.studio.common import ONE_AT_A_TIME, Studio, number, own_image, same, says_problems, shown, uploaded
+from flowback.studio.common import (
+    MOST,
+    ONE_AT_A_TIME,
+    PREVIEWS,
+    Row,
+    Studio,
+    number,
+    own_image,
+    rounded,
+    same,
+    save_table,
+    says_problems,
+    shown,
+    some_files,
+    uploaded,
+)
 from flowback.studio.shelf import python_of, shell
 from flowback.tasks.classify import (
     RULES,
@@ -29,13 +42,8 @@ from flowback.tasks.classify import (
 )
 
 NAME = "Classify"
-MOST = 500  # files at once
-PREVIEWS = 64  # images that are shown
 BATCH = 16  # files between two looks at the page
 EVERY = "every rule"
-FORMULAS = tuple("=+-@")  # with which a spreadsheet begins one
-
-Row = list[str | float | int | None]
 
 
 def rules_for(flow: Flow) -> list[str]:
@@ -53,10 +61,7 @@ def requested(flow: Flow, files: Any, rule: Any, top: Any, draws: Any) -> tuple[
     Raises:
         InputError: if a value is not usable.
     """
-    files, rules = list(files or []), rules_for(flow)
-    if not 1 <= len(files) <= MOST:
-        found = f"{len(files)}; classify them in parts, or with the command" if files else "none; drop some above"
-        raise InputError(f"there must be 1 to {MOST} files, got {found}")
+    files, rules = some_files(files), rules_for(flow)
     if rules and rule not in (*rules, EVERY):
         raise InputError(f"the rule must be one of {', '.join(rules)}, or {EVERY}, got {rule!r}")
     chosen = [rule] if rule in rules else rules
@@ -91,7 +96,7 @@ def rows_of(
         rows: list[Row] = []
         for i, rest in enumerate(likelihoods(flow, part.x, y)):
             pairs = zip(classes[i], values[i], strict=True)
-            best: Row = [text for k, value in pairs for text in (names[k], _figure(value))]
+            best: Row = [text for k, value in pairs for text in (names[k], rounded(value))]
             told = kind
             if y[i] < 0:
                 best[:], told = [None] * len(best), "no score is a finite number"
@@ -105,7 +110,7 @@ def likelihoods(flow: Flow, x: Tensor, y: Tensor) -> list[list[float | None]]:
     core = flow.core
     measured = densities(core, as_data(flow, x), y, latents=flow is not core)
     columns = [-measured["nats_per_dim"] * core.dims, *([measured["bits_per_dim"]] if flow is core else [])]
-    return [[_figure(value) for value in row] for row in torch.stack(columns, dim=1).tolist()]
+    return [[rounded(value) for value in row] for row in torch.stack(columns, dim=1).tolist()]
 
 
 def texts(place: str, files: Sequence[str], rules: Sequence[str], top: int, draws: int) -> tuple[str, str]:
@@ -128,10 +133,6 @@ def texts(place: str, files: Sequence[str], rules: Sequence[str], top: int, draw
     return python, "\n".join(commands) or "# no command prints likelihoods of single images"
 
 
-def _figure(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
-
-
 def costs(flow: Flow) -> str:
     """What the rules cost, or why there are none."""
     if not flow.num_classes:
@@ -148,18 +149,6 @@ def summary(flow: Flow, read: int, unread: Sequence[str], seconds: float) -> str
     text = f"{read} files in {seconds:.1f} s. The log-likelihood is log p({x}{given}), with the noise of training"
     text += "; bits/dim are an upper bound for the pixels." if flow is flow.core else "."
     return text + "".join(f"<br>{escape(plain(sentence))}" for sentence in unread)
-
-
-def save(folder: Path, titles: Sequence[str], rows: Sequence[Row]) -> str:
-    """The table as a CSV file, in which nothing is a formula."""
-    file = folder / "classified.csv"
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([[_cell(value) for value in row] for row in (titles, *rows)])
-    return str(file)
-
-
-def _cell(value: str | float | int | None) -> str | float | int | None:
-    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(FORMULAS) else value
 
 
 def build(studio: Studio, chosen: gr.Dropdown) -> None:
@@ -225,7 +214,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             }
         yield {
             said: summary(flow, len(images), unread, time.perf_counter() - started),
-            download: gr.File(save(studio.new_folder(), titles, rows), visible=True),
+            download: gr.File(save_table(studio.new_folder() / "classified.csv", titles, rows), visible=True),
         }
 
     @says_problems

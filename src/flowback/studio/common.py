@@ -1,5 +1,6 @@
 """What the tabs share: how images are shown, results are kept for download, and problems are said."""
 
+import csv
 import functools
 import inspect
 import math
@@ -7,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -27,10 +28,15 @@ from flowback.studio.shelf import Shelf
 from flowback.tasks.sampling import Request, as_pixels, draw_batches
 
 SHOWN = 112  # pixels of a side, at least, in which an image is shown
+MOST = 500  # files at once
+PREVIEWS = 64  # images that are shown
 KEPT_SECONDS = 3600  # that results are kept for download
 UPLOAD = 20 * 2**20  # bytes of a file, at most
 SERVED = "GRADIO_TEMP_DIR"  # in the environment: where Gradio keeps what was uploaded and what is shown
+FORMULAS = tuple("=+-@")  # with which a spreadsheet begins one
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "flow", "concurrency_limit": 1}  # whatever computes shares one place
+
+Row = list[str | float | int | None]
 
 
 @dataclass
@@ -98,6 +104,19 @@ def uploaded(file: str | None, flow: Flow) -> Tensor:
     if not file:
         raise InputError("there is no image yet; upload one, or use one of the flow")
     return from_levels(load_image(file, flow.image_size, flow.channels, Path(file).name)[None])
+
+
+def some_files(files: Any) -> list[str]:
+    """Uploaded files.
+
+    Raises:
+        InputError: if there are none, or too many.
+    """
+    files = list(files or [])
+    if not 1 <= len(files) <= MOST:
+        found = f"{len(files)}; take them in parts, or use the command" if files else "none; drop some above"
+        raise InputError(f"there must be 1 to {MOST} files, got {found}")
+    return files
 
 
 def own_image(flow: Flow, seed: int, folder: Path) -> str:
@@ -171,3 +190,19 @@ def class_numbers(chosen: list[str] | str | None, names: list[str]) -> list[int]
     if unknown:
         raise InputError(f"the flow has no class {unknown[0]!r}; choose again")
     return [names.index(word) for word in words] if words else list(range(len(names)))
+
+
+def rounded(value: float) -> float | None:
+    """A figure as a table shows it; none if it is not finite."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def save_table(file: Path, titles: Sequence[str], rows: Sequence[Row]) -> str:
+    """A table as a CSV file, in which nothing is a formula; returns its path."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([[_cell(value) for value in row] for row in (titles, *rows)])
+    return str(file)
+
+
+def _cell(value: str | float | int | None) -> str | float | int | None:
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(FORMULAS) else value
