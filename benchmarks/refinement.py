@@ -37,7 +37,7 @@ from flowback.tasks.sampling import Request, draw_batches
 Judged = Callable[[Tensor, Tensor], dict[str, Any]]  # of images, uint8 [n, C, H, W], and the labels asked for
 
 
-def probe_judge(data: ImageSet, num: int, images: int = 4000) -> Judged:
+def probe_judge(data: ImageSet, num: int, images: int) -> Judged:
     """The linear probe; its accuracy on real images is printed."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -81,12 +81,13 @@ def main() -> None:
     options.add_argument("--num", type=int, default=1000)
     options.add_argument("--guidance", default="0,1,1.5,2", help="scales, with commas")
     options.add_argument("--judge", type=Path, default=None)
+    options.add_argument("--probe-images", type=int, default=4000)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--json", default=None)
     o = options.parse_args()
     data = load_data(RunConfig.from_yaml((Path(o.run) / "config.yaml").read_text()).data)
     flow, weights = load_flow(o.run)
-    judged = trained_judge(data, o.judge) if o.judge else probe_judge(data, o.num)
+    judged = trained_judge(data, o.judge) if o.judge else probe_judge(data, o.num, o.probe_images)
     rows: list[dict[str, Any]] = []
     head = ("right", "FID", "precision", "recall", "drawn", "CPU ms", "cost")
     print(f"{'way':>38}  {'  '.join(f'{name:>9}' for name in head)}")
