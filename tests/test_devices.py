@@ -41,7 +41,7 @@ from flowback.studio import edit
 from flowback.tasks.autotune import autotune
 from flowback.tasks.classify import classify, classify_files, fit_statistics
 from flowback.tasks.editing import inpaint, interpolate, swap_class
-from flowback.tasks.refinement import agreement, best_of, refine
+from flowback.tasks.refinement import agreement, best_of
 from flowback.tasks.sampling import Request, alike, trajectory
 from flowback.tasks.score import HeldOut, evidence, score
 
@@ -74,6 +74,10 @@ def seeded(seed=0):
 
 def noise(flow):
     return torch.randn(3, *flow.token_shape, dtype=flow.data_dtype, generator=seeded())
+
+
+def candidates(flow):
+    return torch.stack([noise(flow), noise(flow).flip(0)], dim=1)
 
 
 def statistics(flow):
@@ -120,9 +124,8 @@ WORK = {
         for rule in ("single_gradient", "z_score", "shortlist_2", "exact")
     },
     "agreement": lambda f: agreement(f, images(f), Y),
-    "best_of": lambda f: best_of(f, torch.stack([noise(f), noise(f).flip(0)], dim=1), Y),
-    "refine": lambda f: refine(f, noise(f), Y, steps=1),
-    "refine, contrast": lambda f: refine(f, noise(f), Y, steps=1, objective="contrast"),
+    "best_of": lambda f: best_of(f, candidates(f), Y, 1.5).denoised,
+    "best_of, ended early": lambda f: best_of(f, candidates(f), Y, 1.5, least=1).denoised,
     "interpolate": lambda f: interpolate(f, images(f), images(f).flip(0), 3, Y, Y.flip(0)),
     "swap": lambda f: swap_class(f, images(f), Y, Y.flip(0)),
     "inpaint": lambda f: inpaint(f, images(f), MASK, Y, steps=2, tries=2, generator=seeded()).x,
@@ -156,7 +159,7 @@ def test_float32_equals_the_cpus(second, name):
     assert max(differences(second, WORK[name], *pair)) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["encode", "sample", "jacobi, guidance 1.5", "exact", "refine", "reverse one_step"])
+@pytest.mark.parametrize("name", ["encode", "sample", "jacobi, guidance 1.5", "exact", "reverse one_step"])
 def test_bfloat16_equals_the_cpus(second, name):
     here, there = random_flow(torch.float32, std=0.05), random_flow(torch.float32, std=0.05).to(second)
 
@@ -170,7 +173,7 @@ def test_bfloat16_equals_the_cpus(second, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["encode", "sample", "exact", "refine", "inpaint"])
+@pytest.mark.parametrize("name", ["encode", "sample", "exact", "inpaint"])
 def test_flows_of_half_precision_work(second, dtype, name):
     here, there = random_flow(dtype, std=0.05), random_flow(dtype, std=0.05).to(second)
     precise = random_flow(torch.float32, std=0.05)
@@ -357,7 +360,7 @@ def test_other_work_does_not_wait(second, on_device, name):
     if name == "best_of":
 
         def work(f):
-            return best_of(f, torch.stack([noise(f), noise(f)], dim=1), Y, method="sequential")
+            return best_of(f, candidates(f), Y, method="sequential")  # of two, which are drawn in any case
 
     assert waits(second, lambda: work(on_device))[0] == 0
 
@@ -417,7 +420,7 @@ VERBS = {
     "sample jacobi": "sample RUN --num 4 --method jacobi --guidance 1 --guided mu -o OUT/folder",
     "sample gauss_seidel": "sample RUN --num 4 --method gauss_seidel --no-denoise -o OUT/a.npz",
     "sample best of 2": "sample RUN --num 2 --labels 1,2 --best-of 2 -o OUT/a.npz",
-    "sample refined": "sample RUN --num 2 --labels 1,2 --refine 1 -o OUT/a.npz",
+    "sample best of 4 or fewer": "sample RUN --num 2 --labels 1,2 --best-of 4 --least 1 --rule exact -o OUT/a.npz",
     "classify": "classify RUN IMAGES --rule exact",
     "score": "score RUN IMAGES",
     "encode": "encode RUN IMAGES -o OUT/z.safetensors",

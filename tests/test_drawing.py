@@ -19,7 +19,7 @@ from flowback.core.distributed import PeerLost
 from flowback.core.files import write_whole
 from flowback.core.units import to_uint8
 from flowback.latents import load_autoencoder
-from flowback.tasks.refinement import best_of, refine
+from flowback.tasks.refinement import best_of
 from flowback.tasks.sampling import Request, checked_store, class_grid, draw, noise, sample_to_disk
 from forked import torchrun
 
@@ -90,8 +90,9 @@ def drawn_one_by_one(flow, request):
     for i in range(request.num):
         y = torch.tensor([request.labels[i % len(request.labels)]])
         z = request.temperature * noise(flow, request.seed, i, request.best_of)[None]
-        z = best_of(flow, z, y, guidance, method="sequential") if request.best_of > 1 else z[:, 0]
-        z = refine(flow, z, y, request.refine, guidance=guidance) if request.refine else z
+        if request.best_of > 1:
+            z = best_of(flow, z, y, guidance, request.rule, request.least, method="sequential").z[:, None]
+        z = z[:, 0]
         x = flow.decode(z, y, guidance, "sequential")
         images.append(x if request.denoise is False else flow.denoise(x, y))
     return to_uint8(torch.cat(images))
@@ -106,8 +107,8 @@ CHANGES = {
     "with noise": {"denoise": False},
     "another seed": {"seed": 5},
     "best of 3": {"best_of": 3},
-    "refined": {"refine": 2},
-    "all": {"best_of": 2, "refine": 1, "guidance": 1.0, "temperature": 0.9, "denoise": False},
+    "best of 5 or fewer": {"best_of": 5, "least": 1, "rule": "exact"},
+    "all": {"best_of": 2, "guidance": 1.0, "temperature": 0.9, "denoise": False},
 }
 
 
@@ -126,7 +127,7 @@ def test_images_are_those_of_the_definition(flow, request_, change):
 
 
 def test_a_request_is_always_answered_by_the_same_images(flow, request_):
-    first, second = (draw(flow, replace(request_, best_of=2, refine=1), 0, "auto", 4)[0] for _ in range(2))
+    first, second = (draw(flow, replace(request_, best_of=3, least=1), 0, "auto", 4)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -180,7 +181,7 @@ def test_noise_is_normal(flow):
 
 
 @pytest.mark.parametrize("method", ["auto", "jacobi", "gauss_seidel"])
-@pytest.mark.parametrize("change", [{}, {"best_of": 2, "refine": 1}, {"denoise": False, "guidance": 1.0}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"best_of": 3}, {"denoise": False, "guidance": 1.0}], ids=str)
 def test_a_flow_that_is_not_finite_draws_grey_and_says_so(flow, request_, method, change):
     broken = a_flow()
     broken.blocks[0].proj_out.bias.data.fill_(float("nan"))
@@ -476,16 +477,15 @@ BAD_REQUESTS = [
     ({"seed": 2**63}, f"seed must be at most .*, got {2**63}"),
     ({"best_of": 0}, "best_of must be at least 1, got 0"),
     ({"best_of": 10_001}, "best_of must be at most 10000, got 10001"),
-    ({"refine": -1}, "refine must be at least 0, got -1"),
+    ({"least": 0}, "least must be at least 1, got 0"),
     ({"temperature": 0.0}, r"temperature .*above 0.* got 0\.0"),
     ({"temperature": -1.0}, r"temperature .* got -1\.0"),
     ({"temperature": float("nan")}, "temperature .* got nan"),
     ({"temperature": float("inf")}, "temperature .* got inf"),
     ({"precision": "16"}, "precision .*32-true, bf16-mixed, got '16'"),
-    ({"objective": "beauty"}, "objective .*contrast, posterior, got 'beauty'"),
+    ({"rule": "guess"}, "rule must be one of single_gradient, z_score, exact, .*got 'guess'"),
     ({"labels": ()}, "labels must name"),
-    ({"labels": (0, -1), "best_of": 2}, "best_of and refine need a label"),
-    ({"labels": (-1,), "refine": 1}, "best_of and refine need a label"),
+    ({"labels": (0, -1), "best_of": 2}, "guidance and best_of need a label"),
     ({"labels": (0, -1), "guidance": 1.0}, "guidance.* a label"),
     ({"guidance": -1.0}, r"guidance.* -1\.0"),
     ({"guidance": float("nan")}, "guidance.* nan"),

@@ -24,7 +24,7 @@ from flowback.latents.loading import read_config
 from flowback.runs.config import AlignmentConfig, LatentConfig, RunConfig, TrainConfig
 from flowback.tasks.classify import fit_statistics
 from flowback.tasks.editing import inpaint, interpolate, swap_class
-from flowback.tasks.refinement import agreement, best_of, refine
+from flowback.tasks.refinement import agreement, best_of
 from flowback.training import train
 from flowback.training.caches import make_caches
 
@@ -248,10 +248,9 @@ def test_a_latent_is_drawn_if_one_of_its_pixels_is(flow):
 
 def test_better_samples_are_those_of_the_flow_in_latents(flow):
     z, y = torch.randn(2, 3, *flow.token_shape, generator=seeded()), torch.tensor([1, 2])
-    assert torch.equal(best_of(flow, z, y), best_of(flow.core, z, y))
-    assert torch.equal(refine(flow, z[:, 0], y, 1), refine(flow.core, z[:, 0], y, 1))
+    assert torch.equal(best_of(flow, z, y).z, best_of(flow.core, z, y).z)
     x = flow.core.decode(z[:, 0], y)
-    assert torch.equal(agreement(flow, x, y), agreement(flow.core, x, y))
+    assert torch.equal(agreement(flow, x, y)[0], agreement(flow.core, x, y)[0])
 
 
 def test_a_sampled_latent_is_independent_of_the_noise(vae):

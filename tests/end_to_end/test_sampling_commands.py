@@ -96,12 +96,11 @@ WAYS = {
     "bf16-mixed": (["--precision=bf16-mixed"], 0, 40),
     "seed": (["--seed=1"], 20, 255),
     "best of 2": (["--best-of=2"], 20, 255),
-    "refine": (["--refine=1"], 2, 255),
     "temperature": (["--temperature=0.5"], 20, 255),
     "noise": (["--no-denoise"], 2, 255),
     "annealed": (["--guidance=2", "--schedule=annealed", "--guided=mu"], 2, 255),
     "raw weights": (["--weights=raw"], 2, 255),
-    "best of 2, refined": (["--best-of=2", "--refine=1", "--precision=bf16-mixed", "--guidance=1"], 20, 255),
+    "best of 4 or fewer": (["--best-of=4", "--least=1", "--rule=exact", "--precision=bf16-mixed", "--guidance=1"], 20, 255),
 }
 
 

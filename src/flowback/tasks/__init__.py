@@ -1,1 +1,1 @@
-"""What a trained flow does: sample to disk, classify, edit, refine; functions of a flow."""
+"""What a trained flow does: sample to disk, classify, edit, choose the best; functions of a flow."""

@@ -1,41 +1,36 @@
-"""Better samples at test time by the flow's own likelihood, without training anything. Off unless asked for.
+"""Better samples at test time by the flow's own classification, without training anything. Off unless asked for.
 
-- **best_of**: draw several candidates, and keep the one that the flow classifies as the asked class with most confidence.
-- **refine**: a few gradient steps on z that raise `log p(label | x)`, on the sphere that z lies on.
+`best_of` draws several candidates and keeps the one whose image the flow assigns to its label most surely. The rule sees
+the image without the noise of training, as a person does: under guidance nearly every noisy candidate agrees with its
+label, and the rule would rank the noise (docs/decoding.md has the figures, also of what did not pay).
 
-z and x are those of the flow's own space; of a LatentFlow its `core` is used. Costs are in passes, one forward of all
-blocks on one image; a backward pass counts two.
+z and x are those of the flow's own space; of a LatentFlow its `core` is used.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flowback.core.devices import put
 from flowback.core.errors import InputError
+from flowback.flow.decoding import Solved
 from flowback.flow.guidance import Guidance
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
-from flowback.tasks.classify import ClassStatistics, class_log_probs, rule_named
-
-Objective = Callable[[TarFlow, Tensor, Tensor], Tensor]
+from flowback.tasks.classify import ClassStatistics, likeliest, listed_only, rule_named
 
 
-def contrast(flow: TarFlow, x: Tensor, y: Tensor) -> Tensor:
-    """`log p(x | y) - log p(x)`, `[B]`, nats, where `log p(x)` is the flow without a label; 2 passes."""
-    weights = flow.class_weights(y, len(x))
-    assert weights is not None
-    both = flow.log_prob(x.repeat(2, 1, 1, 1), torch.cat([weights, torch.full_like(weights, 1 / flow.num_classes)]))
-    return both[: len(x)] - both[len(x) :]
+@dataclass(frozen=True)
+class Best:
+    """The candidates that were kept."""
 
-
-def posterior(flow: TarFlow, x: Tensor, y: Tensor) -> Tensor:
-    """`log p(y | x)`, `[B]`, nats, under equally likely classes: the exact posterior; K passes."""
-    return class_log_probs(flow, x).log_softmax(dim=1).gather(1, y[:, None])[:, 0]
-
-
-OBJECTIVES: dict[str, Objective] = {"contrast": contrast, "posterior": posterior}
+    z: Tensor  # [B, N, D]
+    x: Tensor  # [B, *data_shape], as decoded, with the noise of training
+    denoised: Tensor  # [B, *data_shape], without it
+    draws: Tensor  # [B], candidates that were decoded
+    report: list[Solved]  # how blocks were decoded, those of all candidates
 
 
 @torch.no_grad()
@@ -43,19 +38,22 @@ def agreement(
     flow: Flow,
     x: Tensor,
     y: Tensor,
-    rule: str = "exact",
+    rule: str = "single_gradient",
     batch_size: int = 256,
     statistics: ClassStatistics | None = None,
-) -> Tensor:
-    """The log-probability `[B]`, nats, that the flow gives the labels `y [B]` of noisy images `x [B, *data_shape]`.
+) -> tuple[Tensor, Tensor]:
+    """How surely the flow assigns images `x [B, *data_shape]` to labels `y [B]`, and whether it assigns them at all.
 
     Args:
         flow: a class-conditional flow.
-        x: images as decoded, before the score step: with the noise of training.
+        x: images as the rule is to see them; no noise is added.
         y: labels.
         rule: a classification rule (`flowback.tasks.classify`); its scores are normalized over the classes.
         batch_size: rows that the flow sees at once.
         statistics: as in `classify`.
+
+    Returns:
+        The log-probability `[B]`, nats, of each label, and booleans `[B]`, true where no class has a larger one.
 
     Raises:
         InputError: if the flow is unconditional or the rule does not exist.
@@ -63,8 +61,9 @@ def agreement(
     flow = _conditional(flow)
     score, _, rows = rule_named(rule, flow.num_classes)
     parts = flow.enter(x).split(max(1, batch_size // rows))
-    scores = torch.cat([score(flow, [part], statistics) for part in parts])
-    return scores.log_softmax(dim=1).gather(1, put(y, scores.device)[:, None])[:, 0]
+    scores = torch.cat([score(flow, [part], statistics, batch_size) for part in parts])
+    y = put(y, scores.device)
+    return listed_only(scores).log_softmax(dim=1).gather(1, y[:, None])[:, 0], likeliest(scores) == y
 
 
 @torch.no_grad()
@@ -73,129 +72,64 @@ def best_of(
     z: Tensor,
     y: Tensor,
     guidance: float | Guidance = 0.0,
-    rule: str = "exact",
+    rule: str = "single_gradient",
+    least: int = 2,
     method: str | Sequence[str] = "auto",
     batch_size: int = 64,
     compile: bool = False,
-) -> Tensor:
-    """Of several noises for each image, the one whose image has the largest `agreement` with its label.
+    statistics: ClassStatistics | None = None,
+) -> Best:
+    """Of several noises for each image, the one whose denoised image has the largest `agreement` with its label.
+
+    A candidate costs a decode, a score step (about 2 passes) and what the rule does; what is returned is not decoded again.
 
     Args:
         flow: a class-conditional flow.
-        z: R candidates for each image, `[B, R, N, D]`; each costs a decode and what the rule does.
+        z: R candidates for each image, `[B, R, N, D]`.
         y: labels `[B]`.
-        guidance: as the images will be decoded.
+        guidance: as in `TarFlow.decode`.
         rule: as in `agreement`.
+        least: candidates of each image that are drawn in any case; further ones only until the rule assigns the best so
+            far to its label.
         method: as in `TarFlow.decode`.
         batch_size: images at once; bounds the memory.
-        compile: as in `TarFlow.decode`.
-
-    Returns:
-        The best z of each image, `[B, N, D]`.
-    """
-    flow, R = _conditional(flow), z.shape[1]
-    z, y = flow.enter(z), put(y, flow.device)
-    flat, labels = z.flatten(0, 1), y[:, None].expand(-1, R).flatten()
-    scores = [
-        agreement(flow, flow.decode(z_part, y_part, guidance, method, compile=compile), y_part, rule)
-        for z_part, y_part in zip(flat.split(batch_size), labels.split(batch_size), strict=True)
-    ]
-    best = torch.cat(scores).view(-1, R).nan_to_num(-torch.inf).argmax(dim=1)
-    return z[torch.arange(len(z), device=z.device), best]
-
-
-@torch.inference_mode(False)  # it takes gradients
-def refine(
-    flow: Flow,
-    z: Tensor,
-    y: Tensor,
-    steps: int = 3,
-    angle: float = 0.1,
-    objective: str = "posterior",
-    guidance: float | Guidance = 0.0,
-    batch_size: int = 64,
-    compile: bool = False,
-) -> Tensor:
-    """Turn z so that the flow gives the image's label a higher probability.
-
-    Each step turns z towards the gradient of the objective by `angle`, and keeps its length, and so the density under the
-    prior. A step that does not raise the objective is undone, and the angle of its image halved. The gradient is that
-    through the decode (`flowback.flow.implicit`).
-
-    Args:
-        flow: a class-conditional flow.
-        z: noise `[B, N, D]`.
-        y: labels `[B]`, none of them -1.
-        steps: gradient steps. Each costs a decode, the objective with its backward pass, and about ten passes of adjoint.
-        angle: of a step, radians; in hundreds of dimensions 0.1 is small, and 1 makes another image.
-        objective: a key of `OBJECTIVES`.
-        guidance: as the images will be decoded.
-        batch_size: images at once; bounds the memory.
-        compile: as in `TarFlow.decode`.
-
-    Returns:
-        The new z `[B, N, D]`.
+        compile: as in `TarFlow.decode`, for passes of all images of a batch.
+        statistics: as in `classify`.
 
     Raises:
-        InputError: if the flow is unconditional, or an argument is impossible.
+        InputError: if the flow is unconditional, the rule does not exist, or least is below 1.
     """
     flow = _conditional(flow)
-    if steps < 0:
-        raise InputError(f"steps must be at least 0, got {steps}")
-    if not 0 < angle < 1.6:
-        raise InputError(f"angle must be above 0 and at most 1.57 radians, got {angle}")
-    if objective not in OBJECTIVES:
-        raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    if y.device.type == "cpu" and (y < 0).any():
-        raise InputError("labels to refine towards must be at least 0, got -1")
-    z, y = flow.enter(z), put(y, flow.device).clone()
-    parts = zip(z.split(batch_size), y.split(batch_size), strict=True)
-    return torch.cat([_refine(flow, *part, steps, angle, OBJECTIVES[objective], guidance, compile) for part in parts])
+    if least < 1:
+        raise InputError(f"least must be at least 1, got {least}")
+    z, y = flow.enter(z), put(y, flow.device)
 
+    def of(z: Tensor, y: Tensor) -> Best:
+        rows, report = torch.arange(len(z), device=z.device), []
+        choice, draws = torch.zeros_like(rows), torch.zeros_like(rows)
+        value, agrees = z.new_full((len(z),), -torch.inf), torch.zeros_like(rows, dtype=torch.bool)
+        kept = z.new_empty(2, len(z), *flow.data_shape)  # noisy and denoised
+        for r in range(z.shape[1]):
+            if r >= least:
+                rows = (~agrees).nonzero()[:, 0]
+            if not len(rows):
+                break
+            whole = compile and len(rows) == len(z)
+            x, solved = flow.decode_with_report(z[rows, r], y[rows], guidance, method, compile=whole)
+            both = torch.stack([x, flow.denoise(x, y[rows], batch_size)])
+            new, right = agreement(flow, both[1], y[rows], rule, batch_size, statistics)
+            better = (new > value[rows]) if r else torch.ones_like(right)
+            choice[rows] = torch.where(better, r, choice[rows])
+            value[rows] = torch.where(better, new.nan_to_num(-torch.inf), value[rows])
+            agrees[rows] = torch.where(better, right, agrees[rows])
+            kept[:, rows] = torch.where(better[:, None, None, None], both, kept[:, rows])
+            draws[rows] += 1
+            report += solved
+        return Best(z[torch.arange(len(z), device=z.device), choice], kept[0], kept[1], draws, report)
 
-def _refine(
-    flow: TarFlow,
-    z: Tensor,
-    y: Tensor,
-    steps: int,
-    angle: float,
-    objective: Objective,
-    guidance: float | Guidance,
-    compile: bool,
-) -> Tensor:
-    angles = z.new_full((len(z), 1, 1), angle)
-    options = {"objective": objective, "guidance": guidance, "compile": compile}
-    value, gradient = _value_and_gradient(flow, z, y, **options)
-    for step in range(steps):
-        length = z.norm(dim=(1, 2), keepdim=True)
-        tangent = gradient - (gradient * z).sum(dim=(1, 2), keepdim=True) * z / length.square()
-        tangent = tangent / tangent.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-        turned = torch.cos(angles) * z + torch.sin(angles) * length * tangent
-        turned = torch.where(turned.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True), turned, z)
-        new_value, new_gradient = _value_and_gradient(flow, turned, y, **options, last=step == steps - 1)
-        better = (new_value > value)[:, None, None]
-        z, gradient = torch.where(better, turned, z), torch.where(better, new_gradient, gradient)
-        value, angles = torch.where(better[:, 0, 0], new_value, value), torch.where(better, angles, angles / 2)
-    return z
-
-
-def _value_and_gradient(
-    flow: TarFlow,
-    z: Tensor,
-    y: Tensor,
-    objective: Objective,
-    guidance: float | Guidance,
-    compile: bool,
-    last: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The objective `[B]` of what z is decoded to, and its gradient with respect to z, or zeros if it is the last."""
-    with torch.set_grad_enabled(not last):
-        z = z.clone().requires_grad_()
-        value = objective(flow, flow.decode(z, y, guidance, compile=compile), y)
-        if last:
-            return value, torch.zeros_like(z)
-        (gradient,) = torch.autograd.grad(value.sum(), z)
-    return value.detach(), gradient
+    parts = [of(*part) for part in zip(z.split(batch_size), y.split(batch_size), strict=True)]
+    z, x, denoised, draws = map(torch.cat, zip(*((b.z, b.x, b.denoised, b.draws) for b in parts), strict=True))
+    return Best(z, x, denoised, draws, [solved for part in parts for solved in part.report])
 
 
 def _conditional(flow: Flow) -> TarFlow:

@@ -40,14 +40,15 @@ from flowback.flow.labels import Labels
 from flowback.flow.patches import unpatchify
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
+from flowback.tasks.classify import rule_named
 from flowback.tasks.editing import slerp
-from flowback.tasks.refinement import OBJECTIVES, best_of, refine
+from flowback.tasks.refinement import Best, best_of
 
 MOST_ROWS = 20  # of a picture, a class each
 PART = 64  # images in a part; part of what is on disk, so it is no option
 TIMEOUT = timedelta(days=7)  # of a process that waits for the others
-LEAST_AND_MOST = {"num": (1, math.inf), "seed": (0, 2**63 - 1), "best_of": (1, 10_000), "refine": (0, math.inf)}
-CHOICES = {"precision": ("32-true", "bf16-mixed"), "objective": tuple(OBJECTIVES)}
+LEAST_AND_MOST = {"num": (1, math.inf), "seed": (0, 2**63 - 1), "best_of": (1, 10_000), "least": (1, math.inf)}
+CHOICES = {"precision": ("32-true", "bf16-mixed")}
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class Request:
         denoise: remove the noise of training by one score step; null for yes, but of latents whose decoder has seen it.
         seed: seed of the images; each is a function of it and of its own number.
         precision: 32-true or bf16-mixed.
-        best_of: candidates for each image, of which the one that the flow takes most surely for its label is kept.
-        refine: gradient steps on z that raise the objective.
-        objective: posterior, log p(label | image), or contrast, log p(image | label) - log p(image).
+        best_of: candidates for each image, of which the one is kept that the flow assigns to its label most surely.
+        least: candidates that are drawn in any case; further ones only until the best is assigned to its label.
+        rule: of classification, by which candidates are ranked: single_gradient, z_score, shortlist_3 or exact.
 
     Raises:
         InputError: if one of them is not as above.
@@ -82,8 +83,8 @@ class Request:
     seed: int = 0
     precision: str = "32-true"
     best_of: int = 1
-    refine: int = 0
-    objective: str = "posterior"
+    least: int = 2
+    rule: str = "single_gradient"
 
     def __post_init__(self) -> None:
         for name, (least, most) in LEAST_AND_MOST.items():
@@ -98,8 +99,9 @@ class Request:
             raise InputError(f"temperature must be above 0 and finite, got {self.temperature}")
         if not self.labels:
             raise InputError("labels must name at least one class, or -1 for none; got none")
-        if (self.guidance or self.best_of > 1 or self.refine) and min(self.labels) < 0:
-            raise InputError("guidance, best_of and refine need a label for every image, got label -1")
+        if (self.guidance or self.best_of > 1) and min(self.labels) < 0:
+            raise InputError("guidance and best_of need a label for every image, got label -1")
+        rule_named(self.rule, 1)
         self.as_guidance()
 
     def as_guidance(self) -> Guidance:
@@ -129,7 +131,8 @@ class Drawn:
     x: Tensor  # [B, C, H, W], nearly in [-1, 1]; may hold numbers that are not finite
     z: Tensor  # [B, N, D]
     y: Tensor  # [B], -1 for none
-    report: list[Solved]  # block 1 first
+    draws: Tensor  # [B], candidates that were decoded
+    report: list[Solved]  # of every decode, block 1 first
 
 
 def draw_batches(
@@ -139,10 +142,16 @@ def draw_batches(
     core, guidance = flow.core, request.as_guidance()
     for start in range(0, len(numbers), batch_size):
         with autocast(core.device, request.precision):
-            z, y = starts(core, request, numbers[start : start + batch_size], method, batch_size, compile)
-            x, report = core.decode_with_report(z, y, guidance, method, compile=compile)
-            x = finished(flow, x, y, request.denoise, batch_size)
-        yield Drawn(x, z.cpu(), y, report)
+            z, y = candidates(core, request, numbers[start : start + batch_size])
+            if request.best_of > 1:
+                best = _best(core, request, z, y, method, batch_size, compile)
+                z, draws, report = best.z, best.draws, best.report
+                x = finished(flow, best.denoised if _denoises(flow, request.denoise) else best.x, y, False)
+            else:
+                z, draws = z[:, 0], torch.ones_like(y)
+                x, report = core.decode_with_report(z, y, guidance, method, compile=compile)
+                x = finished(flow, x, y, request.denoise, batch_size)
+        yield Drawn(x, z.cpu(), y, draws.cpu(), report)
 
 
 def finished(flow: Flow, x: Tensor, y: Labels, denoise: bool | None = None, batch_size: int = 64) -> Tensor:
@@ -150,30 +159,31 @@ def finished(flow: Flow, x: Tensor, y: Labels, denoise: bool | None = None, batc
 
     The noise of training is removed first if `denoise` says so; None for where `flow.denoises`.
     """
-    x = flow.core.denoise(x, y, batch_size) if (flow.denoises if denoise is None else denoise) else x
+    x = flow.core.denoise(x, y, batch_size) if _denoises(flow, denoise) else x
     return flow.to_images(x.float()).float().cpu()
 
 
-def starts(
-    flow: TarFlow,
-    request: Request,
-    numbers: Sequence[int],
-    method: str = "auto",
-    batch_size: int = 64,
-    compile: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """What the images of these numbers are decoded from: z `[B, N, D]`, on the flow's device, and labels `[B]`."""
-    guidance = request.as_guidance()
+def _denoises(flow: Flow, denoise: bool | None) -> bool:
+    return flow.denoises if denoise is None else denoise
+
+
+def candidates(flow: TarFlow, request: Request, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The candidates for the images of these numbers, z `[B, best_of, N, D]` on the flow's device, and labels `[B]`."""
     y = torch.tensor([request.labels[i % len(request.labels)] for i in numbers])
-    candidates = flow.enter(torch.stack([noise(flow, request.seed, i, request.best_of) for i in numbers]))
-    candidates = request.temperature * flow.to_prior(candidates)
-    z = candidates[:, 0]
-    if request.best_of > 1:
-        z = best_of(flow, candidates, y, guidance, method=method, batch_size=batch_size, compile=compile)
-    if request.refine:
-        options = {"objective": request.objective, "guidance": guidance, "batch_size": batch_size}
-        z = refine(flow, z, y, request.refine, **options, compile=compile)
-    return z, y
+    z = flow.enter(torch.stack([noise(flow, request.seed, i, request.best_of) for i in numbers]))
+    return request.temperature * flow.to_prior(z), y
+
+
+def start(flow: TarFlow, request: Request, index: int, method: str = "auto") -> tuple[Tensor, Tensor]:
+    """What image `index` is decoded from: z `[1, N, D]`, on the flow's device, and its label `[1]`."""
+    z, y = candidates(flow, request, [index])
+    return (_best(flow, request, z, y, method).z if request.best_of > 1 else z[:, 0]), y
+
+
+def _best(
+    flow: TarFlow, request: Request, z: Tensor, y: Tensor, method: str, batch_size: int = 64, compile: bool = False
+) -> Best:
+    return best_of(flow, z, y, request.as_guidance(), request.rule, request.least, method, batch_size, compile)
 
 
 def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -> Tensor:
@@ -183,7 +193,7 @@ def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -
     """
     core, patch = flow.core, flow.core.config.patch_size
     with autocast(core.device, request.precision):
-        z, y = starts(core, request, [index], method)
+        z, y = start(core, request, index, method)
         steps = [z, *(tokens for tokens, _ in core.decode_by_block(z, y, request.as_guidance(), method))]
     x = torch.cat([unpatchify(tokens, patch, core.image_size) for tokens in steps])
     largest = x[:-1].abs().flatten(1).quantile(0.98, dim=1).clamp(min=1)
@@ -198,7 +208,7 @@ def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, 
     """
     core = flow.core
     with autocast(core.device, request.precision):
-        z, y = starts(core, request, [index], method)
+        z, y = start(core, request, index, method)
         fresh = torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)])
         fresh = request.temperature * core.to_prior(core.enter(fresh))
         y = y.expand(num)
