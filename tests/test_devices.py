@@ -123,7 +123,7 @@ WORK = {
         rule: lambda f, rule=rule: classify(f, images(f), rule, draws=2, statistics=statistics(f)).nan_to_num(neginf=0)
         for rule in ("single_gradient", "z_score", "shortlist_2", "exact")
     },
-    "agreement": lambda f: agreement(f, images(f), Y),
+    "agreement": lambda f: agreement(f, images(f), Y)[0],
     "best_of": lambda f: best_of(f, candidates(f), Y, 1.5).denoised,
     "best_of, ended early": lambda f: best_of(f, candidates(f), Y, 1.5, least=1).denoised,
     "interpolate": lambda f: interpolate(f, images(f), images(f).flip(0), 3, Y, Y.flip(0)),
