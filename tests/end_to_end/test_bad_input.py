@@ -797,7 +797,6 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample run --precision=half", "precision | 'half' | 32-true, bf16-mixed"),
         ("sample run --guided=sigma", "guid | 'sigma' | both, a, mu"),
         ("sample run --schedule=cubic", "schedule | 'cubic' | constant, annealed"),
-        ("sample run --objective=beauty", "objective | 'beauty' | contrast, posterior"),
         ("autotune run --rows=a,b", "rows | a,b | whole numbers | 1,8,32"),
         ("autotune run --rows=", "rows | '' | whole numbers | 1,8,32"),
         ("autotune run --rows=0", "rows | 0 | at least 1"),
