@@ -82,7 +82,8 @@ def rows(card, heading):
 def test_the_exported_flow_is_the_runs(run, tmp_path, capsys):
     card_of(run, tmp_path / "flow")
     files = {file.name for file in (tmp_path / "flow").iterdir()}
-    assert files == {"README.md", "config.json", "model.safetensors", "classification.json", "classes.json"}
+    stored = {"classification.json", "held_out.safetensors"}
+    assert files == {"README.md", "config.json", "model.safetensors", "classes.json"} | stored
     loaded, (flow, _) = TarFlow.from_pretrained(tmp_path / "flow"), load_flow(run)
     x, y = images(flow), labels(flow)
     assert torch.equal(loaded.encode(x, y)[0], flow.encode(x, y)[0])
@@ -98,6 +99,7 @@ def test_raw_weights_have_no_statistics_of_the_averaged_ones(run, tmp_path):
     assert "Not evaluated.\nWhat the run measured is of its ema weights of step_00000004" in card
     assert "### Density" not in card
     assert not (tmp_path / "flow" / "classification.json").exists()
+    assert not (tmp_path / "flow" / "held_out.safetensors").exists()
     raw = load_flow(run, "raw")[0].state_dict()
     loaded = TarFlow.from_pretrained(tmp_path / "flow").state_dict()
     assert all(torch.equal(loaded[name], raw[name]) for name in raw)
@@ -415,10 +417,10 @@ def test_only_the_flows_files_go_up_and_those_of_an_earlier_flow_are_gone(run, h
     remote = hub.root / "some" / "flow"
     (remote / "notes.md").write_text("mine")
     push_folder(run / "checkpoints" / "step_00000004", "some/flow")
-    kept = ["README.md", "classification.json", "config.json", "model.safetensors", "notes.md"]
+    kept = ["README.md", "classification.json", "config.json", "held_out.safetensors", "model.safetensors", "notes.md"]
     assert files(remote) == kept  # no training.safetensors, no classes.json of before
     random_flow().push_to_hub("some/flow")
-    assert files(remote) == [name for name in kept if name != "classification.json"]
+    assert files(remote) == [name for name in kept if name not in ("classification.json", "held_out.safetensors")]
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub):

@@ -70,8 +70,11 @@ def test_images_are_scored_on_the_terminal_and_the_unreadable_are_named(evaluate
     assert "outlier True" in out
 
 
-def test_without_held_out_images_there_are_densities_and_no_p_values(small_run, folder, capsys):
-    assert main(["score", str(small_run), str(folder / "a.png")]) == 0
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_without_held_out_images_there_are_densities_and_no_p_values(small_run, evaluated, folder, capsys, weights):
+    """Also of raw weights: what is stored is of the averaged ones."""
+    run = small_run if weights == "ema" else evaluated
+    assert main(["score", str(run), str(folder / "a.png"), f"--weights={weights}"]) == 0
     out = capsys.readouterr().out
     assert "log_prob" in out
     assert "typicality" not in out

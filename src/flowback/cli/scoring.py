@@ -49,6 +49,8 @@ def _score(options: Namespace) -> int:
     for place in filter(None, (table, maps)):
         check_place(place)
     flow, _ = load_flow(options.run, options.weights, options.device)
+    if options.weights != "ema":
+        flow.core.folder = None  # what is stored there is of the averaged weights
     background = load_flow(options.background, options.weights, options.device)[0] if options.background else None
     background_of(flow, background)
     held_out, names = HeldOut.load(flow), class_names(options.run, flow)

@@ -20,6 +20,7 @@ from flowback.runs.checkpoint import State, load_flow, newest
 from flowback.runs.config import RunConfig
 from flowback.runs.folder import run_data
 from flowback.tasks.classify import ClassStatistics
+from flowback.tasks.score import HeldOut
 
 CLASSES = "classes.json"
 PUBLIC = {  # data set and its number of classes -> its name on the hub
@@ -89,9 +90,10 @@ def export(
             flow.save_portable(inside, with_autoencoder)
         else:
             flow.save_portable(inside)
-        statistics = ClassStatistics.load(flow.core.folder, flow.num_classes) if weights == "ema" else None
-        if statistics is not None:
-            statistics.save(inside)
+        if weights == "ema":  # what is stored is of these
+            for stored in (ClassStatistics.load(flow.core.folder, flow.num_classes), HeldOut.load(flow)):
+                if stored is not None:
+                    stored.save(inside)
         if provenance.classes is not None:
             (inside / CLASSES).write_text(json.dumps(provenance.classes) + "\n")
         card = model_card(flow, repo_id or folder.resolve().name, provenance, license, (inside / "autoencoder").is_dir())
