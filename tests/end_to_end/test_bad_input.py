@@ -842,6 +842,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("score run images/0.png --csv=t.txt", "csv | a .csv file | t.txt"),
         ("score run images/0.png --csv=trees/file/t.csv", "trees/file/t.csv | Not a directory"),
         ("score run images/0.png --maps=full", "maps | new or empty folder | full"),
+        ("score run images --maps=images/new", "maps | outside of the folders that are read | images/new in images"),
         ("score run images/0.png --maps=new", "maps | held-out images | flowback evaluate"),
         ("sample run -o a.gif", "output | a.gif | .png | .npz | folder"),
         ("sample run --num=1 -o trees/file/x.png", "output trees/file/x.png | Not a directory"),

@@ -41,13 +41,16 @@ def add(verb: Verb) -> None:
 
 def _score(options: Namespace) -> int:
     check_counts(options, "batch_size", "draws")
-    table, maps = (Path(place) if place else None for place in (options.csv, options.maps))
+    table, maps = (None if place is None else Path(place) for place in (options.csv, options.maps))
     if table is not None and table.suffix.lower() != ".csv":
         raise InputError(f"--csv must be a .csv file, got {table}")
     if maps is not None and maps.is_dir() and any(maps.iterdir()):
         raise InputError(f"--maps must be a new or empty folder, but {maps} holds other files")
     for place in filter(None, (table, maps)):
         check_place(place)
+    for folder in filter(Path.is_dir, map(Path, options.images)):
+        if maps is not None and maps.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--maps must be outside of the folders that are read, got {maps} in {folder}")
     flow, _ = load_flow(options.run, options.weights, options.device)
     if options.weights != "ema":
         flow.core.folder = None  # what is stored there is of the averaged weights

@@ -184,7 +184,8 @@ def evaluate(
     results |= {"strategy": alignment and alignment.strategy}
     results["gradient"] = alignment.gradient if alignment and alignment.strategy == "reverse" else None
     results |= {"held_out_images": len(indices)}
-    measures = _measures(config, flow, images, indices, affordable.exact, file.parent, folder)
+    stores = None if began and others else folder  # a run's statistics are of its own images
+    measures = _measures(config, flow, images, indices, affordable.exact, file.parent, stores)
     efforts = [f"{affordable} (--passes {config.passes:,})"] if {"bpd", "accuracy"} & set(config.metrics) else []
     if applicable(config.metrics, flow):
         decisions = Decisions(flow, images, indices, config)

@@ -121,7 +121,8 @@ class HeldOut:
                 facts = file.metadata() or {}
                 if facts.get("format") != FORMAT:
                     raise ValueError(f"it is not of format {FORMAT}")
-                found = cls(**{name: file.get_tensor(name).double() for name in file.keys()}, draws=int(facts["draws"]))  # noqa: SIM118
+                tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+                found = cls(**tensors, draws=int(facts["draws"]))
             P = math.prod(_cells(flow.grid)) * (flow.config.blocks + 1)
             shapes: dict[str, tuple[int, ...]] = {"center": (P,), "precision": (P, P), "mean": flow.grid, "std": flow.grid}
             shapes |= {name: (len(getattr(found, name)),) for name in ("log_prob", "distance")}
