@@ -199,15 +199,36 @@ def test_the_table_of_latents_has_means_and_intervals(tmp_path):
         row = {"rule": "exact", "accuracy": accuracy, "ece_after": 0.02}
         samples = [{"fid": 50.0 - seed, "precision": 0.5, "recall": 0.25, "right": 0.75}, {"fid": 90.0}]
         facts = {"arm": "a", "seed": seed, "classification": [row], "samples": samples, "space": {"linear_flat": 0.9}}
-        (tmp_path / f"a-{seed}.json").write_text(json.dumps(facts | {"cpu_seconds": 10.0}))
-    text = latent_tables.table(latent_tables.load(tmp_path))
+        (tmp_path / f"a-{seed}.json").write_text(json.dumps(facts | {"cpu_seconds": 10.0, "machine": "an accelerator"}))
+    arms = latent_tables.load(tmp_path)
+    text = latent_tables.table(arms, latent_tables.COLUMNS)
     head, _, row = (line.split(" | ") for line in text.splitlines())
     cells = dict(zip(head, row, strict=True))
     assert cells["seeds"] == "3"
     assert cells["exact %"] == f"82.0 ± {4.303 * 2 / 3**0.5:.1f}"
     assert cells["FID best"] == f"49 ± {4.303 / 3**0.5:.0f}"
     assert cells["linear probe %"] == "90.0 ± 0.0"
-    assert cells["rFID"] == cells["of features %"] == ""
+    assert not {"rFID", "of features %", "autoencoder CPU s"} & set(cells), "columns without figures are left out"
+    gaps = latent_tables.table(arms, latent_tables.GAPS)
+    assert f"-8.0 ± {4.303 * 2 / 3**0.5:.1f}" in gaps, "exact less the linear probe, in points"
+
+
+def test_arms_of_latents_are_compared_seed_by_seed():
+    figures = {"pixels": (0.70, 0.72, 0.74), "pca_32": (0.81, 0.82, 0.83, 0.5)}
+    arms = {
+        arm: [
+            {
+                "seed": seed,
+                "classification": [{"rule": rule, "accuracy": value} for rule in ("exact", "single_gradient")],
+                "samples": [{"fid": 100 * value, "recall": value, "right": value}],
+            }
+            for seed, value in enumerate(values)
+        ]
+        for arm, values in figures.items()
+    }
+    row = latent_tables.differences(arms).splitlines()[-1]
+    half = 4.303 * 1 / 3**0.5  # of 11, 10, 9 points; the fourth seed has no partner
+    assert row.startswith(f"| pca_32 - pixels | 3 | 10.0 ± {half:.1f} | 10.0 ± {half:.1f} | 10 ±")
 
 
 # ---- outliers -------------------------------------------------------------------------------------------------------

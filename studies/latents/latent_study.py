@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowback.core.devices import machine, pick_device
+from flowback.core.devices import machine, pick_device, put
 from flowback.core.files import file_hash, write_whole
 from flowback.core.seeds import keyed_generator
 from flowback.core.units import from_levels, to_uint8
@@ -190,6 +191,11 @@ def result_file(arm: Arm, seed: int) -> Path:
     return RESULTS / f"{arm.name}-{seed}.json"
 
 
+def write_result(file: Path, facts: dict[str, Any]) -> None:
+    """Write what was measured of a run."""
+    write_whole(file, lambda whole: whole.write_text(json.dumps(facts, indent=1) + "\n"))
+
+
 def run(arm: Arm, seed: int) -> None:
     """Train and measure one run, from where it is."""
     facts: dict[str, Any] = {"arm": arm.name, "seed": seed, "kind": arm.kind, "machine": machine(pick_device("auto"))}
@@ -211,10 +217,10 @@ def run(arm: Arm, seed: int) -> None:
         facts["cpu_seconds"] = round(time.process_time() - cpu, 1)
     state = _state(config.folder)
     facts |= {"steps": state.step, "seconds": round(state.seconds, 1), "skipped": state.skipped}
-    flow, _ = load_flow(config.folder)
+    flow, _ = load_flow(config.folder, device="auto")
     data = load_data(config.data)
     facts |= measure(flow, data, config.folder)
-    write_whole(result_file(arm, seed), lambda file: file.write_text(json.dumps(facts, indent=1) + "\n"))
+    write_result(result_file(arm, seed), facts)
 
 
 def _begun(folder: Path) -> bool:
@@ -230,7 +236,7 @@ def _state(folder: Path) -> State:
 @torch.no_grad()
 def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
     """Classification, samples, and what the space itself gives away."""
-    found = evaluate(folder, EvaluationConfig(metrics=("bpd", "accuracy"), images=IMAGES))
+    found = evaluate(folder, EvaluationConfig(metrics=("bpd", "accuracy"), images=IMAGES), device=flow.device)
     figures: dict[str, Any] = {"classification": found["classification"], "density": found["density"]}
     y = torch.arange(SAMPLES) % flow.num_classes
     figures["samples"] = []
@@ -244,10 +250,10 @@ def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
         real, labels = data.held_out[spread(len(data.held_out), SAMPLES)]
         latents = flow.to_data(from_levels(real, data.levels))
         for name, std in (("reconstruction", 0.0), ("noised", flow.config.noise_std)):
-            noise = torch.randn(latents.shape, generator=keyed_generator(0))
-            images = to_uint8(flow.to_images(latents + std * noise))
+            noise = put(torch.randn(latents.shape, generator=keyed_generator(0)), flow.device)
+            images = to_uint8(flow.to_images(latents + std * noise).cpu())
             figures[name] = judged(images, data) | {"right": right(trained(JUDGE), images, labels)}
-    return figures | {"space": probed(flow, data)}
+    return figures | {"space": probed(flow, data, PROBED)}
 
 
 def judged(images: Tensor, data: ImageSet) -> dict[str, float]:
@@ -258,8 +264,8 @@ def judged(images: Tensor, data: ImageSet) -> dict[str, float]:
     return {k: found[k] for k in ("fid", "precision", "recall")}
 
 
-def probed(flow: Flow, data: ImageSet) -> dict[str, float]:
-    """What simple classifiers read in what the flow sees, and in the encoder's features where it works in these."""
+def probed(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
+    """What simple classifiers, fitted to so many images, read in what the flow sees, and in the encoder's features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import NearestCentroid
     from sklearn.pipeline import make_pipeline
@@ -274,10 +280,10 @@ def probed(flow: Flow, data: ImageSet) -> dict[str, float]:
             if isinstance(flow, LatentFlow) and isinstance(flow.autoencoder, SemanticAutoencoder):
                 values["features"] = flow.autoencoder.features(x).mean(dim=1)
             for name, value in values.items():
-                parts.setdefault(name, []).append(value.float())
+                parts.setdefault(name, []).append(value.float().cpu())
         return {name: torch.cat(part).numpy() for name, part in parts.items()}, split.labels[indices].numpy()
 
-    fit, fit_y = seen(data.train, PROBED)
+    fit, fit_y = seen(data.train, images)
     held, held_y = seen(data.held_out, IMAGES)
     figures = {}
     for name in fit:
@@ -293,6 +299,10 @@ def main() -> None:
     options.add_argument("--only", default=None, help="names of arms, with commas")
     options.add_argument("--seeds", default=None, help="seeds, with commas")
     options.add_argument("--hours", type=float, default=12.0, help="start no run after so many")
+    options.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    options.add_argument(
+        "--probe", action="store_true", help="fit the probes of finished runs to all their images, instead"
+    )
     options.add_argument("--list", action="store_true", help="only say what is finished and what is not")
     options.add_argument("--run", default=None, help=argparse.SUPPRESS)
     o = options.parse_args()
@@ -305,22 +315,45 @@ def main() -> None:
         sys.exit(f"arms {', '.join(sorted(unknown))} do not exist; allowed: {', '.join(named)}")
     seeds = set(SEEDS if o.seeds is None else map(int, o.seeds.split(",")))
     wanted = [(arm, seed) for arm, seed in order() if arm.name in names and seed in seeds]
+    if o.probe:
+        return probe_finished([run for run in wanted if result_file(*run).is_file()])
     end = time.monotonic() + 3600 * o.hours
     trained(JUDGE)
-    failed = False
+    chains: dict[tuple[str, int], list[str]] = {}  # runs that share an autoencoder, which the first of them trains
     for arm, seed in wanted:
         done, name = result_file(arm, seed).is_file(), f"{arm.name}-{seed}"
         if o.list:
             print(name, "finished" if done else "missing")
-        if o.list or done or time.monotonic() > end:
-            continue
-        (RUNS / "logs").mkdir(parents=True, exist_ok=True)
-        with (RUNS / "logs" / f"{name}.txt").open("a") as log:
-            words = [sys.executable, __file__, "--run", name]
-            code = subprocess.call(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-        print(f"{time.strftime('%H:%M:%S')}  {name}  {'finished' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
-        failed |= code != 0
-    sys.exit(1 if failed else 0)
+        elif not done:
+            chains.setdefault((arm.space or arm.name, seed), []).append(name)
+
+    def follow(chain: list[str]) -> bool:
+        return all(run_apart(name) for name in chain if time.monotonic() < end)
+
+    with ThreadPoolExecutor(o.jobs) as pool:
+        sys.exit(0 if all(list(pool.map(follow, chains.values()))) else 1)
+
+
+def probe_finished(runs: list[tuple[Arm, int]]) -> None:
+    """Add to the results of finished runs what the probes read that were fitted to all their training images."""
+    for arm, seed in runs:
+        file, config = result_file(arm, seed), arm.config(seed)
+        flow, _ = load_flow(config.folder, device="auto")
+        data = load_data(config.data)
+        with torch.no_grad():
+            facts = json.loads(file.read_text()) | {"space_of_all": probed(flow, data, len(data.train))}
+        write_result(file, facts)
+        print(file.name, facts["space_of_all"], flush=True)
+
+
+def run_apart(name: str) -> bool:
+    """Train and measure one run in a process of its own; whether it was finished."""
+    (RUNS / "logs").mkdir(parents=True, exist_ok=True)
+    with (RUNS / "logs" / f"{name}.txt").open("a") as log:
+        words = [sys.executable, __file__, "--run", name]
+        code = subprocess.call(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    print(f"{time.strftime('%H:%M:%S')}  {name}  {'finished' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
+    return code == 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python studies/latents/latent_tables.py [--results FOLDER]
 
-Of an arm with several seeds the mean, and half the width of the 95 % interval (Student's t); of one seed the value.
+Of an arm with several seeds the mean, and half the width of the 95 % interval (Student's t); of one seed the value. CPU
+seconds are shown of runs on a CPU.
 """
 
 import argparse
@@ -33,6 +34,16 @@ def space(name: str) -> Callable[[Result], float]:
     return lambda r: 100 * r["space"][name]
 
 
+def on_cpu(figure: str) -> Callable[[Result], float]:
+    """Seconds of a run that used no other device."""
+    return lambda r: r[figure] if "CPU" in r["machine"] else {}[figure]
+
+
+def over(figure: Callable[[Result], float], other: Callable[[Result], float]) -> Callable[[Result], float]:
+    """By how many percent one figure of a run is above another."""
+    return lambda r: 100 * (figure(r) / other(r) - 1)
+
+
 COLUMNS: dict[str, tuple[Callable[[Result], float], int]] = {  # title: value, digits
     "exact %": (rule("exact"), 1),
     "single gradient %": (rule("single_gradient"), 1),
@@ -47,9 +58,26 @@ COLUMNS: dict[str, tuple[Callable[[Result], float], int]] = {  # title: value, d
     "judge right %": (lambda r: 100 * best("right")(r), 0),
     "rFID": (lambda r: r["reconstruction"]["fid"], 0),
     "rFID, noised": (lambda r: r["noised"]["fid"], 0),
-    "autoencoder CPU s": (lambda r: r["autoencoder_cpu_seconds"], 0),
-    "flow CPU s": (lambda r: r["cpu_seconds"], 0),
+    "autoencoder CPU s": (on_cpu("autoencoder_cpu_seconds"), 0),
+    "flow CPU s": (on_cpu("cpu_seconds"), 0),
 }
+GAPS: dict[str, tuple[Callable[[Result], float], int]] = {  # of one run: what is left to gain
+    "exact - linear probe, points": (lambda r: rule("exact")(r) - space("linear_flat")(r), 1),
+    "exact - linear probe of features": (lambda r: rule("exact")(r) - space("linear_features")(r), 1),
+    "exact - linear probe, fitted to all images": (lambda r: rule("exact")(r) - 100 * r["space_of_all"]["linear_flat"], 1),
+    "exact - linear probe of features, fitted to all": (
+        lambda r: rule("exact")(r) - 100 * r["space_of_all"]["linear_features"],
+        1,
+    ),
+    "FID best over rFID, noised, %": (over(best("fid"), lambda r: r["noised"]["fid"]), 0),
+}
+DIFFERENCES = [name for name in COLUMNS if name in ("exact %", "single gradient %", "FID best", "recall", "judge right %")]
+PAIRS = (  # an arm, and the one that its runs are compared with, seed by seed
+    *(("pca_32", other) for other in ("pixels", "kl_16", "joint_16")),
+    *((compressor, "pca_32") for compressor in ("attention_32", "transformer_32")),
+    *((f"pca_32_{strategy}", "pca_32") for strategy in ("forward", "reverse")),
+    ("pca_32_all", "pixels_all"),
+)
 
 
 def load(folder: Path) -> dict[str, list[Result]]:
@@ -67,26 +95,53 @@ def cell(results: list[Result], value: Callable[[Result], float], digits: int) -
         values = [value(result) for result in results]
     except (KeyError, StopIteration):  # the space has none
         return ""
+    return interval(values, digits)
+
+
+def interval(values: list[float], digits: int) -> str:
+    """The mean of values, and half the width of its 95 % interval where there are several."""
     text = f"{mean(values):.{digits}f}"
     if len(values) not in T95:
         return text
     return f"{text} ± {T95[len(values)] * stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-def table(arms: dict[str, list[Result]]) -> str:
-    """All figures of all arms."""
-    lines = [f"| arm | seeds | {' | '.join(COLUMNS)} |", "|---|---" + "|---" * len(COLUMNS) + "|"]
-    for name, results in arms.items():
-        cells = (cell(results, *column) for column in COLUMNS.values())
-        lines.append(f"| {name} | {len(results)} | {' | '.join(cells)} |")
+def table(arms: dict[str, list[Result]], columns: dict[str, tuple[Callable[[Result], float], int]]) -> str:
+    """Figures of all arms, a row for each; columns and arms that have none are left out."""
+    rows = {name: [cell(results, *column) for column in columns.values()] for name, results in arms.items()}
+    shown = [i for i in range(len(columns)) if any(row[i] for row in rows.values())]
+    lines = [row_of(["arm", "seeds", *(list(columns)[i] for i in shown)]), "|---" * (2 + len(shown)) + "|"]
+    for name, row in rows.items():
+        if any(row[i] for i in shown):
+            lines.append(row_of([name, str(len(arms[name])), *(row[i] for i in shown)]))
     return "\n".join(lines)
+
+
+def differences(arms: dict[str, list[Result]]) -> str:
+    """Of each of `PAIRS`: the first arm less the second, seed by seed."""
+    lines = [row_of(["arm less arm", "seeds", *DIFFERENCES]), "|---" * (2 + len(DIFFERENCES)) + "|"]
+    for name, other in PAIRS:
+        seeds = {r["seed"]: r for r in arms.get(other, [])}
+        pairs = [(r, seeds[r["seed"]]) for r in arms.get(name, []) if r["seed"] in seeds]
+        if len(pairs) in T95:
+            cells = []
+            for value, digits in (COLUMNS[figure] for figure in DIFFERENCES):
+                cells.append(interval([value(own) - value(its) for own, its in pairs], digits))
+            lines.append(row_of([f"{name} - {other}", str(len(pairs)), *cells]))
+    return "\n".join(lines)
+
+
+def row_of(cells: list[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     """Print them."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--results", type=Path, default=HERE / "results", help="where results are")
-    print(table(load(options.parse_args().results)))
+    arms = load(options.parse_args().results)
+    print(table(arms, COLUMNS), table(arms, GAPS), differences(arms), sep="\n\n")
 
 
 if __name__ == "__main__":
