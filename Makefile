@@ -5,7 +5,7 @@ READY := .venv/.ready
 TRAINED := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart studio test soak lint bench gpu clean
+.PHONY: help setup quickstart studio test soak lint docs bench gpu clean
 
 help:
 	@echo "make quickstart   set up, train a plain and an aligned flow on digits, write runs/quickstart/report.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make test         set up, run the tests"
 	@echo "make soak         the tests that take long, such as a scan of a million files"
 	@echo "make lint         ruff check, ruff format --check, pyright, import-linter, pip-audit of what is installed"
+	@echo "make docs         the documentation as a site, in site/; a broken link or reference fails"
 	@echo "make bench        the benchmarks, as tables and JSON"
 	@echo "make gpu          on a machine with an accelerator: tests, quickstart and benchmarks on it, in under ten minutes"
 	@echo "make setup        only make .venv        make clean   remove .venv and caches (runs/ stays)"
@@ -44,6 +45,10 @@ lint: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/pip-audit --skip-editable --progress-spinner off
+
+docs: setup
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 $(TRAINED)/report.json: | $(READY)
 	$(BIN)/flowback quickstart

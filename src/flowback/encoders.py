@@ -55,7 +55,8 @@ class TimmEncoder(nn.Module):
     Args:
         model: any timm model with `forward_intermediates`.
         size: (height, width) that the images are resized to, pixels.
-        mean, std: per channel, of images in [0, 1], as the model was trained with.
+        mean: of each channel, of images in [0, 1], as the model was trained with.
+        std: likewise.
         norm: whether the model's final norm is applied to the features.
     """
 

@@ -51,7 +51,11 @@ class FlowBlock(nn.Module):
     Args:
         tokens: N, the number of tokens.
         dim: D, the size of a token.
-        width, layers, head_dim, mlp, mlp_ratio: of the causal transformer.
+        width: of the causal transformer.
+        layers: of it.
+        head_dim: of its attention.
+        mlp: gelu or swiglu.
+        mlp_ratio: of its MLPs.
         num_classes: K; 0 for an unconditional block.
         flip: whether the block reads the tokens from the last to the first.
         positions: "learned", an embedding for every place in the image, or "rotary", by the order of reading.

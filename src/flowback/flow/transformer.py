@@ -101,7 +101,8 @@ class KVCache(Cache):
 
     Args:
         shape: layers, batch, heads, tokens, head_dim.
-        device, dtype: of the keys.
+        device: of the keys.
+        dtype: of the keys.
     """
 
     def __init__(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
@@ -122,7 +123,8 @@ class StaticCache(Cache):
 
     Args:
         shape: layers, batch, heads, tokens, head_dim.
-        device, dtype: of the keys.
+        device: of the keys.
+        dtype: of the keys.
         count: how many tokens are appended at once, always.
     """
 

@@ -38,7 +38,8 @@ class AutoencoderConfig:
         kind: kl, semantic or joint.
         channels: of the latents.
         downsample: image pixels per latent, along a side.
-        scale, shift: the flow sees `(latent - shift) * scale`; a number each, or one for each channel.
+        scale: the flow sees `(latent - shift) * scale`; a number, or one for each channel.
+        shift: as `scale`.
         weights: hash of the weights; others are refused.
         posterior: which latent of an image: the mean of the autoencoder's posterior, or a sample of it.
         image_channels: of the images.

@@ -46,7 +46,8 @@ class Transformer(nn.Module):
     """A bidirectional pre-norm transformer over tokens `[B, P, inputs] -> [B, P, outputs]`, with learned positions.
 
     Args:
-        inputs, outputs: sizes of a token.
+        inputs: size of a token that it reads.
+        outputs: size of one that it writes.
         tokens: their number P.
         width: of the residual stream, a multiple of 32.
         layers: how many; timm's blocks of a ViT.

@@ -22,7 +22,8 @@ class TransformerDecoder(nn.Module):
         channels: of the images.
         grid: rows and columns of features.
         patch: image pixels per feature, along a side.
-        width, layers: of the transformer.
+        width: of the transformer.
+        layers: of the transformer.
     """
 
     def __init__(self, dim: int, channels: int, grid: tuple[int, int], patch: int, width: int, layers: int) -> None:
