@@ -30,7 +30,7 @@ def measure(run: Path, outliers: tuple[str, ...], results: Path) -> None:
             metrics=("ood", "shift", "coverage"), outliers=outliers, seed=int(run.name.rsplit("-", 1)[1])
         )
         partial = results / "partial" / file.name  # evaluate writes each metric as soon as it is there
-        evaluate(run, config, output=partial)
+        evaluate(run, config, output=partial, device="auto")
         partial.rename(file)
 
 
