@@ -1,4 +1,5 @@
-"""Runs the study of README.md: trains what is missing, scores the test's cells, writes results/ and the picture of maps.
+"""Runs the study of README.md: trains what is missing, scores the test's cells, writes results/ and the picture of maps
+(runs/studies/cells/maps.png, which stays on the machine: the images may not be used commercially).
 
     python studies/cells/cells_study.py [--only pixels]
 
@@ -196,7 +197,7 @@ def main() -> None:
         figures.setdefault("seconds", {})[arm] = round(State.read(newest).seconds)
     figures |= {"seed": configs["pixels"].train.seed, "machine": machine(pick_device("auto"))}
     write_whole(HERE / "results" / "seed-0.json", lambda file: file.write_text(json.dumps(figures, indent=1) + "\n"))
-    draw(HERE / "results" / "maps.png", test, maps)
+    draw(configs["pixels"].folder.parent / "maps.png", test, maps)
     print(table(figures))
     for name, (value, low, high) in figures["differences"].items():
         verdict = "better" if low > 0 else "worse" if high < 0 else "no difference seen"

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from flowback.cli.parser import Verb
 from flowback.core.console import say
 from flowback.core.devices import pick_device
-from flowback.core.errors import InputError
+from flowback.flow.io import shipped
 
 DEFAULT = Path("runs")
 
@@ -18,7 +18,10 @@ def add(verb: Verb) -> None:
     """Add this verb to the command line."""
     command = verb("studio", _studio)
     command.add_argument(
-        "runs", type=str, nargs="*", help="runs, folders of runs, folders or hub ids of flows (default: what is in runs)"
+        "runs",
+        type=str,
+        nargs="*",
+        help="runs, folders of runs, folders or hub ids of flows (default: what is in runs, and the flows of the package)",
     )
     command.add_argument(
         "--port", type=int | None, default=None, help="of the page (default: the first free one from 7860)"
@@ -34,9 +37,8 @@ def _studio(options: Namespace) -> int:
     from flowback.studio.common import Studio
     from flowback.studio.shelf import Shelf
 
-    if not options.runs and not DEFAULT.is_dir():
-        raise InputError("there is no folder runs here; name runs or flows, or make one: flowback quickstart")
-    shelf, ended = Shelf(options.runs or [str(DEFAULT)], pick_device(options.device)), threading.Event()
+    places = options.runs or [*([str(DEFAULT)] if DEFAULT.is_dir() else []), *shipped()]
+    shelf, ended = Shelf(places, pick_device(options.device)), threading.Event()
     with Studio(shelf, is_loopback(options.host)) as studio:
         blocks = serve(studio, options.host, options.port, options.password)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -26,6 +26,7 @@ from flowback.flow.config import FlowConfig
 
 FORMAT = 1
 CARD = "README.md"
+SHIPPED, OWNER = Path(__file__).parents[1] / "shipped", "flowback"  # flows that come with the package, and whose they are
 MOST_TOKENS = 2**20
 MOST_UNSEEN = 10**8  # numbers of a flow that are made on the word of a config.json
 WEIGHTS = "model.safetensors"
@@ -254,7 +255,7 @@ def build_checked(make: Callable[[FlowConfig], Any], options: Any, folder: Path)
 
 
 def find_folder(path_or_hub_id: str, files: Sequence[str] = FILES, **options: Any) -> Path:
-    """The folder of a model of these `files`: a local one, or a copy from the Hugging Face hub's `owner/name`.
+    """The folder of a model of these `files`: a local one, one of the package, or a copy from the Hugging Face hub's `owner/name`.
 
     Args:
         path_or_hub_id: the folder, or the name.
@@ -267,6 +268,8 @@ def find_folder(path_or_hub_id: str, files: Sequence[str] = FILES, **options: An
     folder = Path(typed_path(path_or_hub_id))
     if folder.exists():
         return folder
+    if path_or_hub_id in shipped():
+        return SHIPPED / folder.name
     beside = sorted(str(place) for place in folder.parent.iterdir() if place.is_dir()) if folder.parent.is_dir() else []
     near = difflib.get_close_matches(str(folder), beside, n=3)
     hint = f"; near it: {', '.join(near)}" if near else ""
@@ -283,6 +286,11 @@ def find_folder(path_or_hub_id: str, files: Sequence[str] = FILES, **options: An
     except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"there is no folder {path_or_hub_id}{hint}, and the hub did not give it ({reason})") from error
+
+
+def shipped() -> list[str]:
+    """The names of the flows that come with the package."""
+    return sorted(f"{OWNER}/{file.parent.name}" for file in SHIPPED.glob("*/config.json"))
 
 
 def is_hub_id(name: str) -> bool:
