@@ -1,9 +1,9 @@
-"""Runs the study of README.md: trains what is missing, scores the test's cells, writes results/ and the picture of maps
-(runs/studies/cells/maps.png, which stays on the machine: the images may not be used commercially).
+"""Runs the study of README.md: trains what is missing, scores the test's cells, writes results/ and a picture of maps.
 
     python studies/cells/cells_study.py [--only pixels]
 
-Interrupted, the same command resumes. Runs are in runs/studies/cells.
+Interrupted, the same command resumes. Runs are in runs/studies/cells, and so is maps.png: its images may not be used
+commercially, so it stays on the machine.
 """
 
 import argparse
