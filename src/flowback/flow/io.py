@@ -255,7 +255,7 @@ def build_checked(make: Callable[[FlowConfig], Any], options: Any, folder: Path)
 
 
 def find_folder(path_or_hub_id: str, files: Sequence[str] = FILES, **options: Any) -> Path:
-    """The folder of a model of these `files`: a local one, the package's, or a copy from the Hugging Face hub's `owner/name`.
+    """The folder of a model of these `files`: a local one, the package's, or a copy of the hub's `owner/name`.
 
     Args:
         path_or_hub_id: the folder, or the name.
