@@ -22,6 +22,7 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {
         "index.md": beside_docs("README.md"),
         "changelog.md": beside_docs("CHANGELOG.md"),
+        "contributing.md": beside_docs("CONTRIBUTING.md"),
         "reference/cli.md": command_line(),
         "reference/python/index.md": public_names(),
     }
@@ -40,7 +41,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def beside_docs(name: str) -> str:
     """A page that lies beside docs/ in the repository, and on the site among its pages."""
-    return (ROOT / name).read_text("utf-8").replace("](docs/", "](")
+    text = (ROOT / name).read_text("utf-8").replace("](docs/", "](").replace("](README.md", "](index.md")
+    return text.replace("](CHANGELOG.md", "](changelog.md").replace("](CONTRIBUTING.md", "](contributing.md")
 
 
 def command_line() -> str:
