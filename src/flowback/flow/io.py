@@ -5,17 +5,18 @@ an unreachable hub into a warning.
 """
 
 import difflib
+import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowback.core.devices import pick_device
 from flowback.core.errors import InputError
@@ -23,6 +24,8 @@ from flowback.core.files import read_json, save_tensors, typed_path, write_whole
 from flowback.flow.autotune import FILE as AUTOTUNE
 from flowback.flow.autotune import Autotune
 from flowback.flow.config import FlowConfig
+from flowback.flow.prior import FILE as PRIOR
+from flowback.flow.prior import FittedPrior
 
 FORMAT = 1
 CARD = "README.md"
@@ -34,6 +37,7 @@ FILES = (
     "config.json",
     WEIGHTS,
     AUTOTUNE,
+    PRIOR,
     "classification.json",
     "held_out.safetensors",
     "classes.json",
@@ -69,7 +73,10 @@ class Pretrained:
         return build_checked(cls, description, folder)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json, model.safetensors and, where decoders were measured, decoding.json into the folder `path`."""
+        """Write config.json, model.safetensors and what is known of these weights into the folder `path`.
+
+        That is decoding.json (measured decoders) and prior.safetensors (a prior that was fitted to them).
+        """
         folder = Path(path)
         config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}
         save_tensors(self.stored.state_dict(), folder / WEIGHTS)
@@ -78,6 +85,11 @@ class Pretrained:
             self.core.autotune.save(folder)
         else:
             (folder / AUTOTUNE).unlink(missing_ok=True)  # of another flow
+        prior: FittedPrior | None = self.core.fitted_prior
+        if prior is not None and prior.weights == fingerprint(self.core.state_dict()):
+            prior.save(folder)
+        else:
+            (folder / PRIOR).unlink(missing_ok=True)
 
     def save_portable(self, path: str | Path) -> None:
         """`save_pretrained`, and whatever else another machine needs: here nothing."""
@@ -116,7 +128,10 @@ class Pretrained:
             raise InputError(f"{folder} holds a {model}, not a {cls.__name__}; flowback.from_pretrained loads either")
         made: Any = cls.build(description, folder)
         load_tensors(made.stored, folder / WEIGHTS)
-        made.core.autotune, made.core.folder = Autotune.load(folder), folder
+        core = made.core
+        core.autotune, core.folder = Autotune.load(folder), folder
+        if (folder / PRIOR).is_file():
+            core.fitted_prior = FittedPrior.load(folder, core.token_shape, core.num_classes, fingerprint(core.state_dict()))
         return made.eval().to(where)
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
@@ -140,6 +155,14 @@ class Pretrained:
             text = f"# {repo_id}\n\nA normalizing flow, made with flowback.\n\n```python\n{call}\n```\n"
             (Path(temporary) / CARD).write_text(f"---\nlibrary_name: flowback\ntags: [normalizing-flow]\n---\n\n{text}")
             return upload(Path(temporary), repo_id, private, token)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors by name, like those of `state_dict`: of their values as float32, wherever they are."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + tensor.cpu().float().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_description(folder: Path) -> dict[str, Any]:

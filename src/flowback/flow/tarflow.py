@@ -5,6 +5,7 @@ space, that of its images `x [B, C, H, W]`; these may be the latents of an autoe
 Noise is `z [B, N, D]`, likelihoods are nats summed per image, and blocks and layers count from 1.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from flowback.flow.guidance import Guidance, checked
 from flowback.flow.implicit import solve_with_gradient
 from flowback.flow.labels import Labels, class_weights, to_draw
 from flowback.flow.patches import patchify, unpatchify
+from flowback.flow.prior import PRIORS, FittedPrior
 
 BLOCK_OPTIONS = ("width", "head_dim", "num_classes", "mlp", "mlp_ratio", "positions", "log_scale_bound")
 
@@ -73,6 +75,7 @@ class TarFlow(io.Pretrained, nn.Module):
         self.token_shape = (self.grid[0] * self.grid[1], self.channels * c.patch_size**2)  # N, D
         self.dims = self.token_shape[0] * self.token_shape[1]  # numbers in an image
         self.register_buffer("prior_std", torch.ones(self.token_shape) if c.prior == "scaled" else None)
+        self.fitted_prior: FittedPrior | None = None  # what z is really like; `flowback.tasks.prior` fits it
         self.autotune: Autotune | None = None  # which decoder is fastest for which block on this machine
         self.folder: Path | None = None  # where the flow was loaded from
         shared = {name: getattr(c, name) for name in BLOCK_OPTIONS}
@@ -117,6 +120,40 @@ class TarFlow(io.Pretrained, nn.Module):
     def to_prior(self, noise: Tensor) -> Tensor:
         """Standard normal numbers `[..., N, D]` as z of the prior: unchanged, or scaled."""
         return noise if self.prior_std is None else noise * self.prior_std
+
+    def draw_z(self, noise: Tensor, y: Labels = None, temperature: float = 1.0, prior: str | None = None) -> Tensor:
+        """Standard normal `noise [B, ..., N, D]`, for each image any number of draws, as z that images are decoded from.
+
+        Args:
+            noise: on the flow's device.
+            y: labels, as in `encode`.
+            temperature: standard deviation of z, as a multiple of the prior's.
+            prior: "standard", that of the training, or "fitted" (`fitted_prior`); None for the standard one.
+
+        Raises:
+            InputError: if the temperature is impossible, or there is no such prior.
+        """
+        fitted = self._fitted(prior)
+        if not 0 < temperature < math.inf:
+            raise InputError(f"temperature must be above 0 and finite, got {temperature}")
+        if fitted is None:
+            return temperature * self.to_prior(noise)
+        return fitted.to_z(noise, self.class_weights(y, len(noise)), temperature)
+
+    def to_noise(self, z: Tensor, y: Labels = None, temperature: float = 1.0, prior: str | None = None) -> Tensor:
+        """The inverse of `draw_z`."""
+        fitted = self._fitted(prior)
+        if fitted is None:
+            return z / temperature / self.to_prior(torch.ones_like(z))
+        return fitted.to_noise(z, self.class_weights(y, len(z)), temperature)
+
+    def _fitted(self, prior: str | None) -> FittedPrior | None:
+        """The fitted prior, if that is asked for."""
+        if prior not in (None, *PRIORS):
+            raise InputError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
+        if prior == "fitted" and self.fitted_prior is None:
+            raise InputError("this flow has no fitted prior: run `flowback fit-prior`, or use prior standard")
+        return self.fitted_prior if prior == "fitted" else None
 
     def class_weights(self, y: Labels, batch: int) -> Tensor | None:
         """Labels as weights of the class embeddings, `[B, K]`; None for an unconditional flow (`flowback.flow.labels`)."""
@@ -173,12 +210,20 @@ class TarFlow(io.Pretrained, nn.Module):
         """`encode` without a trace."""
         return self.encode(x, y)
 
-    def log_prob(self, x: Tensor, y: Labels = None) -> Tensor:
-        """Log-density `[B]`, nats, of images `x` on the [-1, 1] scale, under the density that samples are drawn from.
+    def log_prob(self, x: Tensor, y: Labels = None, prior: str = "standard") -> Tensor:
+        """Log-density `[B]`, nats, of images `x` on the [-1, 1] scale, under the density that was trained.
 
         The flow models *noised* images: add the noise first, `flow.log_prob(flow.perturb(x))`. For bits per dimension see
-        `flowback.core.units.bits_per_dim`.
+        `flowback.core.units.bits_per_dim`. With `prior="fitted"` it is the density with the fitted prior in place of
+        the standard one.
+
+        Raises:
+            InputError: if the flow has no such prior.
         """
+        fitted = self._fitted(prior)
+        if fitted is not None:
+            z, log_det = self.encode(x, y)
+            return fitted.log_prob(z, self.class_weights(y, len(z))) + log_det
         return self.log_prob_parts(x, y).sum(dim=(1, 2))
 
     def log_prob_parts(self, x: Tensor, y: Labels = None) -> Tensor:
@@ -322,6 +367,7 @@ class TarFlow(io.Pretrained, nn.Module):
         *,
         guidance: float | Guidance = 0.0,
         temperature: float = 1.0,
+        prior: str | None = None,
         denoise: bool | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
@@ -337,22 +383,21 @@ class TarFlow(io.Pretrained, nn.Module):
             y: labels, as in `encode`. None draws them uniformly, if the flow has any.
             guidance: scale, or a `Guidance`; 0 for none.
             temperature: standard deviation of z, as a multiple of the prior's.
+            prior: standard or fitted, as in `draw_z`.
             denoise: whether the score step removes the training noise; None for yes, where it is Gaussian.
             seed: of z and of drawn labels; or give a `generator`.
             generator: source of z and of drawn labels.
             method: as in `decode`.
             batch_size: images decoded at once; bounds the memory. The images depend on it by rounding only.
-            return_log_prob: also return `log p(x | y)`, nats, of the images before the score step.
+            return_log_prob: also return `log p(x | y)`, nats, of the images before the score step, as `log_prob` has it.
             compile: as in `decode`.
 
         Returns:
             Images `[num, C, H, W]` (for a shape `[*num, C, H, W]`), nearly in [-1, 1]; with `return_log_prob` a pair.
 
         Raises:
-            InputError: if a number, a label, the temperature or the guidance is impossible.
+            InputError: if a number, a label, the temperature, the prior or the guidance is impossible.
         """
-        if not 0 < temperature < float("inf"):
-            raise InputError(f"temperature must be above 0, got {temperature}")
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if seed is not None and generator is not None:
@@ -361,7 +406,7 @@ class TarFlow(io.Pretrained, nn.Module):
         shape, y = to_draw(num, y, self.num_classes, generator)
         empty = torch.empty(*shape, *self.token_shape, dtype=self.data_dtype, device=self.device).flatten(0, -3)
         classes, guidance = self.class_weights(y, len(empty)), checked(guidance, y, self.num_classes)
-        z = temperature * self.to_prior(draw(torch.randn, empty, generator))
+        z = self.draw_z(draw(torch.randn, empty, generator), classes, temperature, prior)
         images, log_probs = [], []
         for start in range(0, len(z), batch_size):
             rows = slice(start, start + batch_size)

@@ -7,7 +7,6 @@ So work can be cut into parts, shared by the processes of torchrun, interrupted 
     samples.npz         the ADM evaluation format: arr_0 uint8 [n, H, W, C], and the labels as arr_1
 """
 
-import hashlib
 import json
 import math
 import os
@@ -36,6 +35,7 @@ from flowback.data.splits import spread
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solved
 from flowback.flow.guidance import Guidance
+from flowback.flow.io import fingerprint
 from flowback.flow.labels import Labels
 from flowback.flow.patches import unpatchify
 from flowback.flow.tarflow import TarFlow
@@ -61,7 +61,8 @@ class Request:
         guidance: guidance scale; 0 for none.
         schedule: scale along the tokens: constant, or annealed (rising from 0 at the first token).
         guided: which parameters are guided: both, a or mu.
-        temperature: standard deviation of z.
+        temperature: standard deviation of z, as a multiple of the prior's.
+        prior: of z: standard, N(0, I), or fitted (see `flowback fit-prior`); null for the standard one.
         denoise: remove the noise of training by one score step; null for yes, but of latents whose decoder has seen it.
         seed: seed of the images; each is a function of it and of its own number.
         precision: 32-true or bf16-mixed.
@@ -79,6 +80,7 @@ class Request:
     schedule: str = "constant"
     guided: str = "both"
     temperature: float = 1.0
+    prior: str | None = None
     denoise: bool | None = None
     seed: int = 0
     precision: str = "32-true"
@@ -171,7 +173,7 @@ def candidates(flow: TarFlow, request: Request, numbers: Sequence[int]) -> tuple
     """The candidates for the images of these numbers, z `[B, best_of, N, D]` on the flow's device, and labels `[B]`."""
     y = torch.tensor([request.labels[i % len(request.labels)] for i in numbers])
     z = flow.enter(torch.stack([noise(flow, request.seed, i, request.best_of) for i in numbers]))
-    return request.temperature * flow.to_prior(z), y
+    return flow.draw_z(z, y, request.temperature, request.prior), y
 
 
 def start(flow: TarFlow, request: Request, index: int, method: str = "auto") -> tuple[Tensor, Tensor]:
@@ -202,17 +204,18 @@ def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -
 
 
 def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, num: int, method: str = "auto") -> Tensor:
-    """Images `[num, C, H, W]` whose z lies at share `strength` of the way from that of image `index` to fresh noise.
+    """Images `[num, C, H, W]` whose noise lies at share `strength` of the way from that of image `index` to fresh noise.
 
-    They keep its class, guidance and temperature. The way is a great circle, so every z on it is typical.
+    They keep its class, guidance, temperature and prior. The way is a great circle, so all noise on it is typical.
     """
     core = flow.core
     with autocast(core.device, request.precision):
         z, y = start(core, request, index, method)
-        fresh = torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)])
-        fresh = request.temperature * core.to_prior(core.enter(fresh))
+        own = core.to_noise(z, y, request.temperature, request.prior)
+        fresh = core.enter(torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)]))
         y = y.expand(num)
-        x = core.decode(slerp(z.expand_as(fresh), fresh, strength), y, request.as_guidance(), method)
+        z = core.draw_z(slerp(own.expand_as(fresh), fresh, strength), y, request.temperature, request.prior)
+        x = core.decode(z, y, request.as_guidance(), method)
         return finished(flow, x, y, request.denoise)
 
 
@@ -240,14 +243,6 @@ def noise(flow: TarFlow, seed: int, number: int, candidates: int = 1) -> Tensor:
     return torch.stack([keyed_normal(flow.token_shape, seed, number, candidate) for candidate in range(candidates)])
 
 
-def fingerprint(flow: Flow) -> str:
-    """A hash of the flow's weights, and of its autoencoder's if it has one."""
-    digest = hashlib.sha256()
-    for name, tensor in flow.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 class Store:
     """Where parts wait on disk until all are there.
 
@@ -267,7 +262,10 @@ class Store:
         Raises:
             InputError: if there is an output that does not belong to this request.
         """
-        text = json.dumps({**asdict(self.request), "model": fingerprint(self.flow)}, indent=1) + "\n"
+        known = {**asdict(self.request), "model": fingerprint(self.flow.state_dict())}
+        if self.request.prior == "fitted" and self.flow.core.fitted_prior is not None:
+            known["fitted_prior"] = fingerprint(dict(self.flow.core.fitted_prior.named_buffers()))
+        text = json.dumps(known, indent=1) + "\n"
         file = self.folder / "request.json"
         begun = file.read_text() if file.exists() else None
         if begun == text:
