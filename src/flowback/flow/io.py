@@ -26,12 +26,14 @@ from flowback.flow.autotune import Autotune
 from flowback.flow.config import FlowConfig
 from flowback.flow.prior import FILE as PRIOR
 from flowback.flow.prior import FittedPrior
+from flowback.flow.student import Lesson, Student, StudentConfig
 
 FORMAT = 1
 CARD = "README.md"
 MOST_TOKENS = 2**20
 MOST_UNSEEN = 10**8  # numbers of a flow that are made on the word of a config.json
 WEIGHTS = "model.safetensors"
+LEARNED = ("student", "denoiser")  # folders of what was distilled of a flow, beside it
 AUTOENCODER = [f"autoencoder/{prefix}.safetensors" for prefix in ("model", "diffusion_pytorch_model", "encoder")]
 FILES = (
     "config.json",
@@ -43,6 +45,7 @@ FILES = (
     "classes.json",
     "autoencoder/config.json",
     *AUTOENCODER,
+    *(f"{name}/{file}" for name in LEARNED for file in ("config.json", WEIGHTS)),
 )
 
 
@@ -75,7 +78,8 @@ class Pretrained:
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json, model.safetensors and what is known of these weights into the folder `path`.
 
-        That is decoding.json (measured decoders) and prior.safetensors (a prior that was fitted to them).
+        That is decoding.json (measured decoders), prior.safetensors (a prior that was fitted to them) and the folders of
+        what was distilled of them.
         """
         folder = Path(path)
         config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}
@@ -86,10 +90,14 @@ class Pretrained:
         else:
             (folder / AUTOTUNE).unlink(missing_ok=True)  # of another flow
         prior: FittedPrior | None = self.core.fitted_prior
-        if prior is not None and prior.weights == fingerprint(self.core.state_dict()):
+        weights = fingerprint(self.core.state_dict()) if prior is not None or self.core.learned else ""
+        if prior is not None and prior.weights == weights:
             prior.save(folder)
         else:
             (folder / PRIOR).unlink(missing_ok=True)
+        for name, student in self.core.learned.items():
+            if student.lesson.teacher == weights:
+                student.save_pretrained(folder / name)
 
     def save_portable(self, path: str | Path) -> None:
         """`save_pretrained`, and whatever else another machine needs: here nothing."""
@@ -132,6 +140,7 @@ class Pretrained:
         core.autotune, core.folder = Autotune.load(folder), folder
         if (folder / PRIOR).is_file():
             core.fitted_prior = FittedPrior.load(folder, core.token_shape, core.num_classes, fingerprint(core.state_dict()))
+        core.learned = load_learned(folder, core)
         return made.eval().to(where)
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
@@ -274,6 +283,44 @@ def build_checked(make: Callable[[FlowConfig], Any], options: Any, folder: Path)
     if wanted > max(MOST_UNSEEN, 2 * held):  # below, the tensors are made, and the first that differs is named
         raise InputError(f"{folder / 'config.json'} describes a flow of {wanted:.3g} numbers, of which {file} has {held}")
     return make(config)
+
+
+def load_learned(folder: Path, flow: Any) -> dict[str, Student]:
+    """The students that lie in the folder of a flow, by name; those of other weights than the flow's are marked as stale.
+
+    Raises:
+        InputError: if one is not whole, or of a flow of another shape.
+    """
+    found = {name: load_student(folder / name) for name in LEARNED if (folder / name / "config.json").exists()}
+    if found:
+        weights, (N, D) = fingerprint(flow.state_dict()), flow.token_shape
+        for name, student in found.items():
+            lesson = student.lesson
+            if (lesson.tokens, lesson.dim, lesson.classes) != (N, D, flow.num_classes):
+                raise InputError(f"{folder / name} is of another flow than the one beside it; delete it")
+            student.stale = lesson.teacher != weights
+    return found
+
+
+def load_student(folder: Path) -> Student:
+    """The student in a folder, frozen.
+
+    Raises:
+        InputError: if there is none, or it is not whole.
+    """
+    file = folder / "config.json"
+    try:
+        known = read_json(file)
+        config, lesson = StudentConfig(**known["student"]), Lesson(**known["lesson"])
+        with torch.device("meta"):
+            check_shapes(Student(config, lesson), folder / WEIGHTS)  # before memory is taken for what it describes
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InputError(f"{file} does not describe a student ({error}); expected what flowback distill wrote") from error
+    student = Student(config, lesson)
+    load_tensors(student, folder / WEIGHTS)
+    return student.requires_grad_(False).eval()
 
 
 def find_folder(path_or_hub_id: str, files: Sequence[str] = FILES, **options: Any) -> Path:
