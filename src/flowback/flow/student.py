@@ -142,7 +142,9 @@ class Student(nn.Module):
         self.config, self.lesson, c = config, lesson, config
         self.stale = False  # True: the flow that it lies beside has other weights than its teacher had
         if lesson.states >= c.layers:
-            raise InputError(f"student.layers must be above {lesson.states}, the flow's blocks, for an inverse, got {c.layers}")
+            raise InputError(
+                f"student.layers must be above {lesson.states}, the flow's blocks, for an inverse, got {c.layers}"
+            )
         self.proj_in = nn.Linear(lesson.dim, c.width)
         self.position = nn.Parameter(torch.randn(lesson.tokens, c.width) * 0.02)
         self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
@@ -204,7 +206,9 @@ class Student(nn.Module):
         one = self.lesson.method == "inverse"
         steps = (1 if one else STEPS) if steps is None else steps
         if one and (steps, solver) != (1, "euler"):
-            raise InputError(f"an inverse draws in 1 step by euler, got {steps} by {solver}; flow_matching takes any number")
+            raise InputError(
+                f"an inverse draws in 1 step by euler, got {steps} by {solver}; flow_matching takes any number"
+            )
         if steps < 1:
             raise InputError(f"steps must be at least 1, got {steps}")
         return steps

@@ -488,7 +488,9 @@ class TarFlow(io.Pretrained, nn.Module):
         if denoise not in (None, True, False, "learned"):
             raise InputError(f"denoise must be true, false, learned or None, got {denoise!r}")
         if sampler == "student" and return_log_prob:
-            raise InputError("return_log_prob is of images with noise, as the exact sampler draws them; a student's have none")
+            raise InputError(
+                "return_log_prob is of images with noise, as the exact sampler draws them; a student's have none"
+            )
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if seed is not None and generator is not None:
