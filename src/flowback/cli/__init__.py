@@ -26,6 +26,11 @@ VERBS = {  # the module of each verb, and its help
         "Compute a recipe's latents and encoder features once, for training to read. If interrupted, run the same command "
         "again to resume; several processes can share the work with --part.",
     ),
+    "distill": (
+        "distilling",
+        "Train a student of a trained flow: a sampler of few passes, or a denoiser. It is put beside the flow, for "
+        "sample --sampler student. Options come from the command line, or from a YAML file (--config).",
+    ),
     "sample": (
         "sampling",
         "Draw images from a trained flow. Writes a grid (.png), an .npz in the ADM evaluation format, or a folder of PNGs. "

@@ -192,8 +192,8 @@ class Student(nn.Module):
         shift, scale = self.condition(c)[:, None].chunk(2, dim=-1)
         result = self.proj_out(self.norm(h) * (1 + scale) + shift).to(x.dtype)
         count = len(self.heads) if with_states else 0
-        places = [(i + 1) * len(self.layers) // (len(self.heads) + 1) - 1 for i in range(count)]
-        return result, [head(hidden[l]).to(x.dtype) for head, l in zip(self.heads, places, strict=False)], hidden
+        read = [hidden[i * len(hidden) // (count + 1) - 1] for i in range(1, count + 1)]
+        return result, [head(h).to(x.dtype) for head, h in zip(self.heads, read, strict=False)], hidden
 
     def steps(self, steps: int | None, solver: str = "euler") -> int:
         """How many steps are taken where so many are asked for.

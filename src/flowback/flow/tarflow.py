@@ -470,7 +470,8 @@ class TarFlow(io.Pretrained, nn.Module):
             denoise: whether the score step removes the training noise; None for yes, where it is Gaussian; "learned" for
                 the flow's denoiser in its place. A student's images have none.
             sampler: "exact", which decodes, or "student", which draws in a few passes what `flowback distill` taught it.
-            steps, solver: of the student, as in `draft`.
+            steps: of the student, as in `draft`.
+            solver: of the student, as in `draft`.
             seed: of z and of drawn labels; or give a `generator`.
             generator: source of z and of drawn labels.
             method: as in `decode`.
@@ -483,7 +484,8 @@ class TarFlow(io.Pretrained, nn.Module):
             Images `[num, C, H, W]` (for a shape `[*num, C, H, W]`), nearly in [-1, 1]; with `return_log_prob` a pair.
 
         Raises:
-            InputError: if a number, a label, the temperature, the prior or the guidance is impossible, or there is no student.
+            InputError: if a number, a label, the temperature, the prior or the guidance is impossible, or no student is
+                there.
         """
         if denoise not in (None, True, False, "learned"):
             raise InputError(f"denoise must be true, false, learned or None, got {denoise!r}")

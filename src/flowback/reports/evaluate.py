@@ -49,7 +49,7 @@ from flowback.reports.decisions import METRICS as DECISIONS
 from flowback.reports.decisions import TRAINING, Decisions, applicable
 from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
-from flowback.runs.folder import other_data, run_data, run_of
+from flowback.runs.folder import check_fit, other_data, run_data, run_of
 from flowback.tasks.classify import Effort, effort
 from flowback.tasks.sampling import Request, checked_store, sample_to_disk
 from flowback.tasks.score import LEAST, HeldOut, background_of, log_prob_parts, score_data
@@ -239,13 +239,7 @@ def _data(
         data = other_data(run, DataConfig(**({"image_size": flow.image_size, "channels": flow.channels} | given)))
     else:
         raise InputError(f"{source} has no config.yaml that names its data; expected the folder of a run, or --data.name")
-    levels = None if isinstance(flow, LatentFlow) else flow.levels
-    facts = [("size", tuple(data.size), tuple(flow.image_size)), ("channels", data.channels, flow.channels)]
-    facts += [("levels", data.levels, levels)] * (levels is not None)
-    facts += [("number of classes", len(data.classes), flow.num_classes)] * (flow.num_classes > 0)
-    for name, found, wanted in facts:
-        if found != wanted:
-            raise InputError(f"the {name} of the data {data.name} must be {wanted} for this flow, got {found}")
+    check_fit(flow, data)
     known = next(
         (place / "classes.json" for place in (run, flow.core.folder) if place and (place / "classes.json").is_file()), None
     )

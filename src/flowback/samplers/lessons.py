@@ -46,21 +46,27 @@ class FlowMatching(Objective):
     parts = ("velocity",)
 
     def forward(
-        self, x: Tensor, noised: Tensor, noise: Tensor, levels: Tensor, y: Tensor | None = None
+        self,
+        x: Tensor,
+        levels: Tensor,
+        noised: Tensor | None = None,
+        noise: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its value as a part.
 
         Args:
             x: clean images as the flow sees them, `[B, *data_shape]`.
-            noised: the same with the noise of the flow's training.
-            noise: standard normal, `[B, N, D]`.
             levels: uniform in [0, 1), `[B]`; the times are made of them.
+            noised: the same images with the noise of the flow's training, whose z is taken.
+            noise: or else standard normal numbers, `[B, N, D]`.
             y: labels `[B]`, -1 for none; or None.
         """
         z, tokens = noise, self.flow.tokenize(x)
-        if self.student.lesson.noise == "flow":
+        if noised is not None:
             with torch.no_grad():
                 z = self.flow.encode(noised, y)[0] / self.student.z_std
+        assert z is not None
         t = torch.sigmoid(LOCATION + SCALE * torch.special.ndtri(levels.clamp(1e-6, 1 - 1e-6)))
         at = t[:, None, None]
         v, _, _ = self.student((1 - at) * tokens + at * z, t, self.flow.class_weights(y, len(x)))
@@ -109,7 +115,7 @@ class Inverse(Objective):
         self.projector, self.to_images = projector, to_images
 
     def forward(
-        self, x: Tensor, noised: Tensor, levels: Tensor, y: Tensor | None = None
+        self, x: Tensor, levels: Tensor, noised: Tensor, y: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and mean squared errors as parts; arguments as of `FlowMatching`, the guidance is made of `levels`."""
         flow, student, classes = self.flow, self.student, self.flow.class_weights(y, len(x))
@@ -150,7 +156,7 @@ class Inverse(Objective):
 
 
 class Denoising(Objective):
-    """`|g(x + e, y) - (D(x + e) - (x + e)) / sigma|^2`: the flow's score step D (`TarFlow.denoise`), without its backward pass."""
+    """`|g(x + e, y) - (D(x + e) - (x + e)) / sigma|^2`: the flow's score step D (`TarFlow.denoise`) in a pass forward."""
 
     parts = ("score",)
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -438,7 +439,11 @@ def in_turn(classes: int, num: int) -> tuple[int, ...]:
     return tuple(spread(classes, max(1, num))) if classes else (-1,)
 
 
-def class_grid(flow: Flow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0) -> Tensor:
-    """Samples `[rows * per_class, C, H, W]`, on the CPU: a row for each of `shown_classes`, or `per_class` without any."""
+def class_grid(flow: Flow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0, **options: Any) -> Tensor:
+    """Samples `[rows * per_class, C, H, W]`, on the CPU: a row for each of `shown_classes`, or `per_class` without any.
+
+    `options` are others of `TarFlow.sample`.
+    """
     y = torch.tensor(shown_classes(flow) or [-1] * per_class).repeat_interleave(per_class)
-    return flow.sample(y=y, guidance=guidance, generator=torch.Generator().manual_seed(seed), batch_size=128).cpu()
+    options |= {"generator": torch.Generator().manual_seed(seed), "batch_size": 128}
+    return flow.sample(y=y, guidance=guidance, **options).cpu()
