@@ -1,14 +1,14 @@
 """Learned samplers: a bidirectional transformer that makes in a few passes what the exact decode makes token by token.
 
-A student works in its flow's own space, on its tokens `[B, N, D]`, and is one of three by what it learned (`flowback.samplers`):
+A student works in its flow's own space, on its tokens `[B, N, D]`. What it learned (`flowback.samplers`) is one of three:
 
     flow_matching   a velocity, along which z is moved to a clean image in any number of steps (NFM, arXiv 2603.09014)
     inverse         the clean image of a z, in one pass (BiFlow, arXiv 2512.10953)
     denoiser        what to take out of a noisy image: the flow's score, without a backward pass
 
 The network is that of DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740): layer norms whose scales and shifts come from a
-level and the class, gates that begin at zero. The level is the time of a flow matching student, from 0 (image) to 1 (z), the
-guidance w of an inverse as `w / (1 + w)`, and 0 of a denoiser.
+level and the class, gates that begin at zero. The level is a time from 0 (image) to 1 (z) in flow matching, the guidance w
+as `w / (1 + w)` in an inverse, and 0 in a denoiser.
 """
 
 import json
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from flowback.core.errors import InputError
 from flowback.core.files import save_tensors, write_whole
-from flowback.flow.transformer import GeluMLP
+from flowback.flow.guidance import Guidance
+from flowback.flow.transformer import GeluMLP, products, slow_attention_gradient
 
 METHODS = ("flow_matching", "inverse", "denoiser")
 NOISES = ("flow", "independent")
@@ -117,8 +118,10 @@ class Layer(nn.Module):
         """`h [B, N, width]` and the condition `c [B, width]` to `[B, N, width]`."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.condition(c)[:, None].chunk(6, dim=-1)
         q, k, v = self.qkv(self.norm(h) * (1 + scale) + shift).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = h + gate * self.proj(attended)
+        attended = (
+            products(q, k, v, causal=False) if slow_attention_gradient(q) else F.scaled_dot_product_attention(q, k, v)
+        )
+        h = h + gate * self.proj(attended.transpose(1, 2).flatten(2))
         return h + gate_mlp * self.mlp(self.norm(h) * (1 + scale_mlp) + shift_mlp)
 
 
@@ -195,23 +198,24 @@ class Student(nn.Module):
         read = [hidden[i * len(hidden) // (count + 1) - 1] for i in range(1, count + 1)]
         return result, [head(h).to(x.dtype) for head, h in zip(self.heads, read, strict=False)], hidden
 
-    def steps(self, steps: int | None, solver: str = "euler") -> int:
-        """How many steps are taken where so many are asked for.
+    def check(self, guidance: Guidance, steps: int | None, solver: str) -> None:
+        """Whether the student can draw so.
 
         Raises:
-            InputError: if the student cannot take them, or there is no such solver.
+            InputError: if it takes no such steps or guidance, or there is no such solver.
         """
         if solver not in SOLVERS:
             raise InputError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-        one = self.lesson.method == "inverse"
-        steps = (1 if one else STEPS) if steps is None else steps
-        if one and (steps, solver) != (1, "euler"):
+        if self.lesson.method == "inverse" and (steps not in (None, 1) or solver != "euler"):
             raise InputError(
                 f"an inverse draws in 1 step by euler, got {steps} by {solver}; flow_matching takes any number"
             )
-        if steps < 1:
+        if steps is not None and steps < 1:
             raise InputError(f"steps must be at least 1, got {steps}")
-        return steps
+        if guidance != Guidance(guidance.scale):
+            raise InputError(
+                "a student knows only the scale of guidance; leave out its other options, or use sampler exact"
+            )
 
     def draw(
         self,
@@ -235,11 +239,8 @@ class Student(nn.Module):
 
         Returns:
             Tokens `[B, N, D]`, without noise.
-
-        Raises:
-            InputError: as `steps`.
         """
-        network, z, steps = self._compiled if compile else self, z / self.z_std, self.steps(steps, solver)
+        network, z = self._compiled if compile else self, z / self.z_std
         if self.lesson.method == "inverse":
             return network(z, z.new_full((len(z),), guidance / (1 + guidance)), classes)[0]
 
@@ -251,7 +252,7 @@ class Student(nn.Module):
             v, unlabelled = network(x.repeat(2, 1, 1), level.repeat(2), both)[0].chunk(2)
             return v + guidance * (v - unlabelled)
 
-        return integrate(velocity, z, steps, solver)
+        return integrate(velocity, z, steps or STEPS, solver)
 
     def correction(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """What a denoiser adds to noisy tokens `[B, N, D]`, as a multiple of the noise's standard deviation."""

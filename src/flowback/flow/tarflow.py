@@ -157,11 +157,18 @@ class TarFlow(io.Pretrained, nn.Module):
             return z if student is None else student.z_std * z
         return fitted.to_z(noise, self.class_weights(y, len(noise)), temperature)
 
-    def to_noise(self, z: Tensor, y: Labels = None, temperature: float = 1.0, prior: str | None = None) -> Tensor:
+    def to_noise(
+        self,
+        z: Tensor,
+        y: Labels = None,
+        temperature: float = 1.0,
+        prior: str | None = None,
+        sampler: str = "exact",
+    ) -> Tensor:
         """The inverse of `draw_z`."""
         fitted = self._fitted(prior)
-        if fitted is None:
-            return z / temperature / self.to_prior(torch.ones_like(z))
+        if fitted is None or (sampler == "student" and self.taught().lesson.noise == "independent"):
+            return z / self.draw_z(torch.ones_like(z), y, temperature, "standard", sampler)
         return fitted.to_noise(z, self.class_weights(y, len(z)), temperature)
 
     def _fitted(self, prior: str | None) -> FittedPrior | None:
@@ -382,8 +389,7 @@ class TarFlow(io.Pretrained, nn.Module):
             InputError: if there is no student of these weights, or it cannot draw so.
         """
         student, classes, guidance = self.taught(), self.class_weights(y, len(z)), checked(guidance, y, self.num_classes)
-        if guidance != Guidance(guidance.scale):
-            raise InputError(f"a student knows only the scale of guidance, got {guidance}; use sampler exact")
+        student.check(guidance, steps, solver)
         return self.to_grid(student.draw(self.enter(z), classes, guidance.scale, steps, solver, compile))
 
     @property

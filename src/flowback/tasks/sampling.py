@@ -39,17 +39,19 @@ from flowback.flow.guidance import Guidance
 from flowback.flow.io import fingerprint
 from flowback.flow.labels import Labels
 from flowback.flow.patches import unpatchify
+from flowback.flow.student import SAMPLERS, SOLVERS
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
 from flowback.tasks.classify import rule_named
 from flowback.tasks.editing import slerp
 from flowback.tasks.refinement import Best, best_of
 
+DENOISERS = ("score", "learned")
 MOST_ROWS = 20  # of a picture, a class each
 PART = 64  # images in a part; part of what is on disk, so it is no option
 TIMEOUT = timedelta(days=7)  # of a process that waits for the others
 LEAST_AND_MOST = {"num": (1, math.inf), "seed": (0, 2**63 - 1), "best_of": (1, 10_000), "least": (1, math.inf)}
-CHOICES = {"precision": ("32-true", "bf16-mixed")}
+CHOICES = {"precision": ("32-true", "bf16-mixed"), "sampler": SAMPLERS, "solver": SOLVERS, "denoiser": DENOISERS}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,12 @@ class Request:
         guided: which parameters are guided: both, a or mu.
         temperature: standard deviation of z, as a multiple of the prior's.
         prior: of z: standard, N(0, I), or fitted (see `flowback fit-prior`); null for the standard one.
-        denoise: remove the noise of training by one score step; null for yes, but of latents whose decoder has seen it.
+        sampler: exact (decode), or student, which draws in a few passes (see `flowback distill`).
+        steps: of a student of flow matching; null for 4. An inverse takes 1.
+        solver: of a student: euler, or heun, which takes two passes a step.
+        denoise: remove the noise of training by one score step; null for yes, but of latents whose decoder has seen it. A
+            student's images have none.
+        denoiser: what removes it: score, or learned, a network that needs no backward pass (see `flowback distill`).
         seed: seed of the images; each is a function of it and of its own number.
         precision: 32-true or bf16-mixed.
         best_of: candidates for each image, of which the one is kept that the flow assigns to its label most surely.
@@ -82,7 +89,11 @@ class Request:
     guided: str = "both"
     temperature: float = 1.0
     prior: str | None = None
+    sampler: str = "exact"
+    steps: int | None = None
+    solver: str = "euler"
     denoise: bool | None = None
+    denoiser: str = "score"
     seed: int = 0
     precision: str = "32-true"
     best_of: int = 1
@@ -100,6 +111,10 @@ class Request:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 < self.temperature < math.inf:
             raise InputError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}")
+        if self.sampler == "exact" and (self.steps is not None or self.solver != "euler"):
+            raise InputError("steps and solver are of a student; use sampler student with them")
         if not self.labels:
             raise InputError("labels must name at least one class, or -1 for none; got none")
         if (self.guidance or self.best_of > 1) and min(self.labels) < 0:
@@ -110,6 +125,12 @@ class Request:
     def as_guidance(self) -> Guidance:
         """The guidance, as `TarFlow.decode` takes it."""
         return Guidance(self.guidance, self.schedule, self.guided)
+
+    def learned(self, flow: Flow) -> list[str]:
+        """Which of a flow's students draw it."""
+        if self.sampler == "student":
+            return ["student"]
+        return ["denoiser"] if self.denoiser == "learned" and _denoises(flow, self.denoise) else []
 
     def numbers(self, part: int) -> range:
         """The numbers of the images of a part."""
@@ -142,7 +163,7 @@ def draw_batches(
     flow: Flow, request: Request, numbers: Sequence[int], method: str = "auto", batch_size: int = 64, compile: bool = False
 ) -> Iterator[Drawn]:
     """Draw the images of these numbers, a batch after the other; on the CPU."""
-    core, guidance = flow.core, request.as_guidance()
+    core = flow.core
     for start in range(0, len(numbers), batch_size):
         with autocast(core.device, request.precision):
             z, y = candidates(core, request, numbers[start : start + batch_size])
@@ -152,17 +173,30 @@ def draw_batches(
                 x = finished(flow, best.denoised if _denoises(flow, request.denoise) else best.x, y, False)
             else:
                 z, draws = z[:, 0], torch.ones_like(y)
-                x, report = core.decode_with_report(z, y, guidance, method, compile=compile)
-                x = finished(flow, x, y, request.denoise, batch_size)
+                x, report = images_of(flow, request, z, y, method, batch_size, compile)
         yield Drawn(x, z.cpu(), y, draws.cpu(), report)
 
 
-def finished(flow: Flow, x: Tensor, y: Labels, denoise: bool | None = None, batch_size: int = 64) -> Tensor:
+def images_of(
+    flow: Flow, request: Request, z: Tensor, y: Labels, method: str = "auto", batch_size: int = 64, compile: bool = False
+) -> tuple[Tensor, list[Solved]]:
+    """The images `[B, C, H, W]` of z `[B, N, D]`, on the CPU, as a request wants them, and how blocks were decoded."""
+    core, guidance = flow.core, request.as_guidance()
+    if request.sampler == "student":
+        return finished(flow, core.draft(z, y, guidance, request.steps, request.solver, compile), y, False), []
+    x, report = core.decode_with_report(z, y, guidance, method, compile=compile)
+    return finished(flow, x, y, request.denoise, batch_size, request.denoiser == "learned"), report
+
+
+def finished(
+    flow: Flow, x: Tensor, y: Labels, denoise: bool | None = None, batch_size: int = 64, learned: bool = False
+) -> Tensor:
     """What `flow.core.decode` drew, `[B, *core.data_shape]`, as images `[B, C, H, W]`, on the CPU.
 
-    The noise of training is removed first if `denoise` says so; None for where `flow.denoises`.
+    The noise of training is removed first if `denoise` says so, by what the flow's denoiser `learned` if that does; None
+    for where `flow.denoises`.
     """
-    x = flow.core.denoise(x, y, batch_size) if _denoises(flow, denoise) else x
+    x = flow.core.denoise(x, y, batch_size, learned) if _denoises(flow, denoise) else x
     return flow.to_images(x.float()).float().cpu()
 
 
@@ -174,7 +208,7 @@ def candidates(flow: TarFlow, request: Request, numbers: Sequence[int]) -> tuple
     """The candidates for the images of these numbers, z `[B, best_of, N, D]` on the flow's device, and labels `[B]`."""
     y = torch.tensor([request.labels[i % len(request.labels)] for i in numbers])
     z = flow.enter(torch.stack([noise(flow, request.seed, i, request.best_of) for i in numbers]))
-    return flow.draw_z(z, y, request.temperature, request.prior), y
+    return flow.draw_z(z, y, request.temperature, request.prior, request.sampler), y
 
 
 def start(flow: TarFlow, request: Request, index: int, method: str = "auto") -> tuple[Tensor, Tensor]:
@@ -186,14 +220,30 @@ def start(flow: TarFlow, request: Request, index: int, method: str = "auto") -> 
 def _best(
     flow: TarFlow, request: Request, z: Tensor, y: Tensor, method: str, batch_size: int = 64, compile: bool = False
 ) -> Best:
-    return best_of(flow, z, y, request.as_guidance(), request.rule, request.least, method, batch_size, compile)
+    """Of several candidates the best, drawn as the request says."""
+
+    def draw(z: Tensor, y: Tensor, compile: bool) -> tuple[Tensor, Tensor, list[Solved]]:
+        guidance = request.as_guidance()
+        if request.sampler == "student":
+            x = flow.draft(z, y, guidance, request.steps, request.solver, compile)
+            return x, x, []
+        x, report = flow.decode_with_report(z, y, guidance, method, compile=compile)
+        return x, flow.denoise(x, y, batch_size, request.denoiser == "learned"), report
+
+    options = {"rule": request.rule, "least": request.least, "batch_size": batch_size, "compile": compile}
+    return best_of(flow, z, y, draw=draw, **options)
 
 
 def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -> Tensor:
     """Image `index` of a request as it comes to be: z, then what each block makes of it; `[blocks + 1, C, H, W]`.
 
     All but the last are scaled where their numbers are larger than an image's. The noise of training is not removed.
+
+    Raises:
+        InputError: if a student draws the request, which has no blocks.
     """
+    if request.sampler != "exact":
+        raise InputError(f"sampler must be exact to show images block by block, got {request.sampler}")
     core, patch = flow.core, flow.core.config.patch_size
     with autocast(core.device, request.precision):
         z, y = start(core, request, index, method)
@@ -212,12 +262,12 @@ def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, 
     core = flow.core
     with autocast(core.device, request.precision):
         z, y = start(core, request, index, method)
-        own = core.to_noise(z, y, request.temperature, request.prior)
+        how = request.temperature, request.prior, request.sampler
+        own = core.to_noise(z, y, *how)
         fresh = core.enter(torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)]))
         y = y.expand(num)
-        z = core.draw_z(slerp(own.expand_as(fresh), fresh, strength), y, request.temperature, request.prior)
-        x = core.decode(z, y, request.as_guidance(), method)
-        return finished(flow, x, y, request.denoise)
+        z = core.draw_z(slerp(own.expand_as(fresh), fresh, strength), y, *how)
+        return images_of(flow, request, z, y, method)[0]
 
 
 def draw(
@@ -229,7 +279,7 @@ def draw(
         images.append(drawn.x)
         solved += drawn.report
     x = torch.cat(images)
-    residual, fell_back = max(s.residual for s in solved), sum(s.fell_back for s in solved)
+    residual, fell_back = max((s.residual for s in solved), default=0.0), sum(s.fell_back for s in solved)
     not_finite = int((~x.isfinite()).flatten(1).any(dim=1).sum())
     return as_pixels(x), Note(part, time.perf_counter() - started, residual, fell_back, not_finite)
 
@@ -356,6 +406,10 @@ def checked_store(flow: Flow, request: Request, output: Path, method: str = "aut
     known = tuple(dict.fromkeys(request.labels))
     flow.class_weights(known, len(known))
     solvers(method, None, flow.core.config.blocks, 1, flow.device)
+    for name in request.learned(flow):
+        flow.core.taught(name)
+    if request.sampler == "student":
+        flow.core.taught().check(request.as_guidance(), request.steps, request.solver)
     return store
 
 
