@@ -137,7 +137,7 @@ class Student(nn.Module):
     """
 
     z_std: Tensor
-    state_std: Tensor
+    state_std: Tensor | None
     weights_file = WEIGHTS
 
     def __init__(self, config: StudentConfig, lesson: Lesson) -> None:
@@ -157,7 +157,8 @@ class Student(nn.Module):
         self.condition, self.proj_out = _zero(nn.Linear(c.width, 2 * c.width)), _zero(nn.Linear(c.width, lesson.dim))
         self.heads = nn.ModuleList(nn.Linear(c.width, lesson.dim) for _ in range(lesson.states))
         self.register_buffer("z_std", torch.ones(()))  # of the flow's z, which enters divided by it
-        self.register_buffer("state_std", torch.ones(lesson.states))  # of the states x^(T-1), …, x^0, which heads predict
+        stds = torch.ones(lesson.states) if lesson.states else None
+        self.register_buffer("state_std", stds)  # of the states x^(T-1), …, x^0, which heads predict
 
     @property
     def core(self) -> "Student":
@@ -197,6 +198,10 @@ class Student(nn.Module):
         count = len(self.heads) if with_states else 0
         read = [hidden[i * len(hidden) // (count + 1) - 1] for i in range(1, count + 1)]
         return result, [head(h).to(x.dtype) for head, h in zip(self.heads, read, strict=False)], hidden
+
+    def steps(self, asked: int | None) -> int:
+        """The steps that are taken where so many are asked for."""
+        return asked or (1 if self.lesson.method == "inverse" else STEPS)
 
     def check(self, guidance: Guidance, steps: int | None, solver: str) -> None:
         """Whether the student can draw so.
@@ -252,7 +257,7 @@ class Student(nn.Module):
             v, unlabelled = network(x.repeat(2, 1, 1), level.repeat(2), both)[0].chunk(2)
             return v + guidance * (v - unlabelled)
 
-        return integrate(velocity, z, steps or STEPS, solver)
+        return integrate(velocity, z, self.steps(steps), solver)
 
     def correction(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """What a denoiser adds to noisy tokens `[B, N, D]`, as a multiple of the noise's standard deviation."""

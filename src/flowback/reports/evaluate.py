@@ -14,7 +14,7 @@ metric), and for the metrics that were asked for
     ood         "ood": a row for each score of images, by the flow or from frozen features; see `decisions.Decisions.ood`
     shift       "shift": a row for each corruption and strength; "prior_shift": for the flow and a linear probe
     coverage    "coverage": for the flow and a linear probe, see `measure.decisions.rejection`
-    fid …       "fidelity": the figures with extractor, samples, labels, reference and guidance, see `fidelity.fidelity`;
+    fid …       "fidelity": the figures, and of what and by which sampler they are, see `fidelity.fidelity`;
                 with a sweep also "guidance_sweep", a row of this kind for each scale
 
 A number that is not finite is written as null.
@@ -51,7 +51,7 @@ from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
 from flowback.runs.folder import check_fit, other_data, run_data, run_of
 from flowback.tasks.classify import Effort, effort
-from flowback.tasks.sampling import Request, checked_store, sample_to_disk
+from flowback.tasks.sampling import Request, checked_store, sample_to_disk, sampler_of
 from flowback.tasks.score import LEAST, HeldOut, background_of, log_prob_parts, score_data
 
 FILE = "evaluation.json"
@@ -79,6 +79,9 @@ class EvaluationConfig:
         samples_from: a folder of images or an .npz to measure instead of drawing any; their guidance is then not known.
         labels: of the samples drawn: shares (as often as in the held-out or training data, whichever the reference is; for
             other references as in the training data), or equal.
+        sampler: of the samples drawn: exact, or student, which draws in a few passes (see `flowback distill`).
+        steps: of a student, as in `flowback sample`.
+        solver: of a student, as in `flowback sample`.
         guidance: scale of the guidance of the samples drawn.
         sweep: guidance scales at which fidelity is measured too (arXiv 2511.22345, figure 5).
         extractor: of fidelity: efficientnet_lite0, dinov2 or inception.
@@ -104,6 +107,9 @@ class EvaluationConfig:
     samples: int = 4096
     samples_from: str | None = None
     labels: str = "shares"
+    sampler: str = "exact"
+    steps: int | None = None
+    solver: str = "euler"
     guidance: float = 0.0
     sweep: tuple[float, ...] = ()
     extractor: str = "efficientnet_lite0"
@@ -417,20 +423,23 @@ class Fidelity:
             labels = (data.held_out if config.reference == "held_out" else data.train).labels
             labels = labels if config.labels == "shares" else torch.arange(flow.num_classes)
             drawn = in_shares(labels, count, config.seed) if flow.num_classes else (-1,)
-            self.request = Request(count, drawn, config.guidance, seed=config.seed)
-            name = f"samples_{count}_{config.labels}_guidance_{config.guidance:g}_seed_{config.seed}.npz"
+            how: dict[str, Any] = {name: getattr(config, name) for name in ("sampler", "steps", "solver", "seed")}
+            self.request = Request(count, drawn, config.guidance, **how)
+            self.sampler = sampler_of(flow, self.request)
+            by = "" if config.sampler == "exact" else f"_{self.sampler.replace(', ', '_').replace(' ', '_')}"
+            name = f"samples_{count}_{config.labels}_guidance_{config.guidance:g}_seed_{config.seed}{by}.npz"
             self.file = folder / "evaluation" / name
             checked_store(flow, self.request, self.file).open()
 
     def measure(self) -> dict[str, Any]:
         """The figures, with what they are of."""
         c, samples = self.config, self.samples
-        said: dict[str, Any] = {"guidance": None, "labels": None, "samples_from": c.samples_from}
+        said: dict[str, Any] = {"guidance": None, "sampler": None, "labels": None, "samples_from": c.samples_from}
         if samples is None:
             sample_to_disk(self.flow, self.request, self.file, compile=c.compile)
             samples = fid.open_images(self.file)
             said = {"guidance": c.guidance, "labels": c.labels if self.flow.num_classes else None}
-            said |= {"samples_from": f"drawn with seed {c.seed}"}
+            said |= {"samples_from": f"drawn with seed {c.seed}", "sampler": self.sampler}
         options: dict[str, Any] = {"extractor": c.extractor, "weights": c.extractor_weights, "device": self.flow.device}
         options["reference_name"] = self.name if c.reference in PARTS else None
         return fid.fidelity(samples, self.reference, self.metrics, **options) | {"reference": self.name} | said

@@ -119,10 +119,10 @@ class Inverse(Objective):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and mean squared errors as parts; arguments as of `FlowMatching`, the guidance is made of `levels`."""
         flow, student, classes = self.flow, self.student, self.flow.class_weights(y, len(x))
+        assert student.state_std is not None
         with torch.no_grad():
             z, _, trace = flow.encode(noised, y, trace=())
-            states = [trace.inputs[t] for t in range(flow.config.blocks, 0, -1)]
-            states = [state / std for state, std in zip(states, student.state_std, strict=True)]
+            states = [x / std for x, std in zip(reversed(trace.inputs.values()), student.state_std, strict=True)]
             z, targets = z / student.z_std, [flow.tokenize(x), *states]
             w = self.guidance * (2 * levels - 1).clamp(min=0)
             w = torch.zeros_like(w) if y is None else torch.where(y < 0, 0, w)
@@ -178,5 +178,5 @@ def measure(flow: TarFlow, student: Student, noised: Tensor, y: Tensor | None) -
     z, _, trace = flow.encode(noised, y, trace=())
     if student.lesson.noise == "flow":
         student.z_std.copy_(z.std())
-    for i in range(student.lesson.states):
-        student.state_std[i] = trace.inputs[student.lesson.states - i].std()
+    if student.state_std is not None:
+        student.state_std.copy_(torch.stack([x.std() for x in reversed(trace.inputs.values())]))

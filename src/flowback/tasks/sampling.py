@@ -392,6 +392,21 @@ class Store:
                 np.lib.format.write_array(stream, labels)
 
 
+def sampler_of(flow: Flow, request: Request) -> str:
+    """What draws a request, in a few words.
+
+    Raises:
+        InputError: if the flow has no student that can.
+    """
+    if request.sampler == "exact":
+        return "exact"
+    student = flow.core.taught()
+    student.check(request.as_guidance(), request.steps, request.solver)
+    if student.lesson.method == "inverse":
+        return "student, inverse in 1 pass"
+    return f"student, {student.steps(request.steps)} steps by {request.solver}"
+
+
 def checked_store(flow: Flow, request: Request, output: Path, method: str = "auto", batch_size: int = 64) -> Store:
     """The store of `sample_to_disk`, not opened yet, after a check of its arguments.
 
@@ -408,8 +423,7 @@ def checked_store(flow: Flow, request: Request, output: Path, method: str = "aut
     solvers(method, None, flow.core.config.blocks, 1, flow.device)
     for name in request.learned(flow):
         flow.core.taught(name)
-    if request.sampler == "student":
-        flow.core.taught().check(request.as_guidance(), request.steps, request.solver)
+    sampler_of(flow, request)
     return store
 
 

@@ -19,7 +19,7 @@ from flowback.data import DataConfig, ImageSet, load_data
 from flowback.data.batches import Raw
 from flowback.data.splits import evaluated, spread
 from flowback.encoders import load_encoder
-from flowback.flow.io import fingerprint
+from flowback.flow.io import fingerprint, load_student
 from flowback.flow.student import Lesson, Student
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow, LatentFlow
@@ -216,6 +216,8 @@ def distill(config: DistillRunConfig, data: ImageSet | None = None) -> DistillRe
         keep_freed_memory(fabric.device)
         with peers(fabric):
             resume_from = fabric.broadcast(found)
+            if resume_from is not None and load_student(resume_from).lesson != student.lesson:
+                raise InputError(f"{config.folder} was begun with another teacher; use another --run")
             flow.to(fabric.device)
             objective.to(fabric.device)
             with fabric.rank_zero_first():  # which makes the caches that are missing
