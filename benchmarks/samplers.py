@@ -8,7 +8,7 @@ A RUN's students are those that were distilled into its folder `students`, or el
 flows and students of random weights, of 49 and of 256 tokens: a pass takes what any other's takes. Parallel decoders need
 fewer sweeps for such flows than for trained ones, so that of their exact decodes only the sequential one means anything.
 
-For each flow and batch, the least seconds of the repeats, in which all ways alternate: the exact decode with its score step,
+For each flow and batch, the least seconds of the repeats, in which all ways alternate: the exact decode and score step,
 by `auto` as `flowback autotune` found, or as measured first (with `--uncalibrated` not at all), without and with guidance,
 and token by token; each student by Euler and, from two passes on, by Heun, without guidance. `passes` are those that follow
 each other, of any number of tokens; `ratio` is the time of the unguided exact decode by `auto` over a row's.
