@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--passes", default="1,2,4,8,16")
     parser.add_argument("--guidance", default="0,2")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="0 to leave out the seconds")
     parser.add_argument("--uncalibrated", action="store_true", help="auto as it is without an autotune")
     parser.add_argument("--fid", action="store_true")
     parser.add_argument("--samples", type=int, default=1000)
@@ -215,10 +215,10 @@ def main() -> None:
         core = subject.flow.core
         if options.uncalibrated:
             core.autotune = None
-        elif core.autotune is None or core.autotune.machine != machine_name(device):
+        elif options.repeats and (core.autotune is None or core.autotune.machine != machine_name(device)):
             twice = 2 if any(options.guidance) else 1
             autotune(core, sorted({B * n for B in options.batches for n in (1, twice)}), report=print)
-        for row in timed(subject, options):
+        for row in timed(subject, options) if options.repeats else ():
             facts["seconds"].append(row)
             print(
                 "{flow}  batch {batch:2}  {way:20} {passes:5} passes  {seconds:8.4f} s  {ratio:6.2f}x".format(**row),
