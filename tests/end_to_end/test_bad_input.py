@@ -767,7 +767,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
     "students": [
         ("distill", "a student needs a flow"),
         ("distill nowhere", "nowhere | is no folder"),
-        ("distill flow", "data digits | 64"),
+        ("distill flow --data.name=folder --data.path=trees/good", "size | (8, 8) | (9, 9)"),
         ("distill some/flow", "some/flow | is no folder"),
         ("DISTILL --method=magic", "method | 'magic' | flow_matching, inverse, denoiser"),
         ("DISTILL --noise=blue", "noise | 'blue' | flow, independent"),
