@@ -24,6 +24,8 @@ from flowback.core.files import read_json, save_tensors, typed_path, write_whole
 from flowback.flow.autotune import FILE as AUTOTUNE
 from flowback.flow.autotune import Autotune
 from flowback.flow.config import FlowConfig
+from flowback.flow.defaults import FILE as DEFAULTS
+from flowback.flow.defaults import Defaults
 from flowback.flow.prior import FILE as PRIOR
 from flowback.flow.prior import FittedPrior
 
@@ -38,6 +40,7 @@ FILES = (
     WEIGHTS,
     AUTOTUNE,
     PRIOR,
+    DEFAULTS,
     "classification.json",
     "held_out.safetensors",
     "classes.json",
@@ -75,7 +78,8 @@ class Pretrained:
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json, model.safetensors and what is known of these weights into the folder `path`.
 
-        That is decoding.json (measured decoders) and prior.safetensors (a prior that was fitted to them).
+        That is decoding.json (measured decoders), prior.safetensors (a prior that was fitted to them) and sampling.json (the
+        defaults that were chosen for them).
         """
         folder = Path(path)
         config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}
@@ -85,11 +89,16 @@ class Pretrained:
             self.core.autotune.save(folder)
         else:
             (folder / AUTOTUNE).unlink(missing_ok=True)  # of another flow
-        prior: FittedPrior | None = self.core.fitted_prior
-        if prior is not None and prior.weights == fingerprint(self.core.state_dict()):
-            prior.save(folder)
-        else:
-            (folder / PRIOR).unlink(missing_ok=True)
+        known: list[tuple[str, FittedPrior | Defaults | None]] = [
+            (PRIOR, self.core.fitted_prior),
+            (DEFAULTS, self.core.defaults),
+        ]
+        own = fingerprint(self.core.state_dict()) if any(value and value.weights for _, value in known) else ""
+        for name, value in known:
+            if value is not None and value.weights and value.weights == own:
+                value.save(folder)
+            else:
+                (folder / name).unlink(missing_ok=True)
 
     def save_portable(self, path: str | Path) -> None:
         """`save_pretrained`, and whatever else another machine needs: here nothing."""
@@ -130,8 +139,12 @@ class Pretrained:
         load_tensors(made.stored, folder / WEIGHTS)
         core = made.core
         core.autotune, core.folder = Autotune.load(folder), folder
-        if (folder / PRIOR).is_file():
-            core.fitted_prior = FittedPrior.load(folder, core.token_shape, core.num_classes, fingerprint(core.state_dict()))
+        if (folder / PRIOR).is_file() or (folder / DEFAULTS).is_file():
+            weights = fingerprint(core.state_dict())
+            if (folder / PRIOR).is_file():
+                core.fitted_prior = FittedPrior.load(folder, core.token_shape, core.num_classes, weights)
+            if (folder / DEFAULTS).is_file():
+                core.defaults = Defaults.load(folder, weights)
         return made.eval().to(where)
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
