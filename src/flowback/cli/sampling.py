@@ -72,6 +72,11 @@ def _sample(options: Namespace) -> int:
         checked_store(flow, request, output, options.method, options.batch_size).open()
         _start(options)
         return 0
+    d = flow.core.defaults
+    if d.weights and is_first():
+        s = request.settled(flow)
+        said = f"temperature {s.temperature:g}, prior {s.prior}, guidance {s.guidance:g} ({s.guidance_rule})"
+        say(f"drawn with {said}; what was not given is the flow's default, by `flowback sweep`")
     notes = sample_to_disk(flow, request, output, options.method, options.batch_size, options.compile)
     if not is_first():
         return 0

@@ -5,7 +5,8 @@ Two rules, for a token that is N(mu, s^2) with its label, where s = exp(a), and 
 - **linear**: the parameters are extrapolated, `mu + w (mu - mu_u)` and `a + w (a - a_u)`. It overflows at large w.
 - **product**: the normal distribution `p^(1 + w) / p_u^w` (STARFlow, arXiv 2506.06276), with the ratio of the variances
   clipped so that there always is one: with `r = min(s / s_u, 1)^2`, `s^2 / (1 + w - w r)` and
-  `((1 + w) mu - w r mu_u) / (1 + w - w r)`. It is never wider than the token's own; where s = s_u, mu is as by the linear rule.
+  `((1 + w) mu - w r mu_u) / (1 + w - w r)`. It is never wider than the token's own; where s = s_u, mu is that of the linear
+  rule.
 """
 
 from dataclasses import dataclass

@@ -78,8 +78,8 @@ class Pretrained:
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json, model.safetensors and what is known of these weights into the folder `path`.
 
-        That is decoding.json (measured decoders), prior.safetensors (a prior that was fitted to them) and sampling.json (the
-        defaults that were chosen for them).
+        That is decoding.json (measured decoders), prior.safetensors (a prior that was fitted to them) and sampling.json
+        (defaults that were chosen for them).
         """
         folder = Path(path)
         config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}

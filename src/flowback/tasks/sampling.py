@@ -62,8 +62,8 @@ class Request:
         guidance: guidance scale; 0 for none; null for the flow's own default, where there are labels (`flowback sweep`).
         schedule: scale along the tokens: constant, or annealed (rising from 0 at the first token).
         guided: which parameters are guided: both, a or mu.
-        guidance_rule: how: linear (extrapolated), or product (of normal distributions; stable at large scales); null for the
-            flow's own default.
+        guidance_rule: how: linear (extrapolated), or product (of normal distributions; stable at large scales); null for
+            the flow's own default.
         guidance_blocks: numbers of the blocks that are guided, which alone take the time of it; 0 for all.
         guidance_tokens: range of each block's tokens that are guided, in shares from 0 to 1.
         temperature: standard deviation of z, as a multiple of the prior's; null for the flow's own default.
