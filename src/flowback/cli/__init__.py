@@ -40,6 +40,15 @@ VERBS = {  # the module of each verb, and its help
         "sampling",
         "Measure which decoder is fastest for each block on this machine. Stored with the model, for sampling to use.",
     ),
+    "fit-prior": (
+        "sampling",
+        "Fit the prior of z to training images, for better samples; held-out images choose how far. Stored with the model.",
+    ),
+    "sweep": (
+        "measuring",
+        "Find the temperature, prior and guidance of a flow's best samples, against held-out images of its run. Stored "
+        "with the model, for sampling to use. If interrupted, run the same command again to resume.",
+    ),
     "encode": ("editing", "Map image files to noise. Writes z, log-likelihoods and labels as .safetensors."),
     "decode": ("editing", "Map noise, as encode wrote it, back to images. Writes one grid or a folder of PNGs."),
     "interpolate": ("editing", "Interpolate between images through z. Writes one grid, a row per pair."),

@@ -24,6 +24,8 @@ from flowback.core.files import read_json, save_tensors, typed_path, write_whole
 from flowback.flow.autotune import FILE as AUTOTUNE
 from flowback.flow.autotune import Autotune
 from flowback.flow.config import FlowConfig
+from flowback.flow.defaults import FILE as DEFAULTS
+from flowback.flow.defaults import Defaults
 from flowback.flow.prior import FILE as PRIOR
 from flowback.flow.prior import FittedPrior
 from flowback.flow.student import Lesson, Student, StudentConfig
@@ -40,6 +42,7 @@ FILES = (
     WEIGHTS,
     AUTOTUNE,
     PRIOR,
+    DEFAULTS,
     "classification.json",
     "held_out.safetensors",
     "classes.json",
@@ -78,8 +81,8 @@ class Pretrained:
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json, model.safetensors and what is known of these weights into the folder `path`.
 
-        That is decoding.json (measured decoders), prior.safetensors (a prior that was fitted to them) and the folders of
-        what was distilled of them.
+        That is decoding.json (measured decoders), prior.safetensors (a prior that was fitted to them), sampling.json
+        (defaults that were chosen for them) and the folders of what was distilled of them.
         """
         folder = Path(path)
         config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}
@@ -89,14 +92,22 @@ class Pretrained:
             self.core.autotune.save(folder)
         else:
             (folder / AUTOTUNE).unlink(missing_ok=True)  # of another flow
-        prior: FittedPrior | None = self.core.fitted_prior
-        weights = fingerprint(self.core.state_dict()) if prior is not None or self.core.learned else ""
-        if prior is not None and prior.weights == weights:
-            prior.save(folder)
-        else:
-            (folder / PRIOR).unlink(missing_ok=True)
+        known: list[tuple[str, FittedPrior | Defaults | None]] = [
+            (PRIOR, self.core.fitted_prior),
+            (DEFAULTS, self.core.defaults),
+        ]
+        own = (
+            fingerprint(self.core.state_dict())
+            if self.core.learned or any(value and value.weights for _, value in known)
+            else ""
+        )
+        for name, value in known:
+            if value is not None and value.weights and value.weights == own:
+                value.save(folder)
+            else:
+                (folder / name).unlink(missing_ok=True)
         for name, student in self.core.learned.items():
-            if student.lesson.teacher == weights:
+            if student.lesson.teacher == own:
                 student.save_pretrained(folder / name)
 
     def save_portable(self, path: str | Path) -> None:
@@ -138,8 +149,12 @@ class Pretrained:
         load_tensors(made.stored, folder / WEIGHTS)
         core = made.core
         core.autotune, core.folder = Autotune.load(folder), folder
-        if (folder / PRIOR).is_file():
-            core.fitted_prior = FittedPrior.load(folder, core.token_shape, core.num_classes, fingerprint(core.state_dict()))
+        if (folder / PRIOR).is_file() or (folder / DEFAULTS).is_file():
+            weights = fingerprint(core.state_dict())
+            if (folder / PRIOR).is_file():
+                core.fitted_prior = FittedPrior.load(folder, core.token_shape, core.num_classes, weights)
+            if (folder / DEFAULTS).is_file():
+                core.defaults = Defaults.load(folder, weights)
         core.learned = load_learned(folder, core)
         return made.eval().to(where)
 

@@ -23,9 +23,10 @@ from flowback.flow.autotune import Autotune, solvers
 from flowback.flow.block import BlockOutput, FlowBlock
 from flowback.flow.config import FlowConfig
 from flowback.flow.decoding import CausalMap, Solved, default_tolerance
+from flowback.flow.defaults import Defaults
 from flowback.flow.guidance import Guidance, checked
 from flowback.flow.implicit import solve_with_gradient
-from flowback.flow.labels import Labels, class_weights, to_draw
+from flowback.flow.labels import Labels, as_tensor, class_weights, to_draw
 from flowback.flow.patches import patchify, unpatchify
 from flowback.flow.prior import PRIORS, FittedPrior
 from flowback.flow.student import SAMPLERS, Student
@@ -77,6 +78,7 @@ class TarFlow(io.Pretrained, nn.Module):
         self.dims = self.token_shape[0] * self.token_shape[1]  # numbers in an image
         self.register_buffer("prior_std", torch.ones(self.token_shape) if c.prior == "scaled" else None)
         self.fitted_prior: FittedPrior | None = None  # what z is really like; `flowback.tasks.prior` fits it
+        self.defaults = Defaults()  # of drawing; `flowback sweep` chooses them
         self.autotune: Autotune | None = None  # which decoder is fastest for which block on this machine
         self.learned: dict[str, Student] = {}  # "student" and "denoiser", if they were distilled; no submodules
         self.folder: Path | None = None  # where the flow was loaded from
@@ -347,13 +349,13 @@ class TarFlow(io.Pretrained, nn.Module):
         if tolerance is not None and not 0 < tolerance < float("inf"):
             raise InputError(f"tolerance must be above 0, got {tolerance}")
         tolerance = tolerance or default_tolerance(self.dtype, self.device)
-        classes, guidance = self.class_weights(y, len(z)), checked(guidance, y, self.num_classes)
+        classes, guidance = self.class_weights(y, len(z)), checked(guidance, y, self.num_classes, self.config.blocks)
         chosen = solvers(method, self.autotune, self.config.blocks, len(z) * (2 if guidance.scale else 1), self.device)
         given = None if known is None else self._known_tokens(*known, batch=len(z))
         tokens = self.enter(z)
         for t in range(self.config.blocks, 0, -1):
             block: Any = self.blocks[t - 1]
-            F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None, compile)
+            F = CausalMap(block, tokens, classes, guidance.of_block(t), given if t == 1 else None, compile)
             tokens, solved = solve_with_gradient(F, chosen[t - 1], tolerance)
             yield tokens, solved
 
@@ -388,7 +390,8 @@ class TarFlow(io.Pretrained, nn.Module):
         Raises:
             InputError: if there is no student of these weights, or it cannot draw so.
         """
-        student, classes, guidance = self.taught(), self.class_weights(y, len(z)), checked(guidance, y, self.num_classes)
+        student, classes = self.taught(), self.class_weights(y, len(z))
+        guidance = checked(guidance, y, self.num_classes, self.config.blocks)
         student.check(guidance, steps, solver)
         return self.to_grid(student.draw(self.enter(z), classes, guidance.scale, steps, solver, compile))
 
@@ -451,8 +454,8 @@ class TarFlow(io.Pretrained, nn.Module):
         num: int | tuple[int, ...] | None = None,
         y: Labels = None,
         *,
-        guidance: float | Guidance = 0.0,
-        temperature: float = 1.0,
+        guidance: float | Guidance | None = None,
+        temperature: float | None = None,
         prior: str | None = None,
         denoise: bool | str | None = None,
         sampler: str = "exact",
@@ -470,9 +473,9 @@ class TarFlow(io.Pretrained, nn.Module):
         Args:
             num: how many, or a shape; None for as many as there are labels.
             y: labels, as in `encode`. None draws them uniformly, if the flow has any.
-            guidance: scale, or a `Guidance`; 0 for none.
-            temperature: standard deviation of z, as a multiple of the prior's.
-            prior: standard or fitted, as in `draw_z`.
+            guidance: scale, or a `Guidance`; 0 for none; None for that of `defaults`, where there are labels.
+            temperature: standard deviation of z, as a multiple of the prior's; None for that of `defaults`.
+            prior: standard or fitted, as in `draw_z`; None for that of `defaults`.
             denoise: whether the score step removes the training noise; None for yes, where it is Gaussian; "learned" for
                 the flow's denoiser in its place. A student's images have none.
             sampler: "exact", which decodes, or "student", which draws in a few passes what `flowback distill` taught it.
@@ -505,8 +508,15 @@ class TarFlow(io.Pretrained, nn.Module):
             raise InputError("give either seed or generator, not both")
         generator = generator if seed is None else torch.Generator().manual_seed(seed)
         shape, y = to_draw(num, y, self.num_classes, generator)
+        d, labeled = (
+            self.defaults.of(sampler),
+            self.num_classes > 0 and bool((as_tensor(y if y is not None else -1) >= 0).any()),
+        )
+        if guidance is None:
+            guidance = Guidance(d.guidance if labeled else 0.0, rule=d.guidance_rule)
+        temperature, prior = d.temperature if temperature is None else temperature, prior or d.prior
         empty = torch.empty(*shape, *self.token_shape, dtype=self.data_dtype, device=self.device).flatten(0, -3)
-        classes, guidance = self.class_weights(y, len(empty)), checked(guidance, y, self.num_classes)
+        classes, guidance = self.class_weights(y, len(empty)), checked(guidance, y, self.num_classes, self.config.blocks)
         z = self.draw_z(draw(torch.randn, empty, generator), classes, temperature, prior, sampler)
         images, log_probs = [], []
         for start in range(0, len(z), batch_size):

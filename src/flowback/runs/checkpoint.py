@@ -27,6 +27,7 @@ from flowback.core.devices import pick_device
 from flowback.core.distributed import in_all, is_shard, unsharded
 from flowback.core.errors import InputError
 from flowback.core.files import file_hash, read_json
+from flowback.flow.defaults import Defaults
 from flowback.flow.io import find_folder
 from flowback.flow.student import Student
 from flowback.latents import Autoencoder, Flow, LatentFlow, from_pretrained, load_autoencoder
@@ -303,6 +304,7 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
                 trained["autoencoder"] = flow.autoencoder
             for name, parameter in _named(trained):
                 reader.fill(f"weights.{name}", parameter)
+            flow.core.fitted_prior, flow.core.defaults = None, Defaults()  # those of the folder are of averaged weights
         except OSError as error:
             raise InputError(f"{source} has no raw weights; use ema") from error
         except SafetensorError as error:

@@ -158,6 +158,8 @@ class TrainConfig:
         keep: newest checkpoints that are kept; besides, the one with the best held-out likelihood.
         caches: a folder of caches that `flowback cache` made for this configuration; others are refused. null for the
             user's cache folder, where what is missing is made.
+        fit_prior: images to fit a prior to after the last step, at most (see `flowback fit-prior`); each costs 1.25 passes,
+            and a step of training 3 for each of its images. 0 for none.
         init: a run, a checkpoint, a flow's folder or hub id whose averaged weights to begin with; what options of `flow`
             leave open is that flow's. null for random weights.
         resume: go on from the newest checkpoint of the run; more steps than before are a longer schedule.
@@ -195,6 +197,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep: int = 2
     caches: str | None = None
+    fit_prior: int = 0
     init: str | None = None
     resume: bool = False
     until: int | None = None
@@ -202,7 +205,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "batch_size", "keep", "eval_images", "devices", "nodes", "grad_accum_steps"), 1)
         least |= dict.fromkeys(("log_every", "eval_every", "eval_passes", "sample_every", "checkpoint_every"), 1)
-        for name, minimum in (least | {"warmup": 0, "seed": 0, "until": 1}).items():
+        for name, minimum in (least | {"warmup": 0, "fit_prior": 0, "seed": 0, "until": 1}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"train.{name} must be a whole number of at least {minimum}, got {value}")

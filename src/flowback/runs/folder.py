@@ -29,7 +29,10 @@ from flowback.runs.config import CLASSES, Recipe, RunConfig, flat
 FREE = {"run", "teacher", "data.workers", "data.path", "data.unreadable", "train.steps"}
 FREE |= {f"train.{name}" for name in ("resume", "until", "keep", "accelerator", "devices", "nodes", "strategy")}
 FREE |= {f"train.{name}" for name in ("grad_accum_steps", "compile", "checkpoint_activations", "deterministic")}
-FREE |= {f"train.{name}" for name in ("caches", "eval_images", "eval_passes")} | {"latents.cache", "alignment.cache"}
+FREE |= {f"train.{name}" for name in ("caches", "eval_images", "eval_passes", "fit_prior")} | {
+    "latents.cache",
+    "alignment.cache",
+}
 FREE |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")}
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems say that have none

@@ -15,10 +15,10 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -61,11 +61,15 @@ class Request:
     Args:
         num: number of images.
         labels: their classes, which are cycled; -1 for none.
-        guidance: guidance scale; 0 for none.
+        guidance: guidance scale; 0 for none; null for the flow's own default, where there are labels (`flowback sweep`).
         schedule: scale along the tokens: constant, or annealed (rising from 0 at the first token).
         guided: which parameters are guided: both, a or mu.
-        temperature: standard deviation of z, as a multiple of the prior's.
-        prior: of z: standard, N(0, I), or fitted (see `flowback fit-prior`); null for the standard one.
+        guidance_rule: how: linear (extrapolated), or product (of normal distributions; stable at large scales); null for
+            the flow's own default.
+        guidance_blocks: numbers of the blocks that are guided, which alone take the time of it; 0 for all.
+        guidance_tokens: range of each block's tokens that are guided, in shares from 0 to 1.
+        temperature: standard deviation of z, as a multiple of the prior's; null for the flow's own default.
+        prior: of z: standard, N(0, I), or fitted (see `flowback fit-prior`); null for the flow's own default.
         sampler: exact (decode), or student, which draws in a few passes (see `flowback distill`).
         steps: of a student of flow matching; null for 4. An inverse takes 1.
         solver: of a student: euler, or heun, which takes two passes a step.
@@ -84,10 +88,13 @@ class Request:
 
     num: int = 64
     labels: tuple[int, ...] = (-1,)
-    guidance: float = 0.0
+    guidance: float | None = None
     schedule: str = "constant"
     guided: str = "both"
-    temperature: float = 1.0
+    guidance_rule: str | None = None
+    guidance_blocks: tuple[int, ...] = (0,)
+    guidance_tokens: tuple[float, ...] = (0.0, 1.0)
+    temperature: float | None = None
     prior: str | None = None
     sampler: str = "exact"
     steps: int | None = None
@@ -109,7 +116,7 @@ class Request:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise InputError(f"temperature must be above 0 and finite, got {self.temperature}")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
@@ -119,12 +126,27 @@ class Request:
             raise InputError("labels must name at least one class, or -1 for none; got none")
         if (self.guidance or self.best_of > 1) and min(self.labels) < 0:
             raise InputError("guidance and best_of need a label for every image, got label -1")
+        if len(self.guidance_tokens) != 2:
+            raise InputError(f"guidance_tokens must be two shares like 0,0.5, got {list(self.guidance_tokens)}")
         rule_named(self.rule, 1)
         self.as_guidance()
 
     def as_guidance(self) -> Guidance:
         """The guidance, as `TarFlow.decode` takes it."""
-        return Guidance(self.guidance, self.schedule, self.guided)
+        blocks = () if self.guidance_blocks == (0,) else self.guidance_blocks
+        first, last = self.guidance_tokens
+        rule = self.guidance_rule or "linear"
+        return Guidance(self.guidance or 0.0, self.schedule, self.guided, rule, blocks, (first, last))
+
+    def settled(self, flow: Flow) -> Self:
+        """The same, with the flow's own defaults for what is null."""
+        names = ("guidance", "guidance_rule", "temperature", "prior")
+        given = {name: getattr(self, name) for name in names}
+        return replace(self, **flow.core.defaults.of(self.sampler).complete(min(self.labels) >= 0, **given))
+
+    def of_z(self) -> tuple[float, str | None, str]:
+        """Temperature, prior and sampler."""
+        return 1.0 if self.temperature is None else self.temperature, self.prior, self.sampler
 
     def learned(self, flow: Flow) -> list[str]:
         """Which of a flow's students draw it."""
@@ -163,7 +185,7 @@ def draw_batches(
     flow: Flow, request: Request, numbers: Sequence[int], method: str = "auto", batch_size: int = 64, compile: bool = False
 ) -> Iterator[Drawn]:
     """Draw the images of these numbers, a batch after the other; on the CPU."""
-    core = flow.core
+    core, request = flow.core, request.settled(flow)
     for start in range(0, len(numbers), batch_size):
         with autocast(core.device, request.precision):
             z, y = candidates(core, request, numbers[start : start + batch_size])
@@ -206,13 +228,15 @@ def _denoises(flow: Flow, denoise: bool | None) -> bool:
 
 def candidates(flow: TarFlow, request: Request, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The candidates for the images of these numbers, z `[B, best_of, N, D]` on the flow's device, and labels `[B]`."""
+    request = request.settled(flow)
     y = torch.tensor([request.labels[i % len(request.labels)] for i in numbers])
     z = flow.enter(torch.stack([noise(flow, request.seed, i, request.best_of) for i in numbers]))
-    return flow.draw_z(z, y, request.temperature, request.prior, request.sampler), y
+    return flow.draw_z(z, y, *request.of_z()), y
 
 
 def start(flow: TarFlow, request: Request, index: int, method: str = "auto") -> tuple[Tensor, Tensor]:
     """What image `index` is decoded from: z `[1, N, D]`, on the flow's device, and its label `[1]`."""
+    request = request.settled(flow)
     z, y = candidates(flow, request, [index])
     return (_best(flow, request, z, y, method).z if request.best_of > 1 else z[:, 0]), y
 
@@ -244,7 +268,7 @@ def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -
     """
     if request.sampler != "exact":
         raise InputError(f"sampler must be exact to show images block by block, got {request.sampler}")
-    core, patch = flow.core, flow.core.config.patch_size
+    core, patch, request = flow.core, flow.core.config.patch_size, request.settled(flow)
     with autocast(core.device, request.precision):
         z, y = start(core, request, index, method)
         steps = [z, *(tokens for tokens, _ in core.decode_by_block(z, y, request.as_guidance(), method))]
@@ -259,14 +283,13 @@ def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, 
 
     They keep its class, guidance, temperature and prior. The way is a great circle, so all noise on it is typical.
     """
-    core = flow.core
+    core, request = flow.core, request.settled(flow)
     with autocast(core.device, request.precision):
         z, y = start(core, request, index, method)
-        how = request.temperature, request.prior, request.sampler
-        own = core.to_noise(z, y, *how)
+        own = core.to_noise(z, y, *request.of_z())
         fresh = core.enter(torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)]))
         y = y.expand(num)
-        z = core.draw_z(slerp(own.expand_as(fresh), fresh, strength), y, *how)
+        z = core.draw_z(slerp(own.expand_as(fresh), fresh, strength), y, *request.of_z())
         return images_of(flow, request, z, y, method)[0]
 
 
@@ -302,7 +325,7 @@ class Store:
     """
 
     def __init__(self, output: Path, request: Request, flow: Flow) -> None:
-        self.output, self.request, self.flow = output, request, flow
+        self.output, self.request, self.flow = output, request.settled(flow), flow
         self.is_folder = names_folder(output)
         self.folder = output / ".flowback" if self.is_folder else output.with_name(output.name + ".parts")
         self.parts = range(-(-request.num // PART))
@@ -458,7 +481,7 @@ def sample_to_disk(
         with Bar(str(output), request.num, done := store.drawn(), shown=rank == 0) as bar:
             for part in store.missing():
                 if part % world == rank:
-                    images, note = draw(flow, request, part, method, batch_size, compile)
+                    images, note = draw(flow, store.request, part, method, batch_size, compile)
                     store.write(images, note)
                     own.append(note)
                     bar.update(done := store.drawn())
