@@ -133,7 +133,7 @@ def test_images_of_a_request_depend_on_nothing_but_it(change):
     assert (note.residual, note.fell_back) == (0, 0) or request.sampler == "exact"
     if request.best_of == 1:
         z, y = candidates(flow, request, range(7))
-        x = flow.draft(z[:, 0], y, request.guidance) if request.sampler == "student" else None
+        x = flow.draft(z[:, 0], y, request.guidance or 0.0) if request.sampler == "student" else None
         x = flow.denoise(flow.decode(z[:, 0], y), y, learned=True) if x is None else x
         assert (found.int() - (127.5 * (x + 1)).round().clamp(0, 255).int()).abs().max() <= 1
 
