@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from flowback import TarFlow
 from flowback.cli import main
 from flowback.encoders import load_encoder
+from flowback.flow.io import fingerprint
+from flowback.flow.student import Lesson, Student, StudentConfig
 
 SMALL: dict[str, Any] = {
     "image_size": 6,
@@ -42,6 +44,15 @@ def random_flow(dtype: torch.dtype = torch.float64, std: float = 0.12, seed: int
     flow = TarFlow(**{**SMALL, **options}).to(torch.float64)
     normal_(flow, std, seed)
     return flow.to(dtype).eval()
+
+
+def student_of(flow: TarFlow, method: str = "flow_matching", std: float = 0.2, **lesson: Any) -> Student:
+    """A small student of a flow with random parameters; of zeros, as it begins, with `std` 0."""
+    (N, D), T = flow.token_shape, flow.config.blocks
+    lesson |= {"tokens": N, "dim": D, "classes": flow.num_classes, "states": T if method == "inverse" else 0}
+    known = Lesson(method=method, teacher=fingerprint(flow.state_dict()), **lesson)
+    student = Student(StudentConfig(width=16, layers=T + 1, head_dim=8), known).to(torch.float64)
+    return (normal_(student, std) if std else student).to(flow.dtype).requires_grad_(False).eval()
 
 
 def images(flow: TarFlow, n: int = 3, seed: int = 1) -> Tensor:

@@ -329,7 +329,7 @@ def test_what_are_no_images_is_refused(bad):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "best"}, "rule must be .*single_gradient, z_score, exact, or shortlist_ .*, got 'best'"),
+        ({"rule": "best"}, "rule must be .*single_gradient, z_score, exact, exact_fitted, or shortlist_ .*, got 'best'"),
         ({"rule": "shortlist_0"}, "got 'shortlist_0'"),
         ({"rule": "logit_steps"}, "got 'logit_steps'"),
         ({"draws": 0}, "draws must be .* at least 1, got 0"),

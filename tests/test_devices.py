@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import accelerator
 import second_device
-from builders import SMALL_RUN, PatchEncoder, images, labels, random_flow, tiny_autoencoder
+from builders import SMALL_RUN, PatchEncoder, images, labels, random_flow, student_of, tiny_autoencoder
 from flowback import InputError, LatentFlow, TarFlow
 from flowback.alignment import Alignment
 from flowback.cli import main
@@ -24,6 +24,7 @@ from flowback.core.devices import device_name, pick_device, put
 from flowback.data import DataConfig, load_data
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solver
+from flowback.flow.student import METHODS
 from flowback.latents import load_autoencoder
 from flowback.latents.compressors import COMPRESSORS, make_compressor
 from flowback.latents.decoders import DECODERS
@@ -36,6 +37,7 @@ from flowback.reports.decisions import Decisions
 from flowback.reports.evaluate import EvaluationConfig
 from flowback.runs.config import RunConfig, recipe
 from flowback.runs.log import read_metrics
+from flowback.samplers import LESSONS
 from flowback.studio import classify as tab
 from flowback.studio import edit
 from flowback.tasks.autotune import autotune
@@ -101,6 +103,30 @@ def gradient(strategy, kind):
     return of
 
 
+def draft(method, **options):
+    def of(flow):
+        name = "denoiser" if method == "denoiser" else "student"
+        flow.learned[name] = student_of(flow, method)
+        given = {"denoise": "learned"} if name == "denoiser" else {"sampler": "student"}
+        return flow.sample(y=Y, generator=seeded(), **given, **options)
+
+    return of
+
+
+def lesson(method):
+    def of(flow):
+        student = student_of(flow, method).to(flow.device).requires_grad_(True)
+        x, y, levels = flow.enter(images(flow)), put(labels(flow), flow.device), torch.tensor([0.1, 0.6, 0.9])
+        given = {"x": x, "y": y, "noised": flow.perturb(x, seeded())}
+        given |= {} if method == "denoiser" else {"levels": flow.enter(levels)}
+        options = {"guidance": 2.0} if method == "inverse" else {}
+        loss, parts = LESSONS[method](flow, student, **options)(**given)
+        loss.backward()
+        return *parts.values(), *(p.grad for p in student.parameters() if p.grad is not None)
+
+    return of
+
+
 # name -> what is computed with a flow from inputs on the CPU
 WORK = {
     "encode": lambda f: f.encode(images(f), labels(f)),
@@ -129,6 +155,10 @@ WORK = {
     "interpolate": lambda f: interpolate(f, images(f), images(f).flip(0), 3, Y, Y.flip(0)),
     "swap": lambda f: swap_class(f, images(f), Y, Y.flip(0)),
     "inpaint": lambda f: inpaint(f, images(f), MASK, Y, steps=2, tries=2, generator=seeded()).x,
+    "students in steps": draft("flow_matching", steps=3, solver="heun", guidance=1.0),
+    "students in one pass": draft("inverse", guidance=1.0),
+    "learned denoisers": draft("denoiser"),
+    **{f"lessons: {method}": lesson(method) for method in METHODS},
     **{f"{strategy} {kind}": gradient(strategy, kind) for strategy, kind in STRATEGIES},
 }
 ROTARY = {"positions": "rotary", "mlp": "swiglu", "layers": [1, 3, 2], "prior": "scaled"}

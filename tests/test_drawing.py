@@ -483,7 +483,7 @@ BAD_REQUESTS = [
     ({"temperature": float("nan")}, "temperature .* got nan"),
     ({"temperature": float("inf")}, "temperature .* got inf"),
     ({"precision": "16"}, "precision .*32-true, bf16-mixed, got '16'"),
-    ({"rule": "guess"}, "rule must be one of single_gradient, z_score, exact, .*got 'guess'"),
+    ({"rule": "guess"}, "rule must be one of single_gradient, z_score, exact, exact_fitted, .*got 'guess'"),
     ({"labels": ()}, "labels must name"),
     ({"labels": (0, -1), "best_of": 2}, "guidance and best_of need a label"),
     ({"labels": (0, -1), "guidance": 1.0}, "guidance.* a label"),

@@ -213,7 +213,7 @@ def test_decoding_undoes_the_patches_last():
         ({"y": []}, "num must be .*at least 1.* got 0"),
         ({"y": [0, 4]}, r"label 4 is out of range.* 0 to 3, or -1 for no label"),
         ({"y": [-2]}, "label -2"),
-        ({"num": 2, "temperature": 0}, "temperature must be above 0, got 0"),
+        ({"num": 2, "temperature": 0}, "temperature must be above 0 and finite, got 0"),
         ({"num": 2, "temperature": float("nan")}, "temperature .* nan"),
         ({"num": 2, "temperature": float("inf")}, "temperature .* inf"),
         ({"num": 2, "guidance": -1.0}, r"guidance.* -1\.0"),

@@ -12,7 +12,7 @@ from flowback.flow.transformer import (
     CausalTransformer,
     GeluMLP,
     SwiGLU,
-    causal_products,
+    products,
     rotate,
     rotations,
     slow_attention_gradient,
@@ -219,12 +219,13 @@ def test_conv_projector_sees_the_eight_neighbours_on_the_grid():
         assert torch.allclose(found[:, :, n], expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("n", [2, 7, 49])
-def test_causal_products_equal_the_fused_attention(n):
+def test_products_equal_the_fused_attention(n, causal):
     q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     cotangent = torch.randn(3, 2, n, 8, dtype=torch.float64)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    found = causal_products(q, k, v)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    found = products(q, k, v, causal)
     assert torch.allclose(found, expected, atol=1e-12)
     grads = (torch.autograd.grad(out, (q, k, v), cotangent) for out in (found, expected))
     for a, b in zip(*grads, strict=True):

@@ -30,7 +30,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
-from builders import SMALL_RUN, refuse, tiny_autoencoder
+from builders import SMALL_RUN, random_flow, refuse, student_of, tiny_autoencoder
+from flowback import TarFlow
 from flowback.cli import main
 from flowback.data import DataConfig, folders, load_data
 from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
@@ -221,6 +222,20 @@ def write_flows(root: Path, run: Path) -> None:
     (copy("calibration") / "decoding.json").write_text('{"format": 9}')
     (copy("statistics") / "classification.json").write_text('{"format": 1, "mean": [0]}')
     (copy("held_out") / "held_out.safetensors").write_text("no tensors")
+    beside = student_of(TarFlow.from_pretrained(whole))
+    for name in ("text", "wide", "none", "lesson", "other", "stale"):
+        beside.save_pretrained(copy(f"student_{name}") / "student")
+    students = {name: root / f"student_{name}" / "student" for name in ("text", "wide", "none", "lesson", "other", "stale")}
+    (students["text"] / "config.json").write_text("{")
+    (students["none"] / "model.safetensors").unlink()
+    known = json.loads((students["wide"] / "config.json").read_text())
+    for name, section, values in (
+        ("wide", "student", {"width": 2**40, "head_dim": 2**40}),
+        ("lesson", "lesson", {"method": "magic"}),
+        ("stale", "lesson", {"teacher": "another"}),
+    ):
+        (students[name] / "config.json").write_text(json.dumps(known | {section: known[section] | values}))
+    student_of(random_flow(torch.float32)).save_pretrained(students["other"])
     (copy("bad_raw") / "training.safetensors").write_text("no tensors")
     (copy("other_raw") / "training.safetensors").unlink()
     save_file({"weights.flow.x": torch.ones(1)}, root / "other_raw" / "training.safetensors")
@@ -362,6 +377,7 @@ SHORT = {  # in the rows' commands
     "VAE=": "train --config=configs/latent.yaml --latents.autoencoder=models/",
     "LPIPS=": "autoencoder train --data.name=folder --data.path=samples --data.image_size=16 --semantic.downsample=8 "
     "--reconstruction.lpips=1 --reconstruction.lpips_weights=",
+    "DISTILL": "distill run --train.steps=1 --train.batch_size=16 --student.width=16 --student.head_dim=8",
     "JOINT": "train --config=configs/latent.yaml --latents.joint --flow.noise_std=0.5",
 }
 TABLE: dict[str, list[tuple[str, str]]] = {
@@ -747,6 +763,40 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("JOINT --joint.noise_std=0", "joint.noise_std | 0"),
         ("JOINT --joint.width=33", "joint.width | 33"),
         ("JOINT --joint.layers=1000000", "joint.layers | 1000000 | at most 100"),
+    ],
+    "students": [
+        ("distill", "a student needs a flow"),
+        ("distill nowhere", "nowhere | is no folder"),
+        ("distill flow --data.name=folder --data.path=trees/good", "size | (8, 8) | (9, 9)"),
+        ("distill some/flow", "some/flow | is no folder"),
+        ("DISTILL --method=magic", "method | 'magic' | flow_matching, inverse, denoiser"),
+        ("DISTILL --noise=blue", "noise | 'blue' | flow, independent"),
+        ("DISTILL --method=inverse --noise=independent", "noise independent | flow_matching"),
+        ("DISTILL --guidance=2", "guidance | 2.0 | inverse"),
+        ("DISTILL --method=inverse --features=-1", "features | -1.0 | at least 0"),
+        ("DISTILL --method=inverse --student.layers=2", "student.layers | 2 | above 2"),
+        ("DISTILL --student.layers=1000", "student.layers | 1000 | at most 512"),
+        ("DISTILL --student.head_dim=5", "student.head_dim | 5 | divide student.width 16"),
+        ("DISTILL --student.mlp_ratio=nan", "student.mlp_ratio | nan"),
+        ("DISTILL --train.compile", "train.compile | option of flows"),
+        ("DISTILL --train.resume", "run/students/flow_matching | no checkpoint"),
+        ("DISTILL --run=full --train.resume", "full | no checkpoint"),
+        ("DISTILL --data.name=fashion_mnist --data.path=nowhere", "nowhere"),
+        ("DISTILL --data.name=folder --data.path=trees/good --data.image_size=16", "size | (8, 8) | (16, 16)"),
+        ("distill models/vae", "models/vae"),
+        ("sample run --sampler=student", "no student | flowback distill"),
+        ("sample run --sampler=best", "sampler | 'best' | exact, student"),
+        ("sample run --steps=2", "steps | sampler student"),
+        ("sample run --sampler=student --steps=0", "steps | 0 | at least 1"),
+        ("sample run --sampler=student --solver=rk4", "solver | 'rk4' | euler, heun"),
+        ("sample run --denoiser=learned", "no denoiser | flowback distill"),
+        ("sample run --denoiser=best", "denoiser | 'best' | score, learned"),
+        ("sample flows/student_text", "flows/student_text/student/config.json | flowback distill"),
+        ("sample flows/student_wide", "flows/student_wide/student/model.safetensors"),
+        ("sample flows/student_none", "flows/student_none/student/model.safetensors"),
+        ("sample flows/student_lesson", "method | 'magic' | flow_matching"),
+        ("sample flows/student_other", "flows/student_other/student | another flow"),
+        ("sample flows/student_stale --sampler=student", "student | other weights | flowback distill"),
     ],
     "labels": [
         ("sample run --labels=3,12", "label | '12' | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),

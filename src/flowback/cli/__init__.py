@@ -26,6 +26,11 @@ VERBS = {  # the module of each verb, and its help
         "Compute a recipe's latents and encoder features once, for training to read. If interrupted, run the same command "
         "again to resume; several processes can share the work with --part.",
     ),
+    "distill": (
+        "distilling",
+        "Train a student of a trained flow: a sampler of few passes, or a denoiser. It is put beside the flow, for "
+        "sample --sampler student. Options come from the command line, or from a YAML file (--config).",
+    ),
     "sample": (
         "sampling",
         "Draw images from a trained flow. Writes a grid (.png), an .npz in the ADM evaluation format, or a folder of PNGs. "
@@ -34,6 +39,15 @@ VERBS = {  # the module of each verb, and its help
     "autotune": (
         "sampling",
         "Measure which decoder is fastest for each block on this machine. Stored with the model, for sampling to use.",
+    ),
+    "fit-prior": (
+        "sampling",
+        "Fit the prior of z to training images, for better samples; held-out images choose how far. Stored with the model.",
+    ),
+    "sweep": (
+        "measuring",
+        "Find the temperature, prior and guidance of a flow's best samples, against held-out images of its run. Stored "
+        "with the model, for sampling to use. If interrupted, run the same command again to resume.",
     ),
     "encode": ("editing", "Map image files to noise. Writes z, log-likelihoods and labels as .safetensors."),
     "decode": ("editing", "Map noise, as encode wrote it, back to images. Writes one grid or a folder of PNGs."),

@@ -1,4 +1,4 @@
-"""`flowback evaluate` and `flowback compare`."""
+"""`flowback evaluate`, `flowback sweep` and `flowback compare`."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,12 @@ from jsonargparse import Namespace
 
 from flowback.cli.common import add_data, add_flow, add_options, add_output, given_data, read_options, say
 from flowback.cli.parser import Verb
+from flowback.flow.defaults import FILE as DEFAULTS
 from flowback.reports.compare import write_comparison
 from flowback.reports.evaluate import EvaluationConfig, evaluate, evaluation_file
+from flowback.reports.sweep import SweepConfig, sweep
+from flowback.runs.checkpoint import flow_folder, load_flow
+from flowback.training.prior import data_of
 
 
 def add(verb: Verb) -> None:
@@ -19,6 +23,10 @@ def add(verb: Verb) -> None:
     add_options(command, EvaluationConfig, "weights")
     add_output(command, None, "a folder, or a .json file, for what is measured (default: the flow's own folder)")
     add_data(command)
+
+    command = verb("sweep", _sweep)
+    command.add_argument("run", type=str, help="a run's folder, or a checkpoint of one")
+    add_options(command, SweepConfig)
 
     command = verb("compare", _compare)
     command.add_argument("runs", type=str, nargs="+", help="folders of runs")
@@ -59,6 +67,18 @@ def _not_finite(value: Any, name: str = "") -> set[str]:
         items = value.items() if isinstance(value, dict) else ((name, item) for item in value)
         return set().union(*(_not_finite(item, key) for key, item in items))
     return {name} if isinstance(value, float) and not math.isfinite(value) else set()
+
+
+def _sweep(options: Namespace) -> int:
+    config = read_options(options, SweepConfig)
+    flow, _ = load_flow(options.run, device=options.device)
+    folder = flow_folder(options.run)
+    if flow.core.fitted_prior is None:
+        say("no prior is fitted: `flowback fit-prior` first lets the sweep try one")
+    chosen = sweep(flow, data_of(options.run), config, folder, lambda row: _print({"sweep": row}))
+    _print({"chosen": {name: value for name, value in vars(chosen).items() if name != "weights"}})
+    say(f"stored in {folder / DEFAULTS}")
+    return 0
 
 
 def _compare(options: Namespace) -> int:

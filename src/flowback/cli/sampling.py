@@ -25,9 +25,11 @@ from flowback.core.errors import InputError
 from flowback.core.files import check_place
 from flowback.flow.autotune import FILE
 from flowback.flow.decoding import DECODERS
+from flowback.flow.prior import FILE as PRIOR
 from flowback.runs.checkpoint import class_names, flow_folder, load_flow
 from flowback.tasks.autotune import ROWS, autotune
 from flowback.tasks.sampling import Request, checked_store, in_turn, sample_to_disk
+from flowback.training.prior import IMAGES, data_of, fit_to, told
 
 OUTPUTS = (".png", ".npz", "")
 
@@ -50,6 +52,11 @@ def add(verb: Verb) -> None:
         "--rows", type=str, default=",".join(map(str, ROWS)), help="batch sizes; guided images count twice"
     )
 
+    command = verb("fit-prior", _fit_prior)
+    add_flow(command)
+    command.add_argument("--images", type=int, default=IMAGES, help="of training, and held out, at most; 1.25 passes each")
+    command.add_argument("--seed", type=int, default=0, help="of the noise of training")
+
 
 def _sample(options: Namespace) -> int:
     if options.processes < 1:
@@ -65,6 +72,11 @@ def _sample(options: Namespace) -> int:
         checked_store(flow, request, output, options.method, options.batch_size).open()
         _start(options)
         return 0
+    d = flow.core.defaults
+    if d.weights and is_first():
+        s = request.settled(flow)
+        said = f"temperature {s.temperature:g}, prior {s.prior}, guidance {s.guidance:g} ({s.guidance_rule})"
+        say(f"drawn with {said}; what was not given is the flow's default, by `flowback sweep`")
     notes = sample_to_disk(flow, request, output, options.method, options.batch_size, options.compile)
     if not is_first():
         return 0
@@ -119,4 +131,20 @@ def _autotune(options: Namespace) -> int:
     check_place(folder / FILE)
     autotune(flow.core, rows, report=say).save(folder)
     say(f"stored in {folder / FILE}")
+    return 0
+
+
+def _fit_prior(options: Namespace) -> int:
+    flow, _ = load_flow(options.run, options.weights, options.device)
+    if options.weights != "ema":
+        raise InputError("a prior is stored with averaged weights; use --weights ema")
+    data, folder = data_of(options.run), flow_folder(options.run)
+    check_place(folder / PRIOR)
+    fit = fit_to(flow, data, options.images, options.seed)
+    say(told(fit))
+    if fit.prior is None:
+        (folder / PRIOR).unlink(missing_ok=True)
+    else:
+        fit.prior.save(folder)
+        say(f"stored in {folder / PRIOR}")
     return 0

@@ -5,17 +5,18 @@ an unreachable hub into a warning.
 """
 
 import difflib
+import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowback.core.devices import pick_device
 from flowback.core.errors import InputError
@@ -23,6 +24,11 @@ from flowback.core.files import read_json, save_tensors, typed_path, write_whole
 from flowback.flow.autotune import FILE as AUTOTUNE
 from flowback.flow.autotune import Autotune
 from flowback.flow.config import FlowConfig
+from flowback.flow.defaults import FILE as DEFAULTS
+from flowback.flow.defaults import Defaults
+from flowback.flow.prior import FILE as PRIOR
+from flowback.flow.prior import FittedPrior
+from flowback.flow.student import Lesson, Student, StudentConfig
 
 FORMAT = 1
 CARD = "README.md"
@@ -30,16 +36,20 @@ SHIPPED, OWNER = Path(__file__).parents[1] / "shipped", "flowback"  # flows that
 MOST_TOKENS = 2**20
 MOST_UNSEEN = 10**8  # numbers of a flow that are made on the word of a config.json
 WEIGHTS = "model.safetensors"
+LEARNED = ("student", "denoiser")  # folders of what was distilled of a flow, beside it
 AUTOENCODER = [f"autoencoder/{prefix}.safetensors" for prefix in ("model", "diffusion_pytorch_model", "encoder")]
 FILES = (
     "config.json",
     WEIGHTS,
     AUTOTUNE,
+    PRIOR,
+    DEFAULTS,
     "classification.json",
     "held_out.safetensors",
     "classes.json",
     "autoencoder/config.json",
     *AUTOENCODER,
+    *(f"{name}/{file}" for name in LEARNED for file in ("config.json", WEIGHTS)),
 )
 
 
@@ -70,7 +80,11 @@ class Pretrained:
         return build_checked(cls, description, folder)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json, model.safetensors and, where decoders were measured, decoding.json into the folder `path`."""
+        """Write config.json, model.safetensors and what is known of these weights into the folder `path`.
+
+        That is decoding.json (measured decoders), prior.safetensors (a prior that was fitted to them), sampling.json
+        (defaults that were chosen for them) and the folders of what was distilled of them.
+        """
         folder = Path(path)
         config = {"model": type(self).__name__, "format": FORMAT, **self.describe()}
         save_tensors(self.stored.state_dict(), folder / WEIGHTS)
@@ -79,6 +93,23 @@ class Pretrained:
             self.core.autotune.save(folder)
         else:
             (folder / AUTOTUNE).unlink(missing_ok=True)  # of another flow
+        known: list[tuple[str, FittedPrior | Defaults | None]] = [
+            (PRIOR, self.core.fitted_prior),
+            (DEFAULTS, self.core.defaults),
+        ]
+        own = (
+            fingerprint(self.core.state_dict())
+            if self.core.learned or any(value and value.weights for _, value in known)
+            else ""
+        )
+        for name, value in known:
+            if value is not None and value.weights and value.weights == own:
+                value.save(folder)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        for name, student in self.core.learned.items():
+            if student.lesson.teacher == own:
+                student.save_pretrained(folder / name)
 
     def save_portable(self, path: str | Path) -> None:
         """`save_pretrained`, and whatever else another machine needs: here nothing."""
@@ -117,7 +148,15 @@ class Pretrained:
             raise InputError(f"{folder} holds a {model}, not a {cls.__name__}; flowback.from_pretrained loads either")
         made: Any = cls.build(description, folder)
         load_tensors(made.stored, folder / WEIGHTS)
-        made.core.autotune, made.core.folder = Autotune.load(folder), folder
+        core = made.core
+        core.autotune, core.folder = Autotune.load(folder), folder
+        if (folder / PRIOR).is_file() or (folder / DEFAULTS).is_file():
+            weights = fingerprint(core.state_dict())
+            if (folder / PRIOR).is_file():
+                core.fitted_prior = FittedPrior.load(folder, core.token_shape, core.num_classes, weights)
+            if (folder / DEFAULTS).is_file():
+                core.defaults = Defaults.load(folder, weights)
+        core.learned = load_learned(folder, core)
         return made.eval().to(where)
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
@@ -141,6 +180,14 @@ class Pretrained:
             text = f"# {repo_id}\n\nA normalizing flow, made with flowback.\n\n```python\n{call}\n```\n"
             (Path(temporary) / CARD).write_text(f"---\nlibrary_name: flowback\ntags: [normalizing-flow]\n---\n\n{text}")
             return upload(Path(temporary), repo_id, private, token)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors by name, like those of `state_dict`: of their values as float32, wherever they are."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + tensor.cpu().float().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -252,6 +299,44 @@ def build_checked(make: Callable[[FlowConfig], Any], options: Any, folder: Path)
     if wanted > max(MOST_UNSEEN, 2 * held):  # below, the tensors are made, and the first that differs is named
         raise InputError(f"{folder / 'config.json'} describes a flow of {wanted:.3g} numbers, of which {file} has {held}")
     return make(config)
+
+
+def load_learned(folder: Path, flow: Any) -> dict[str, Student]:
+    """The students that lie in the folder of a flow, by name; those of other weights than the flow's are marked as stale.
+
+    Raises:
+        InputError: if one is not whole, or of a flow of another shape.
+    """
+    found = {name: load_student(folder / name) for name in LEARNED if (folder / name / "config.json").exists()}
+    if found:
+        weights, (N, D) = fingerprint(flow.state_dict()), flow.token_shape
+        for name, student in found.items():
+            lesson = student.lesson
+            if (lesson.tokens, lesson.dim, lesson.classes) != (N, D, flow.num_classes):
+                raise InputError(f"{folder / name} is of another flow than the one beside it; delete it")
+            student.stale = lesson.teacher != weights
+    return found
+
+
+def load_student(folder: Path) -> Student:
+    """The student in a folder, frozen.
+
+    Raises:
+        InputError: if there is none, or it is not whole.
+    """
+    file = folder / "config.json"
+    try:
+        known = read_json(file)
+        config, lesson = StudentConfig(**known["student"]), Lesson(**known["lesson"])
+        with torch.device("meta"):
+            check_shapes(Student(config, lesson), folder / WEIGHTS)  # before memory is taken for what it describes
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InputError(f"{file} does not describe a student ({error}); expected what flowback distill wrote") from error
+    student = Student(config, lesson)
+    load_tensors(student, folder / WEIGHTS)
+    return student.requires_grad_(False).eval()
 
 
 def find_folder(path_or_hub_id: str, files: Sequence[str] = FILES, **options: Any) -> Path:

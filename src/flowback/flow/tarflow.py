@@ -5,6 +5,7 @@ space, that of its images `x [B, C, H, W]`; these may be the latents of an autoe
 Noise is `z [B, N, D]`, likelihoods are nats summed per image, and blocks and layers count from 1.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +23,13 @@ from flowback.flow.autotune import Autotune, solvers
 from flowback.flow.block import BlockOutput, FlowBlock
 from flowback.flow.config import FlowConfig
 from flowback.flow.decoding import CausalMap, Solved, default_tolerance
+from flowback.flow.defaults import Defaults
 from flowback.flow.guidance import Guidance, checked
 from flowback.flow.implicit import solve_with_gradient
-from flowback.flow.labels import Labels, class_weights, to_draw
+from flowback.flow.labels import Labels, as_tensor, class_weights, to_draw
 from flowback.flow.patches import patchify, unpatchify
+from flowback.flow.prior import PRIORS, FittedPrior
+from flowback.flow.student import SAMPLERS, Student
 
 BLOCK_OPTIONS = ("width", "head_dim", "num_classes", "mlp", "mlp_ratio", "positions", "log_scale_bound")
 
@@ -73,7 +77,10 @@ class TarFlow(io.Pretrained, nn.Module):
         self.token_shape = (self.grid[0] * self.grid[1], self.channels * c.patch_size**2)  # N, D
         self.dims = self.token_shape[0] * self.token_shape[1]  # numbers in an image
         self.register_buffer("prior_std", torch.ones(self.token_shape) if c.prior == "scaled" else None)
+        self.fitted_prior: FittedPrior | None = None  # what z is really like; `flowback.tasks.prior` fits it
+        self.defaults = Defaults()  # of drawing; `flowback sweep` chooses them
         self.autotune: Autotune | None = None  # which decoder is fastest for which block on this machine
+        self.learned: dict[str, Student] = {}  # "student" and "denoiser", if they were distilled; no submodules
         self.folder: Path | None = None  # where the flow was loaded from
         shared = {name: getattr(c, name) for name in BLOCK_OPTIONS}
         self.blocks = nn.ModuleList(
@@ -118,6 +125,62 @@ class TarFlow(io.Pretrained, nn.Module):
         """Standard normal numbers `[..., N, D]` as z of the prior: unchanged, or scaled."""
         return noise if self.prior_std is None else noise * self.prior_std
 
+    def draw_z(
+        self,
+        noise: Tensor,
+        y: Labels = None,
+        temperature: float = 1.0,
+        prior: str | None = None,
+        sampler: str = "exact",
+    ) -> Tensor:
+        """Standard normal `noise [B, ..., N, D]`, for each image any number of draws, as z that images are decoded from.
+
+        Args:
+            noise: on the flow's device.
+            y: labels, as in `encode`.
+            temperature: standard deviation of z, as a multiple of the prior's.
+            prior: "standard", that of the training, or "fitted" (`fitted_prior`); None for the standard one.
+            sampler: what makes images of z. A student gets z with the deviation that it learned from, where the prior is
+                the standard one; a student of independent noise gets that, whatever the prior.
+
+        Raises:
+            InputError: if the temperature is impossible, or there is no such prior or sampler.
+        """
+        if sampler not in SAMPLERS:
+            raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        student = self.taught() if sampler == "student" else None
+        if student is not None and student.lesson.noise == "independent":
+            return temperature * noise
+        fitted = self._fitted(prior)
+        if not 0 < temperature < math.inf:
+            raise InputError(f"temperature must be above 0 and finite, got {temperature}")
+        if fitted is None:
+            z = temperature * self.to_prior(noise)
+            return z if student is None else student.z_std * z
+        return fitted.to_z(noise, self.class_weights(y, len(noise)), temperature)
+
+    def to_noise(
+        self,
+        z: Tensor,
+        y: Labels = None,
+        temperature: float = 1.0,
+        prior: str | None = None,
+        sampler: str = "exact",
+    ) -> Tensor:
+        """The inverse of `draw_z`."""
+        fitted = self._fitted(prior)
+        if fitted is None or (sampler == "student" and self.taught().lesson.noise == "independent"):
+            return z / self.draw_z(torch.ones_like(z), y, temperature, "standard", sampler)
+        return fitted.to_noise(z, self.class_weights(y, len(z)), temperature)
+
+    def _fitted(self, prior: str | None) -> FittedPrior | None:
+        """The fitted prior, if that is asked for."""
+        if prior not in (None, *PRIORS):
+            raise InputError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
+        if prior == "fitted" and self.fitted_prior is None:
+            raise InputError("this flow has no fitted prior: run `flowback fit-prior`, or use prior standard")
+        return self.fitted_prior if prior == "fitted" else None
+
     def class_weights(self, y: Labels, batch: int) -> Tensor | None:
         """Labels as weights of the class embeddings, `[B, K]`; None for an unconditional flow (`flowback.flow.labels`)."""
         return class_weights(y, batch, self.num_classes, self.data_dtype, self.device)
@@ -133,6 +196,10 @@ class TarFlow(io.Pretrained, nn.Module):
         if x.dim() != 4 or x.shape[1:] != self.data_shape:
             raise InputError(f"images must have the shape [B, {', '.join(map(str, self.data_shape))}], got {list(x.shape)}")
         return patchify(self.enter(x), self.config.patch_size)
+
+    def to_grid(self, tokens: Tensor) -> Tensor:
+        """Tokens `[B, N, D]` as images `[B, C, H, W]`, the inverse of `tokenize`."""
+        return unpatchify(tokens, self.config.patch_size, self.image_size)
 
     # ---- density ---------------------------------------------------------------------------------------------------
 
@@ -173,12 +240,20 @@ class TarFlow(io.Pretrained, nn.Module):
         """`encode` without a trace."""
         return self.encode(x, y)
 
-    def log_prob(self, x: Tensor, y: Labels = None) -> Tensor:
-        """Log-density `[B]`, nats, of images `x` on the [-1, 1] scale, under the density that samples are drawn from.
+    def log_prob(self, x: Tensor, y: Labels = None, prior: str = "standard") -> Tensor:
+        """Log-density `[B]`, nats, of images `x` on the [-1, 1] scale, under the density that was trained.
 
         The flow models *noised* images: add the noise first, `flow.log_prob(flow.perturb(x))`. For bits per dimension see
-        `flowback.core.units.bits_per_dim`.
+        `flowback.core.units.bits_per_dim`. With `prior="fitted"` it is the density with the fitted prior in place of
+        the standard one.
+
+        Raises:
+            InputError: if the flow has no such prior.
         """
+        fitted = self._fitted(prior)
+        if fitted is not None:
+            z, log_det = self.encode(x, y)
+            return fitted.log_prob(z, self.class_weights(y, len(z))) + log_det
         return self.log_prob_parts(x, y).sum(dim=(1, 2))
 
     def log_prob_parts(self, x: Tensor, y: Labels = None) -> Tensor:
@@ -254,7 +329,7 @@ class TarFlow(io.Pretrained, nn.Module):
     ) -> tuple[Tensor, list[Solved]]:
         """`decode`, and how each block was decoded, block 1 first, with its residual."""
         steps = list(self.decode_by_block(z, y, guidance, method, tolerance, known, compile))
-        x = unpatchify(steps[-1][0], self.config.patch_size, self.image_size)
+        x = self.to_grid(steps[-1][0])
         return x, [solved for _, solved in reversed(steps)]
 
     def decode_by_block(
@@ -274,13 +349,13 @@ class TarFlow(io.Pretrained, nn.Module):
         if tolerance is not None and not 0 < tolerance < float("inf"):
             raise InputError(f"tolerance must be above 0, got {tolerance}")
         tolerance = tolerance or default_tolerance(self.dtype, self.device)
-        classes, guidance = self.class_weights(y, len(z)), checked(guidance, y, self.num_classes)
+        classes, guidance = self.class_weights(y, len(z)), checked(guidance, y, self.num_classes, self.config.blocks)
         chosen = solvers(method, self.autotune, self.config.blocks, len(z) * (2 if guidance.scale else 1), self.device)
         given = None if known is None else self._known_tokens(*known, batch=len(z))
         tokens = self.enter(z)
         for t in range(self.config.blocks, 0, -1):
             block: Any = self.blocks[t - 1]
-            F = CausalMap(block, tokens, classes, guidance, given if t == 1 else None, compile)
+            F = CausalMap(block, tokens, classes, guidance.of_block(t), given if t == 1 else None, compile)
             tokens, solved = solve_with_gradient(F, chosen[t - 1], tolerance)
             yield tokens, solved
 
@@ -290,21 +365,80 @@ class TarFlow(io.Pretrained, nn.Module):
             raise InputError(f"known must be {batch} images and a boolean mask, got {len(x)} and {where.dtype}")
         return tokens, patchify(put(where, self.device).expand_as(x), self.config.patch_size)
 
+    def draft(
+        self,
+        z: Tensor,
+        y: Labels = None,
+        guidance: float | Guidance = 0.0,
+        steps: int | None = None,
+        solver: str = "euler",
+        compile: bool = False,
+    ) -> Tensor:
+        """Map noise to clean images by the flow's student, in a few passes: what `flowback distill` taught it.
+
+        Args:
+            z: `[B, N, D]`.
+            y: labels, as in `encode`.
+            guidance: scale, or a `Guidance` that is nothing but a scale.
+            steps: of flow matching, None for 4; an inverse takes 1.
+            solver: euler, or heun, which takes two passes a step.
+            compile: compile the network.
+
+        Returns:
+            Images `[B, C, H, W]`, nearly in [-1, 1], without the noise of training.
+
+        Raises:
+            InputError: if there is no student of these weights, or it cannot draw so.
+        """
+        student, classes = self.taught(), self.class_weights(y, len(z))
+        guidance = checked(guidance, y, self.num_classes, self.config.blocks)
+        student.check(guidance, steps, solver)
+        return self.to_grid(student.draw(self.enter(z), classes, guidance.scale, steps, solver, compile))
+
+    @property
+    def student(self) -> Student | None:
+        """The flow's learned sampler, if one was distilled of it."""
+        return self.learned.get("student")
+
+    def taught(self, name: str = "student") -> Student:
+        """What was distilled of the flow, a "student" that draws or a "denoiser", on the flow's device.
+
+        Raises:
+            InputError: if there is none, or it was distilled of other weights.
+        """
+        found, again = self.learned.get(name), "flowback distill RUN" + " --method denoiser" * (name == "denoiser")
+        if found is None:
+            raise InputError(f"this flow has no {name}; {again} makes one")
+        if found.stale:
+            raise InputError(f"the {name} was distilled of other weights than this flow has; {again} makes another")
+        return found.to(self.device, self.data_dtype)
+
     @property
     def denoises(self) -> bool:
         """Whether samples have noise that is to be removed (compare `LatentFlow.denoises`)."""
         return self.config.noise == "gaussian" and self.config.noise_std > 0
 
-    def denoise(self, x: Tensor, y: Labels = None, batch_size: int = 64) -> Tensor:
+    def denoise(self, x: Tensor, y: Labels = None, batch_size: int = 64, learned: bool = False) -> Tensor:
         """Remove the training noise by one score step, `x + sigma^2 grad_x log p(x)` (Tweedie; TARFlow, eq. 8).
 
-        The score is of the density that was trained, whose prior is N(0, I), also where `prior` is "scaled". `x` are noisy
-        images `[B, C, H, W]`; a backward pass takes `batch_size` of them, which bounds the memory.
+        The score is of the density that was trained, whose prior is N(0, I), also where `prior` is "scaled".
+
+        Args:
+            x: noisy images `[B, C, H, W]`.
+            y: labels, as in `encode`.
+            batch_size: images that a backward pass takes, which bounds the memory.
+            learned: take the score that the flow's denoiser learned, in one pass forward.
+
+        Raises:
+            InputError: if there is no denoiser of these weights.
         """
         x, parts = self.enter(x).detach(), []
         if not self.denoises:
             return x.clone()
         classes = self.class_weights(y, len(x))
+        if learned:
+            noise = self.taught("denoiser").correction(self.tokenize(x), classes)
+            return x + self.config.noise_std * self.to_grid(noise)
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
             with torch.inference_mode(False), torch.enable_grad():
@@ -320,9 +454,13 @@ class TarFlow(io.Pretrained, nn.Module):
         num: int | tuple[int, ...] | None = None,
         y: Labels = None,
         *,
-        guidance: float | Guidance = 0.0,
-        temperature: float = 1.0,
-        denoise: bool | None = None,
+        guidance: float | Guidance | None = None,
+        temperature: float | None = None,
+        prior: str | None = None,
+        denoise: bool | str | None = None,
+        sampler: str = "exact",
+        steps: int | None = None,
+        solver: str = "euler",
         seed: int | None = None,
         generator: torch.Generator | None = None,
         method: str | Sequence[str] = "auto",
@@ -335,41 +473,62 @@ class TarFlow(io.Pretrained, nn.Module):
         Args:
             num: how many, or a shape; None for as many as there are labels.
             y: labels, as in `encode`. None draws them uniformly, if the flow has any.
-            guidance: scale, or a `Guidance`; 0 for none.
-            temperature: standard deviation of z, as a multiple of the prior's.
-            denoise: whether the score step removes the training noise; None for yes, where it is Gaussian.
+            guidance: scale, or a `Guidance`; 0 for none; None for that of `defaults`, where there are labels.
+            temperature: standard deviation of z, as a multiple of the prior's; None for that of `defaults`.
+            prior: standard or fitted, as in `draw_z`; None for that of `defaults`.
+            denoise: whether the score step removes the training noise; None for yes, where it is Gaussian; "learned" for
+                the flow's denoiser in its place. A student's images have none.
+            sampler: "exact", which decodes, or "student", which draws in a few passes what `flowback distill` taught it.
+            steps: of the student, as in `draft`.
+            solver: of the student, as in `draft`.
             seed: of z and of drawn labels; or give a `generator`.
             generator: source of z and of drawn labels.
             method: as in `decode`.
             batch_size: images decoded at once; bounds the memory. The images depend on it by rounding only.
-            return_log_prob: also return `log p(x | y)`, nats, of the images before the score step.
+            return_log_prob: also return `log p(x | y)`, nats, of the images before the score step, as `log_prob` has it; of
+                the exact sampler only.
             compile: as in `decode`.
 
         Returns:
             Images `[num, C, H, W]` (for a shape `[*num, C, H, W]`), nearly in [-1, 1]; with `return_log_prob` a pair.
 
         Raises:
-            InputError: if a number, a label, the temperature or the guidance is impossible.
+            InputError: if a number, a label, the temperature, the prior or the guidance is impossible, or no student is
+                there.
         """
-        if not 0 < temperature < float("inf"):
-            raise InputError(f"temperature must be above 0, got {temperature}")
+        if denoise not in (None, True, False, "learned"):
+            raise InputError(f"denoise must be true, false, learned or None, got {denoise!r}")
+        if sampler == "student" and return_log_prob:
+            raise InputError(
+                "return_log_prob is of images with noise, as the exact sampler draws them; a student's have none"
+            )
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if seed is not None and generator is not None:
             raise InputError("give either seed or generator, not both")
         generator = generator if seed is None else torch.Generator().manual_seed(seed)
         shape, y = to_draw(num, y, self.num_classes, generator)
+        d, labeled = (
+            self.defaults.of(sampler),
+            self.num_classes > 0 and bool((as_tensor(y if y is not None else -1) >= 0).any()),
+        )
+        if guidance is None:
+            guidance = Guidance(d.guidance if labeled else 0.0, rule=d.guidance_rule)
+        temperature, prior = d.temperature if temperature is None else temperature, prior or d.prior
         empty = torch.empty(*shape, *self.token_shape, dtype=self.data_dtype, device=self.device).flatten(0, -3)
-        classes, guidance = self.class_weights(y, len(empty)), checked(guidance, y, self.num_classes)
-        z = temperature * self.to_prior(draw(torch.randn, empty, generator))
+        classes, guidance = self.class_weights(y, len(empty)), checked(guidance, y, self.num_classes, self.config.blocks)
+        z = self.draw_z(draw(torch.randn, empty, generator), classes, temperature, prior, sampler)
         images, log_probs = [], []
         for start in range(0, len(z), batch_size):
             rows = slice(start, start + batch_size)
             weights = None if classes is None else classes[rows]
+            if sampler == "student":
+                images.append(self.draft(z[rows], weights, guidance, steps, solver, compile))
+                continue
             x = self.decode(z[rows], weights, guidance, method, compile=compile)
             if return_log_prob:
                 log_probs.append(self.log_prob(x, weights))
-            images.append(x if denoise is False else self.denoise(x, weights, batch_size))
+            images.append(x if denoise is False else self.denoise(x, weights, batch_size, denoise == "learned"))
         x = torch.cat(images).unflatten(0, shape)
         return (x, torch.cat(log_probs).unflatten(0, shape)) if return_log_prob else x
 

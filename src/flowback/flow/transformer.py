@@ -158,11 +158,13 @@ def slow_attention_gradient(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] <= 128
 
 
-def causal_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of as many queries as keys, `[B, heads, n, head_dim]`, as two products and a softmax."""
+def products(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """Attention of as many queries as keys, `[B, heads, n, head_dim]`, as two products and a softmax."""
     B, heads, n, d = q.shape
     q, k, v = (part.reshape(B * heads, n, d) for part in (q, k, v))
-    future = torch.full((n, n), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    future = torch.zeros(n, n, dtype=q.dtype, device=q.device)
+    if causal:
+        future = future.fill_(float("-inf")).triu(1)
     with torch.autocast(q.device.type, enabled=False):  # softmax sums in float32 whatever it is given
         weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=d**-0.5).softmax(-1)
         return torch.bmm(weights, v).view(B, heads, n, d)
@@ -199,7 +201,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if cache is None and slow_attention_gradient(q):
-            out = causal_products(q, k, v)
+            out = products(q, k, v)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=n > 1 and mask is None)
         return self.proj(out.transpose(1, 2).reshape(B, n, C))

@@ -179,6 +179,7 @@ def model_card(
         version=__version__,
         parameters=sum(parameter.numel() for parameter in flow.parameters()),
         shown_classes=SHOWN_CLASSES,
+        student=flow.core.student,
         densities=[
             (title.format(seen="images" if autoencoder is None else "latents"), e[figure])
             for figure, title in DENSITIES.items()
@@ -227,7 +228,8 @@ def _read(file: Path) -> Any:
 def _source(row: dict[str, Any]) -> str:
     """How the samples of a fidelity came about; of a place on disk only its name."""
     labels = {"shares": ", classes as often as in the data", "equal": ", all classes equally often"}
-    return Path(row.get("samples_from", "not recorded")).name + labels.get(row.get("labels") or "", "")
+    drawn = "" if row.get("sampler") in (None, "exact") else f" by the {row['sampler']}"
+    return Path(row.get("samples_from", "not recorded")).name + drawn + labels.get(row.get("labels") or "", "")
 
 
 def _short(value: Any) -> str:

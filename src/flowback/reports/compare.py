@@ -182,7 +182,7 @@ def not_comparable(records: list[Record]) -> list[str]:
     sentences = []
     if len({record.evaluation.get("data") for record in records}) > 1:
         sentences.append("The runs were measured on different data sets: no figure of one compares with the other's.")
-    for name in ("extractor", "samples", "reference", "guidance", "labels"):
+    for name in ("extractor", "samples", "reference", "guidance", "sampler", "labels"):
         values = [record.evaluation["fidelity"].get(name) for record in records if "fidelity" in record.evaluation]
         if any(value != values[0] for value in values):
             listed = ", ".join(map(str, values))
@@ -309,6 +309,15 @@ def samples(record: Record) -> list[Tensor]:
     return [_picture(x.cpu()) for x in drawn]
 
 
+def drafts(record: Record) -> str | None:
+    """A picture of what the flow's student draws, in as few steps as it draws by default; None where there is none."""
+    student = record.flow.core.student
+    if student is None or student.stale:
+        return None
+    x = record.flow.sample(y=rows_of(record.flow), seed=0, batch_size=128, sampler="student")
+    return as_png(_picture(x.cpu()))
+
+
 def real_images(record: Record) -> Tensor:
     """A picture of held-out images with the labels of `rows_of`, white where there are no more."""
     data, y = record.data, rows_of(record.flow)
@@ -326,7 +335,7 @@ def section(record: Record, plain: Tensor, guided: Tensor | None = None) -> dict
     """What the page shows of one run."""
     e, classes = record.evaluation, record.data.classes
     shown: dict[str, Any] = {"name": record.name, "plain": as_png(plain), "real": as_png(real_images(record))}
-    shown |= {"guided": None if guided is None else as_png(guided)}
+    shown |= {"guided": None if guided is None else as_png(guided), "drafts": drafts(record)}
     shown |= {"probe": as_svg(draw_probe(e)) if e.get("probe") else None}
     shown |= {"classes": [classes[k] for k in shown_classes(record.flow)] if record.flow.num_classes else []}
     shown |= {"curve": as_svg(draw_cost_accuracy(e)) if e.get("classification") else None}

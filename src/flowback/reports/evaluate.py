@@ -14,8 +14,10 @@ metric), and for the metrics that were asked for
     ood         "ood": a row for each score of images, by the flow or from frozen features; see `decisions.Decisions.ood`
     shift       "shift": a row for each corruption and strength; "prior_shift": for the flow and a linear probe
     coverage    "coverage": for the flow and a linear probe, see `measure.decisions.rejection`
-    fid …       "fidelity": the figures with extractor, samples, labels, reference and guidance, see `fidelity.fidelity`;
+    fid …       "fidelity": the figures, and of what and by which sampler they are, see `fidelity.fidelity`;
                 with a sweep also "guidance_sweep", a row of this kind for each scale
+    copies      "fidelity" has "copies": how near samples are to training images, see `measure.copies.copies`; the closest
+                are in evaluation/copies.png, each beside its nearest training image
 
 A number that is not finite is written as null.
 """
@@ -33,15 +35,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from flowback.core.devices import machine
 from flowback.core.errors import InputError
 from flowback.core.files import check_place, read_json, write_whole
 from flowback.data import DataConfig, ImageSet
+from flowback.data.pictures import save_grid
 from flowback.data.splits import in_shares, spread
-from flowback.flow.guidance import Guidance
+from flowback.flow.defaults import Defaults
 from flowback.latents import Flow, LatentFlow
 from flowback.measure import fidelity as fid
+from flowback.measure.copies import MOST_IMAGES, MOST_TRAINING, copies
 from flowback.measure.density import density, importance_weighted_bits, seen
 from flowback.measure.probe import probe_layers
 from flowback.reports.classification import PASSES, UNLABELLED, cost_accuracy, judged
@@ -49,15 +54,17 @@ from flowback.reports.decisions import METRICS as DECISIONS
 from flowback.reports.decisions import TRAINING, Decisions, applicable
 from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
-from flowback.runs.folder import other_data, run_data, run_of
+from flowback.runs.folder import check_fit, other_data, run_data, run_of
 from flowback.tasks.classify import Effort, effort
-from flowback.tasks.sampling import Request, checked_store, sample_to_disk
+from flowback.tasks.sampling import Request, checked_store, sample_to_disk, sampler_of
 from flowback.tasks.score import LEAST, HeldOut, background_of, log_prob_parts, score_data
 
 FILE = "evaluation.json"
 EXTRACTORS = ("efficientnet_lite0", "dinov2", "inception")
 PARTS = ("train", "held_out")  # of the data
-METRICS = ("bpd", "accuracy", "probe", *fid.METRICS, *DECISIONS)
+DRAWING = ("guidance", "guidance_rule", "temperature", "prior")  # options of samples
+METRICS = ("bpd", "accuracy", "probe", *fid.METRICS, "copies", *DECISIONS)
+COPIES, CLOSEST = "evaluation/copies.png", 32  # samples in the picture
 TYPICAL = 1000  # held-out images that p-values are counted against, at most; they take a tenth of the passes, at most
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 IMPORTANCE_WEIGHTED = 1000  # images of the tighter bound, each of which costs 16 passes
@@ -68,7 +75,7 @@ class EvaluationConfig:
     """What to measure.
 
     Args:
-        metrics: any of bpd, accuracy, probe, fid, sfid, is, kid, prc, ood, shift, coverage.
+        metrics: any of bpd, accuracy, probe, fid, sfid, is, kid, prc, copies, ood, shift, coverage.
         weights: ema (averaged) or raw (of the last step).
         images: held-out images for all but fidelity; null for all. ood, shift and coverage take at most 1,000 of them.
         passes: forward passes of one image that bpd and accuracy may take. Exact likelihoods cost one a class; where that
@@ -79,7 +86,13 @@ class EvaluationConfig:
         samples_from: a folder of images or an .npz to measure instead of drawing any; their guidance is then not known.
         labels: of the samples drawn: shares (as often as in the held-out or training data, whichever the reference is; for
             other references as in the training data), or equal.
-        guidance: scale of the guidance of the samples drawn.
+        sampler: of the samples drawn: exact, or student, which draws in a few passes (see `flowback distill`).
+        steps: of a student, as in `flowback sample`.
+        solver: of a student, as in `flowback sample`.
+        guidance: scale of the guidance of the samples drawn; null for the flow's own default, as for the next three.
+        guidance_rule: linear or product, as of `flowback sample`.
+        temperature: of the samples drawn.
+        prior: of the samples drawn: standard or fitted.
         sweep: guidance scales at which fidelity is measured too (arXiv 2511.22345, figure 5).
         extractor: of fidelity: efficientnet_lite0, dinov2 or inception.
         extractor_weights: a local file of the extractor's weights.
@@ -104,7 +117,13 @@ class EvaluationConfig:
     samples: int = 4096
     samples_from: str | None = None
     labels: str = "shares"
-    guidance: float = 0.0
+    sampler: str = "exact"
+    steps: int | None = None
+    solver: str = "euler"
+    guidance: float | None = None
+    guidance_rule: str | None = None
+    temperature: float | None = None
+    prior: str | None = None
     sweep: tuple[float, ...] = ()
     extractor: str = "efficientnet_lite0"
     extractor_weights: str | None = None
@@ -134,8 +153,10 @@ class EvaluationConfig:
         if self.sweep and self.samples_from is not None:
             raise InputError("samples from disk have one guidance; use --sweep or --samples-from, not both")
         fid.check_sfid(self.metrics, self.extractor)
+        drawing: dict[str, Any] = {name: getattr(self, name) for name in DRAWING}
         for scale in (self.guidance, *self.sweep):
-            Guidance(scale)
+            drawing["guidance"] = scale
+            Request(**drawing, labels=(0,))
 
 
 def evaluate(
@@ -239,13 +260,7 @@ def _data(
         data = other_data(run, DataConfig(**({"image_size": flow.image_size, "channels": flow.channels} | given)))
     else:
         raise InputError(f"{source} has no config.yaml that names its data; expected the folder of a run, or --data.name")
-    levels = None if isinstance(flow, LatentFlow) else flow.levels
-    facts = [("size", tuple(data.size), tuple(flow.image_size)), ("channels", data.channels, flow.channels)]
-    facts += [("levels", data.levels, levels)] * (levels is not None)
-    facts += [("number of classes", len(data.classes), flow.num_classes)] * (flow.num_classes > 0)
-    for name, found, wanted in facts:
-        if found != wanted:
-            raise InputError(f"the {name} of the data {data.name} must be {wanted} for this flow, got {found}")
+    check_fit(flow, data)
     known = next(
         (place / "classes.json" for place in (run, flow.core.folder) if place and (place / "classes.json").is_file()), None
     )
@@ -322,7 +337,7 @@ def _measures(
         if len(data.classes) < 2:
             raise InputError(f"a probe needs at least 2 classes, got {len(data.classes)}")
         measures["probe"] = lambda: {"probe": probe_layers(flow, data, images=len(images))}
-    if set(config.metrics) & set(fid.METRICS):
+    if set(config.metrics) & {*fid.METRICS, "copies"}:
         whole = Fidelity(flow, data, config, folder)
         measures["fidelity"] = lambda: {"fidelity": whole.measure()}
     if config.sweep:
@@ -408,7 +423,7 @@ class Fidelity:
     """
 
     def __init__(self, flow: Flow, data: ImageSet, config: EvaluationConfig, folder: Path) -> None:
-        self.flow, self.config = flow, config
+        self.flow, self.data, self.config, self.folder = flow, data, config, folder
         self.metrics = set(config.metrics) & set(fid.METRICS)
         self.samples = None if config.samples_from is None else fid.open_images(Path(config.samples_from))
         count = config.samples if self.samples is None else len(self.samples)
@@ -423,20 +438,37 @@ class Fidelity:
             labels = (data.held_out if config.reference == "held_out" else data.train).labels
             labels = labels if config.labels == "shares" else torch.arange(flow.num_classes)
             drawn = in_shares(labels, count, config.seed) if flow.num_classes else (-1,)
-            self.request = Request(count, drawn, config.guidance, seed=config.seed)
-            name = f"samples_{count}_{config.labels}_guidance_{config.guidance:g}_seed_{config.seed}.npz"
-            self.file = folder / "evaluation" / name
+            drawing: dict[str, Any] = {name: getattr(config, name) for name in (*DRAWING, "sampler", "steps", "solver")}
+            self.request = Request(count, drawn, **drawing, seed=config.seed).settled(flow)
+            self.sampler = sampler_of(flow, self.request)
+            name = f"samples_{count}_{config.labels}_guidance_{self.request.guidance:g}_seed_{config.seed}"
+            others = {name: getattr(self.request, name) for name in DRAWING[1:]}
+            name += "".join(f"_{value}" for key, value in others.items() if value != getattr(Defaults(), key))
+            name += "" if config.sampler == "exact" else f"_{self.sampler.replace(', ', '_').replace(' ', '_')}"
+            self.file = folder / "evaluation" / f"{name}.npz"
             checked_store(flow, self.request, self.file).open()
 
     def measure(self) -> dict[str, Any]:
         """The figures, with what they are of."""
         c, samples = self.config, self.samples
-        said: dict[str, Any] = {"guidance": None, "labels": None, "samples_from": c.samples_from}
+        said: dict[str, Any] = {"guidance": None, "sampler": None, "labels": None, "samples_from": c.samples_from}
         if samples is None:
             sample_to_disk(self.flow, self.request, self.file, compile=c.compile)
             samples = fid.open_images(self.file)
-            said = {"guidance": c.guidance, "labels": c.labels if self.flow.num_classes else None}
-            said |= {"samples_from": f"drawn with seed {c.seed}"}
+            said = {name: getattr(self.request, name) for name in DRAWING}
+            said |= {"labels": c.labels if self.flow.num_classes else None}
+            said |= {"samples_from": f"drawn with seed {c.seed}", "sampler": self.sampler}
         options: dict[str, Any] = {"extractor": c.extractor, "weights": c.extractor_weights, "device": self.flow.device}
         options["reference_name"] = self.name if c.reference in PARTS else None
-        return fid.fidelity(samples, self.reference, self.metrics, **options) | {"reference": self.name} | said
+        found = fid.fidelity(samples, self.reference, self.metrics, **options) | {"reference": self.name} | said
+        return found | ({"copies": self._copies(samples)} if "copies" in c.metrics else {})
+
+    def _copies(self, samples: fid.Images) -> dict[str, Any]:
+        """The figures of `copies`, and the picture of those that are closest to a training image, each beside it."""
+        some = Subset(samples, spread(len(samples), MOST_IMAGES))
+        training = fid.SplitImages(self.data.train, self.data.levels, MOST_TRAINING)
+        held_out = fid.SplitImages(self.data.held_out, self.data.levels, MOST_IMAGES)
+        figures, pairs = copies(some, held_out, training, self.flow.device)
+        images = [image for i, j in pairs[:CLOSEST] for image in (some[i], training[j])]
+        write_whole(self.folder / COPIES, lambda file: save_grid(torch.stack(images), file, columns=8))
+        return figures

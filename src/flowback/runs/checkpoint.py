@@ -27,7 +27,9 @@ from flowback.core.devices import pick_device
 from flowback.core.distributed import in_all, is_shard, unsharded
 from flowback.core.errors import InputError
 from flowback.core.files import file_hash, read_json
+from flowback.flow.defaults import Defaults
 from flowback.flow.io import find_folder
+from flowback.flow.student import Student
 from flowback.latents import Autoencoder, Flow, LatentFlow, from_pretrained, load_autoencoder
 from flowback.runs import slices
 from flowback.runs.config import CLASSES
@@ -114,7 +116,7 @@ def damage(checkpoint: Path) -> str | None:
 def save(
     run: Path,
     state: State,
-    average: Flow | Autoencoder,
+    average: Flow | Autoencoder | Student,
     trained: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     keep: int,
@@ -241,7 +243,7 @@ def _sync(place: Path) -> None:
 
 
 def load(
-    checkpoint: Path, average: Flow | Autoencoder, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+    checkpoint: Path, average: Flow | Autoencoder | Student, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> State:
     """Read a checkpoint back into what `save` was given.
 
@@ -302,12 +304,15 @@ def load_flow(run: str | Path, weights: str = "ema", device: torch.device | str 
                 trained["autoencoder"] = flow.autoencoder
             for name, parameter in _named(trained):
                 reader.fill(f"weights.{name}", parameter)
+            flow.core.fitted_prior, flow.core.defaults = None, Defaults()  # those of the folder are of averaged weights
         except OSError as error:
             raise InputError(f"{source} has no raw weights; use ema") from error
         except SafetensorError as error:
             raise InputError(f"{source} has raw weights that cannot be read ({error}); use ema") from error
         except (KeyError, ValueError) as error:
             raise InputError(f"{source} has raw weights of another flow ({error}); use ema") from error
+        for student in flow.core.learned.values():  # which are of the averaged weights
+            student.stale = True
     name = source.name if isinstance(source, Path) else str(source)
     return flow.to(where), f"{weights} weights of {name}"
 

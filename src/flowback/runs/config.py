@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from flowback.alignment.gradients import GRADIENTS, STRATEGIES
 from flowback.core.errors import InputError
 from flowback.data import DataConfig
 from flowback.flow.config import FlowConfig
+from flowback.flow.student import Lesson, StudentConfig
 from flowback.latents.autoencoder import POSTERIORS
 from flowback.latents.joint import JointConfig
 from flowback.latents.kl import KLConfig
@@ -29,7 +30,7 @@ MOST_NODES = 100_000  # of a YAML text
 PRECISIONS = ("32-true", "bf16-mixed")
 SHARING = ("ddp", "fsdp")
 TRAINABLE = ("semantic", "kl")  # kinds of autoencoders, on their own
-OF_FLOWS = ("class_dropout", "compile", "strategy", "checkpoint_activations", "eval_passes", "init")  # options of `train`
+OF_FLOWS = ("compile", "strategy", "checkpoint_activations", "eval_passes", "init")  # options of `train`
 CLASSES = "classes.json"  # names of the classes, in the folder of a run
 
 
@@ -157,6 +158,8 @@ class TrainConfig:
         keep: newest checkpoints that are kept; besides, the one with the best held-out likelihood.
         caches: a folder of caches that `flowback cache` made for this configuration; others are refused. null for the
             user's cache folder, where what is missing is made.
+        fit_prior: images to fit a prior to after the last step, at most (see `flowback fit-prior`); each costs 1.25 passes,
+            and a step of training 3 for each of its images. 0 for none.
         init: a run, a checkpoint, a flow's folder or hub id whose averaged weights to begin with; what options of `flow`
             leave open is that flow's. null for random weights.
         resume: go on from the newest checkpoint of the run; more steps than before are a longer schedule.
@@ -194,6 +197,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep: int = 2
     caches: str | None = None
+    fit_prior: int = 0
     init: str | None = None
     resume: bool = False
     until: int | None = None
@@ -201,7 +205,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "batch_size", "keep", "eval_images", "devices", "nodes", "grad_accum_steps"), 1)
         least |= dict.fromkeys(("log_every", "eval_every", "eval_passes", "sample_every", "checkpoint_every"), 1)
-        for name, minimum in (least | {"warmup": 0, "seed": 0, "until": 1}).items():
+        for name, minimum in (least | {"warmup": 0, "fit_prior": 0, "seed": 0, "until": 1}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"train.{name} must be a whole number of at least {minimum}, got {value}")
@@ -361,10 +365,7 @@ class AutoencoderRunConfig(Recipe):
             raise InputError(
                 f"reconstruction.features must be 0 for kind kl, which has no encoder, got {self.reconstruction.features}"
             )
-        default = TrainConfig()
-        for name in OF_FLOWS:
-            if getattr(self.train, name) != getattr(default, name):
-                raise InputError(f"train.{name} is an option of flows; leave it out for an autoencoder")
+        _refuse_options_of_flows(self.train, ("class_dropout", *OF_FLOWS), "an autoencoder")
 
     @property
     def folder(self) -> Path:
@@ -379,6 +380,73 @@ class AutoencoderRunConfig(Recipe):
             semantic=replace(semantic, encoder_weights=_whole_path(semantic.encoder_weights)),
             reconstruction=replace(loss, lpips_weights=_whole_path(loss.lpips_weights)),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRunConfig(Recipe):
+    """A run that trains a student of a flow.
+
+    Args:
+        teacher: the flow: a run's folder, a checkpoint, or a folder of a flow.
+        run: the folder of this run; null for students/METHOD in the teacher's.
+        method: flow_matching (any number of steps), inverse (one pass), or denoiser (removes the noise of samples).
+        noise: of flow_matching: flow, the flow's own z of an image, or independent (plain flow matching, the control).
+        guidance: of inverse: the largest guidance scale that it learns; 0 for none.
+        features: of inverse: weight of the relative squared error of the encoder's features (a perceptual loss).
+        align: of inverse: weight of minus the cosine between the encoder's features and a projected hidden state.
+        encoder: a frozen vision model for these two, as in an alignment.
+        encoder_weights: a local file of its weights, or random; null for the shipped ones or the hub.
+        student: the network.
+        data: which images; what is left out is as in the teacher's run.
+        cache: compute latents once and keep them on disk.
+        train: how it is trained; images are mirrored if they were for the teacher.
+
+    Raises:
+        InputError: if a value is impossible, or an option is of another method or of flows.
+    """
+
+    teacher: str | None = None
+    run: str | None = None
+    method: str = "flow_matching"
+    noise: str = "flow"
+    guidance: float = 0.0
+    features: float = 0.0
+    align: float = 0.0
+    encoder: str = "efficientnet_lite0"
+    encoder_weights: str | None = None
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cache: bool = True
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        Lesson(method=self.method, noise=self.noise, tokens=1, dim=1, classes=0)
+        for name in ("guidance", "features", "align"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} must be a number of at least 0, got {value}")
+            if value and self.method != "inverse":
+                raise InputError(f"{name} is an option of method inverse, got {value} with {self.method}")
+        _refuse_options_of_flows(self.train, OF_FLOWS, "a student")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        place = Path(os.path.expanduser(self.teacher or "runs"))
+        place = place.parent.parent if place.parent.name == "checkpoints" else place
+        return Path(os.path.expanduser(self.run)) if self.run else place / "students" / self.method
+
+    def rooted(self) -> Self:
+        """The same from any working folder: what lies on this machine by its whole path."""
+        paths = {"teacher": _whole_path(self.teacher), "encoder_weights": _whole_path(self.encoder_weights)}
+        return replace(super().rooted(), **paths)
+
+
+def _refuse_options_of_flows(train: TrainConfig, names: Iterable[str], what: str) -> None:
+    default = TrainConfig()
+    for name in names:
+        if getattr(train, name) != getattr(default, name):
+            raise InputError(f"train.{name} is an option of flows; leave it out for {what}")
 
 
 def recipe(name: str) -> Path:

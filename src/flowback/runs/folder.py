@@ -20,15 +20,19 @@ from flowback.data.batches import Tolerance
 from flowback.data.inventory import Inventory, refuse_other_classes
 from flowback.data.sources import DiskSplit
 from flowback.data.splits import evaluated
+from flowback.latents import Flow, LatentFlow
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import State
 from flowback.runs.config import CLASSES, Recipe, RunConfig, flat
 
 # what may change when a run goes on
-FREE = {"run", "data.workers", "data.path", "data.unreadable", "train.steps"}
+FREE = {"run", "teacher", "data.workers", "data.path", "data.unreadable", "train.steps"}
 FREE |= {f"train.{name}" for name in ("resume", "until", "keep", "accelerator", "devices", "nodes", "strategy")}
 FREE |= {f"train.{name}" for name in ("grad_accum_steps", "compile", "checkpoint_activations", "deterministic")}
-FREE |= {f"train.{name}" for name in ("caches", "eval_images", "eval_passes")} | {"latents.cache", "alignment.cache"}
+FREE |= {f"train.{name}" for name in ("caches", "eval_images", "eval_passes", "fit_prior")} | {
+    "latents.cache",
+    "alignment.cache",
+}
 FREE |= {f"train.{what}_every" for what in ("log", "eval", "sample", "checkpoint")}
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what file systems say that have none
@@ -97,6 +101,21 @@ def other_data(run: Path | None, config: DataConfig) -> ImageSet:
     for note in data.notes:
         _say(note)
     return data
+
+
+def check_fit(flow: Flow, data: ImageSet) -> None:
+    """Whether a flow takes the images of a data set, and has its classes or none.
+
+    Raises:
+        InputError: if it does not.
+    """
+    levels = None if isinstance(flow, LatentFlow) else flow.levels
+    facts = [("size", tuple(data.size), tuple(flow.image_size)), ("channels", data.channels, flow.channels)]
+    facts += [("levels", data.levels, levels)] * (levels is not None)
+    facts += [("number of classes", len(data.classes), flow.num_classes)] * (flow.num_classes > 0)
+    for name, found, wanted in facts:
+        if found != wanted:
+            raise InputError(f"the {name} of the data {data.name} must be {wanted} for this flow, got {found}")
 
 
 def _unseen(data: ImageSet, start: Path) -> ImageSet:

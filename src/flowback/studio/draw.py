@@ -14,6 +14,8 @@ from flowback.core.errors import InputError
 from flowback.core.files import save_tensors
 from flowback.data.pictures import save_grid
 from flowback.flow.decoding import DECODERS
+from flowback.flow.student import SAMPLERS
+from flowback.latents import Flow
 from flowback.studio.common import ONE_AT_A_TIME, Studio, class_numbers, number, same, says_problems, shown, tile
 from flowback.studio.shelf import Shelf, python_of, shell, words_of
 from flowback.tasks.sampling import Drawn, Request, alike, as_pixels, draw_batches, trajectory
@@ -22,6 +24,7 @@ NAME = "Draw"
 MOST = 64  # images at once
 ALIKE = 8  # images like a chosen one
 SEEDS = 2**31 - 1
+MOST_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,15 @@ def columns(images: int) -> int:
 
 
 def requested(
-    names: list[str], classes: Any, num: Any, guidance: Any, temperature: Any, denoise: Any, seed: Any
+    names: list[str],
+    classes: Any,
+    num: Any,
+    guidance: Any,
+    temperature: Any,
+    denoise: Any,
+    seed: Any,
+    sampler: Any = "exact",
+    steps: Any = None,
 ) -> Request:
     """What the controls ask for.
 
@@ -58,6 +69,8 @@ def requested(
         temperature=number(temperature, "temperature", 0.01, 2),
         denoise=bool(denoise),
         seed=number(seed, "the seed", 0, SEEDS, whole=True),
+        sampler=sampler,
+        steps=number(steps, "steps", 1, MOST_STEPS, whole=True) if sampler == "student" and steps else None,
     )
 
 
@@ -88,6 +101,7 @@ def sample_command(place: str, r: Request, method: str, output: str, names: Sequ
     """The command that draws a request into a file; `names` of the flow's classes."""
     words = ["-o", output, f"--num={r.num}", f"--seed={r.seed}", f"--guidance={r.guidance:g}"]
     words += [f"--temperature={r.temperature:g}", f"--denoise={str(r.denoise).lower()}", f"--method={method}"]
+    words += [f"--sampler={r.sampler}"] * (r.sampler != "exact") + [f"--steps={r.steps}"] * (r.steps is not None)
     if min(r.labels) >= 0:
         words.append(f"--labels={words_of(r.labels, names)}")
     return shell("sample", place, *words)
@@ -111,6 +125,9 @@ def controls(shelf: Shelf, chosen: gr.Dropdown) -> list[Any]:
         0, 6, 0, step=0.1, label="Guidance", info="away from the average of all classes", visible=bool(names)
     )
     temperature = gr.Slider(0.05, 1.5, 1, step=0.05, label="Temperature", info="standard deviation of z")
+    samplers, by_student = _samplers(shelf.flow(chosen.value))
+    sampler = gr.Dropdown(samplers, value="exact", label="Sampler", info="a student draws at once", visible=by_student)
+    steps = gr.Number(None, precision=0, minimum=1, maximum=MOST_STEPS, label="Steps of the student", visible=by_student)
     with gr.Accordion("More", open=False):
         method = gr.Dropdown(
             ["auto", *DECODERS], value="auto", label="Decoding", info="speed only: the images are the same"
@@ -121,16 +138,25 @@ def controls(shelf: Shelf, chosen: gr.Dropdown) -> list[Any]:
         other = gr.Button("Other seed", size="sm", min_width=100)
     other.click(lambda: int(torch.randint(SEEDS, ())), None, seed, queue=False)
 
-    def adapt(name: str) -> tuple[gr.Dropdown, gr.Slider, gr.Checkbox]:
+    def adapt(name: str) -> tuple[gr.Dropdown, gr.Slider, gr.Checkbox, gr.Dropdown, gr.Number]:
         names, denoises = shelf.classes(name), shelf.flow(name).denoises
+        samplers, by_student = _samplers(shelf.flow(name))
         return (
             gr.Dropdown(names, value=[], visible=bool(names)),
             gr.Slider(value=0, visible=bool(names)),
             gr.Checkbox(denoises),
+            gr.Dropdown(samplers, value="exact", visible=by_student),
+            gr.Number(None, visible=by_student),
         )
 
-    chosen.change(says_problems(adapt), chosen, [classes, guidance, denoise])
-    return [method, classes, num, guidance, temperature, denoise, seed]
+    chosen.change(says_problems(adapt), chosen, [classes, guidance, denoise, sampler, steps])
+    return [method, classes, num, guidance, temperature, denoise, seed, sampler, steps]
+
+
+def _samplers(flow: Flow) -> tuple[list[str], bool]:
+    """Which samplers a flow has, and whether a student is among them."""
+    by_student = flow.core.student is not None
+    return list(SAMPLERS if by_student else SAMPLERS[:1]), by_student
 
 
 def build(studio: Studio, chosen: gr.Dropdown) -> None:
@@ -229,7 +255,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
     stop.click(lambda: "stopped", None, said, cancels=[running], queue=False)
     grid.select(choose, drawing, [drawing, which], queue=False)
     path.click(show_path, drawing, [steps, told, python, command], **ONE_AT_A_TIME)
-    more.click(draw_alike, [drawing, strength, values[-1]], [steps, told, python, command], **ONE_AT_A_TIME)
+    more.click(draw_alike, [drawing, strength, values[6]], [steps, told, python, command], **ONE_AT_A_TIME)
 
 
 def _there(made: Drawing | None) -> Drawing:

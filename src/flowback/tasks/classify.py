@@ -7,6 +7,7 @@ are only comparable under the same rule. Costs are in forward passes of one imag
 - **z_score** (3): the same, each class' gradient standardized by its mean and standard deviation over unlabelled images.
 - **shortlist_m** (3 + m): the exact likelihoods of the m classes that z_score ranks highest.
 - **exact** (K): all likelihoods, `log p(x | k)`.
+- **exact_fitted** (K): the same with the fitted prior in place of the standard one (`flowback.flow.prior`).
 
 The raw gradient is biased. It is `(g . (E_k - mean E)) / K`, summed over blocks, where g is the likelihood's slope in the
 space of class embeddings. A class whose embedding is far from the mean has a large slope *of either sign* on every image,
@@ -18,6 +19,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,15 @@ def exact(
     return torch.stack([class_log_probs(flow, x, batch_size=batch_size) for x in noisy]).mean(0)
 
 
+@torch.no_grad()
+def exact_fitted(
+    flow: TarFlow, noisy: Sequence[Tensor], statistics: ClassStatistics | None = None, batch_size: int = ROWS
+) -> Tensor:
+    """`exact` under the fitted prior."""
+    density = partial(flow.log_prob, prior="fitted")
+    return torch.stack([_by_class(flow, density, x, None, batch_size) for x in noisy]).mean(0)
+
+
 def class_log_probs(flow: TarFlow, x: Tensor, labels: Tensor | None = None, batch_size: int | None = None) -> Tensor:
     """`log p(x | k)`, nats, for the `labels [B, m]` of each image, or all K: `[B, m]`, on the graph of x.
 
@@ -192,6 +203,7 @@ def rule_named(name: str, classes: int) -> tuple[Score, int, int]:
         "single_gradient": (single_gradient, 3, 1),
         "z_score": (z_score, 3, 1),
         "exact": (exact, classes, classes),
+        "exact_fitted": (exact_fitted, classes, classes),
     }
     if name in fixed:
         return fixed[name]
@@ -216,7 +228,7 @@ def classify(
     Args:
         flow: a class-conditional flow.
         images: a tensor `[B, C, H, W]` in [-1, 1], or what else `flowback.data.as_images` takes: PIL images, arrays, paths.
-        rule: one of `RULES`, or shortlist_m for another m. It is never replaced by another one.
+        rule: one of `RULES`, shortlist_m for another m, or exact_fitted. It is never replaced by another one.
         draws: noise draws whose scores are averaged.
         batch_size: rows that the flow sees at once; bounds the memory.
         seed: of the noise of training, which is added here.

@@ -7,7 +7,7 @@ label, and the rule would rank the noise (docs/decoding.md has the figures, also
 z and x are those of the flow's own space; of a LatentFlow its `core` is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from flowback.flow.guidance import Guidance
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
 from flowback.tasks.classify import ClassStatistics, likeliest, listed_only, rule_named
+
+Draw = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, list[Solved]]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def best_of(
     batch_size: int = 64,
     compile: bool = False,
     statistics: ClassStatistics | None = None,
+    draw: Draw | None = None,
 ) -> Best:
     """Of several noises for each image, the one whose denoised image has the largest `agreement` with its label.
 
@@ -95,6 +98,8 @@ def best_of(
         batch_size: images at once; bounds the memory.
         compile: as in `TarFlow.decode`, for passes of all images of a batch.
         statistics: as in `classify`.
+        draw: what makes images of noise `[b, N, D]`, labels, and whether to compile: with the noise of training, without
+            it, and how blocks were decoded; None for a decode and a score step.
 
     Raises:
         InputError: if the flow is unconditional, the rule does not exist, or least is below 1.
@@ -103,6 +108,10 @@ def best_of(
     if least < 1:
         raise InputError(f"least must be at least 1, got {least}")
     z, y = flow.enter(z), put(y, flow.device)
+
+    def exact(z: Tensor, y: Tensor, compile: bool) -> tuple[Tensor, Tensor, list[Solved]]:
+        x, solved = flow.decode_with_report(z, y, guidance, method, compile=compile)
+        return x, flow.denoise(x, y, batch_size), solved
 
     def of(z: Tensor, y: Tensor) -> Best:
         rows, report = torch.arange(len(z), device=z.device), []
@@ -115,8 +124,8 @@ def best_of(
             if not len(rows):
                 break
             whole = compile and len(rows) == len(z)
-            x, solved = flow.decode_with_report(z[rows, r], y[rows], guidance, method, compile=whole)
-            both = torch.stack([x, flow.denoise(x, y[rows], batch_size)])
+            x, denoised, solved = (draw or exact)(z[rows, r], y[rows], whole)
+            both = torch.stack([x, denoised])
             new, right = agreement(flow, both[1], y[rows], rule, batch_size, statistics)
             better = (new > value[rows]) if r else torch.ones_like(right)
             choice[rows] = torch.where(better, r, choice[rows])

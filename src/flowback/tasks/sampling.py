@@ -7,7 +7,6 @@ So work can be cut into parts, shared by the processes of torchrun, interrupted 
     samples.npz         the ADM evaluation format: arr_0 uint8 [n, H, W, C], and the labels as arr_1
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,9 +15,10 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,19 +36,22 @@ from flowback.data.splits import spread
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solved
 from flowback.flow.guidance import Guidance
+from flowback.flow.io import fingerprint
 from flowback.flow.labels import Labels
 from flowback.flow.patches import unpatchify
+from flowback.flow.student import SAMPLERS, SOLVERS
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow
 from flowback.tasks.classify import rule_named
 from flowback.tasks.editing import slerp
 from flowback.tasks.refinement import Best, best_of
 
+DENOISERS = ("score", "learned")
 MOST_ROWS = 20  # of a picture, a class each
 PART = 64  # images in a part; part of what is on disk, so it is no option
 TIMEOUT = timedelta(days=7)  # of a process that waits for the others
 LEAST_AND_MOST = {"num": (1, math.inf), "seed": (0, 2**63 - 1), "best_of": (1, 10_000), "least": (1, math.inf)}
-CHOICES = {"precision": ("32-true", "bf16-mixed")}
+CHOICES = {"precision": ("32-true", "bf16-mixed"), "sampler": SAMPLERS, "solver": SOLVERS, "denoiser": DENOISERS}
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,21 @@ class Request:
     Args:
         num: number of images.
         labels: their classes, which are cycled; -1 for none.
-        guidance: guidance scale; 0 for none.
+        guidance: guidance scale; 0 for none; null for the flow's own default, where there are labels (`flowback sweep`).
         schedule: scale along the tokens: constant, or annealed (rising from 0 at the first token).
         guided: which parameters are guided: both, a or mu.
-        temperature: standard deviation of z.
-        denoise: remove the noise of training by one score step; null for yes, but of latents whose decoder has seen it.
+        guidance_rule: how: linear (extrapolated), or product (of normal distributions; stable at large scales); null for
+            the flow's own default.
+        guidance_blocks: numbers of the blocks that are guided, which alone take the time of it; 0 for all.
+        guidance_tokens: range of each block's tokens that are guided, in shares from 0 to 1.
+        temperature: standard deviation of z, as a multiple of the prior's; null for the flow's own default.
+        prior: of z: standard, N(0, I), or fitted (see `flowback fit-prior`); null for the flow's own default.
+        sampler: exact (decode), or student, which draws in a few passes (see `flowback distill`).
+        steps: of a student of flow matching; null for 4. An inverse takes 1.
+        solver: of a student: euler, or heun, which takes two passes a step.
+        denoise: remove the noise of training by one score step; null for yes, but of latents whose decoder has seen it. A
+            student's images have none.
+        denoiser: what removes it: score, or learned, a network that needs no backward pass (see `flowback distill`).
         seed: seed of the images; each is a function of it and of its own number.
         precision: 32-true or bf16-mixed.
         best_of: candidates for each image, of which the one is kept that the flow assigns to its label most surely.
@@ -75,11 +88,19 @@ class Request:
 
     num: int = 64
     labels: tuple[int, ...] = (-1,)
-    guidance: float = 0.0
+    guidance: float | None = None
     schedule: str = "constant"
     guided: str = "both"
-    temperature: float = 1.0
+    guidance_rule: str | None = None
+    guidance_blocks: tuple[int, ...] = (0,)
+    guidance_tokens: tuple[float, ...] = (0.0, 1.0)
+    temperature: float | None = None
+    prior: str | None = None
+    sampler: str = "exact"
+    steps: int | None = None
+    solver: str = "euler"
     denoise: bool | None = None
+    denoiser: str = "score"
     seed: int = 0
     precision: str = "32-true"
     best_of: int = 1
@@ -95,18 +116,43 @@ class Request:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise InputError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}")
+        if self.sampler == "exact" and (self.steps is not None or self.solver != "euler"):
+            raise InputError("steps and solver are of a student; use sampler student with them")
         if not self.labels:
             raise InputError("labels must name at least one class, or -1 for none; got none")
         if (self.guidance or self.best_of > 1) and min(self.labels) < 0:
             raise InputError("guidance and best_of need a label for every image, got label -1")
+        if len(self.guidance_tokens) != 2:
+            raise InputError(f"guidance_tokens must be two shares like 0,0.5, got {list(self.guidance_tokens)}")
         rule_named(self.rule, 1)
         self.as_guidance()
 
     def as_guidance(self) -> Guidance:
         """The guidance, as `TarFlow.decode` takes it."""
-        return Guidance(self.guidance, self.schedule, self.guided)
+        blocks = () if self.guidance_blocks == (0,) else self.guidance_blocks
+        first, last = self.guidance_tokens
+        rule = self.guidance_rule or "linear"
+        return Guidance(self.guidance or 0.0, self.schedule, self.guided, rule, blocks, (first, last))
+
+    def settled(self, flow: Flow) -> Self:
+        """The same, with the flow's own defaults for what is null."""
+        names = ("guidance", "guidance_rule", "temperature", "prior")
+        given = {name: getattr(self, name) for name in names}
+        return replace(self, **flow.core.defaults.of(self.sampler).complete(min(self.labels) >= 0, **given))
+
+    def of_z(self) -> tuple[float, str | None, str]:
+        """Temperature, prior and sampler."""
+        return 1.0 if self.temperature is None else self.temperature, self.prior, self.sampler
+
+    def learned(self, flow: Flow) -> list[str]:
+        """Which of a flow's students draw it."""
+        if self.sampler == "student":
+            return ["student"]
+        return ["denoiser"] if self.denoiser == "learned" and _denoises(flow, self.denoise) else []
 
     def numbers(self, part: int) -> range:
         """The numbers of the images of a part."""
@@ -139,7 +185,7 @@ def draw_batches(
     flow: Flow, request: Request, numbers: Sequence[int], method: str = "auto", batch_size: int = 64, compile: bool = False
 ) -> Iterator[Drawn]:
     """Draw the images of these numbers, a batch after the other; on the CPU."""
-    core, guidance = flow.core, request.as_guidance()
+    core, request = flow.core, request.settled(flow)
     for start in range(0, len(numbers), batch_size):
         with autocast(core.device, request.precision):
             z, y = candidates(core, request, numbers[start : start + batch_size])
@@ -149,17 +195,30 @@ def draw_batches(
                 x = finished(flow, best.denoised if _denoises(flow, request.denoise) else best.x, y, False)
             else:
                 z, draws = z[:, 0], torch.ones_like(y)
-                x, report = core.decode_with_report(z, y, guidance, method, compile=compile)
-                x = finished(flow, x, y, request.denoise, batch_size)
+                x, report = images_of(flow, request, z, y, method, batch_size, compile)
         yield Drawn(x, z.cpu(), y, draws.cpu(), report)
 
 
-def finished(flow: Flow, x: Tensor, y: Labels, denoise: bool | None = None, batch_size: int = 64) -> Tensor:
+def images_of(
+    flow: Flow, request: Request, z: Tensor, y: Labels, method: str = "auto", batch_size: int = 64, compile: bool = False
+) -> tuple[Tensor, list[Solved]]:
+    """The images `[B, C, H, W]` of z `[B, N, D]`, on the CPU, as a request wants them, and how blocks were decoded."""
+    core, guidance = flow.core, request.as_guidance()
+    if request.sampler == "student":
+        return finished(flow, core.draft(z, y, guidance, request.steps, request.solver, compile), y, False), []
+    x, report = core.decode_with_report(z, y, guidance, method, compile=compile)
+    return finished(flow, x, y, request.denoise, batch_size, request.denoiser == "learned"), report
+
+
+def finished(
+    flow: Flow, x: Tensor, y: Labels, denoise: bool | None = None, batch_size: int = 64, learned: bool = False
+) -> Tensor:
     """What `flow.core.decode` drew, `[B, *core.data_shape]`, as images `[B, C, H, W]`, on the CPU.
 
-    The noise of training is removed first if `denoise` says so; None for where `flow.denoises`.
+    The noise of training is removed first if `denoise` says so, by what the flow's denoiser `learned` if that does; None
+    for where `flow.denoises`.
     """
-    x = flow.core.denoise(x, y, batch_size) if _denoises(flow, denoise) else x
+    x = flow.core.denoise(x, y, batch_size, learned) if _denoises(flow, denoise) else x
     return flow.to_images(x.float()).float().cpu()
 
 
@@ -169,13 +228,15 @@ def _denoises(flow: Flow, denoise: bool | None) -> bool:
 
 def candidates(flow: TarFlow, request: Request, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The candidates for the images of these numbers, z `[B, best_of, N, D]` on the flow's device, and labels `[B]`."""
+    request = request.settled(flow)
     y = torch.tensor([request.labels[i % len(request.labels)] for i in numbers])
     z = flow.enter(torch.stack([noise(flow, request.seed, i, request.best_of) for i in numbers]))
-    return request.temperature * flow.to_prior(z), y
+    return flow.draw_z(z, y, *request.of_z()), y
 
 
 def start(flow: TarFlow, request: Request, index: int, method: str = "auto") -> tuple[Tensor, Tensor]:
     """What image `index` is decoded from: z `[1, N, D]`, on the flow's device, and its label `[1]`."""
+    request = request.settled(flow)
     z, y = candidates(flow, request, [index])
     return (_best(flow, request, z, y, method).z if request.best_of > 1 else z[:, 0]), y
 
@@ -183,15 +244,31 @@ def start(flow: TarFlow, request: Request, index: int, method: str = "auto") -> 
 def _best(
     flow: TarFlow, request: Request, z: Tensor, y: Tensor, method: str, batch_size: int = 64, compile: bool = False
 ) -> Best:
-    return best_of(flow, z, y, request.as_guidance(), request.rule, request.least, method, batch_size, compile)
+    """Of several candidates the best, drawn as the request says."""
+
+    def draw(z: Tensor, y: Tensor, compile: bool) -> tuple[Tensor, Tensor, list[Solved]]:
+        guidance = request.as_guidance()
+        if request.sampler == "student":
+            x = flow.draft(z, y, guidance, request.steps, request.solver, compile)
+            return x, x, []
+        x, report = flow.decode_with_report(z, y, guidance, method, compile=compile)
+        return x, flow.denoise(x, y, batch_size, request.denoiser == "learned"), report
+
+    options = {"rule": request.rule, "least": request.least, "batch_size": batch_size, "compile": compile}
+    return best_of(flow, z, y, draw=draw, **options)
 
 
 def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -> Tensor:
     """Image `index` of a request as it comes to be: z, then what each block makes of it; `[blocks + 1, C, H, W]`.
 
     All but the last are scaled where their numbers are larger than an image's. The noise of training is not removed.
+
+    Raises:
+        InputError: if a student draws the request, which has no blocks.
     """
-    core, patch = flow.core, flow.core.config.patch_size
+    if request.sampler != "exact":
+        raise InputError(f"sampler must be exact to show images block by block, got {request.sampler}")
+    core, patch, request = flow.core, flow.core.config.patch_size, request.settled(flow)
     with autocast(core.device, request.precision):
         z, y = start(core, request, index, method)
         steps = [z, *(tokens for tokens, _ in core.decode_by_block(z, y, request.as_guidance(), method))]
@@ -202,18 +279,18 @@ def trajectory(flow: Flow, request: Request, index: int, method: str = "auto") -
 
 
 def alike(flow: Flow, request: Request, index: int, strength: float, seed: int, num: int, method: str = "auto") -> Tensor:
-    """Images `[num, C, H, W]` whose z lies at share `strength` of the way from that of image `index` to fresh noise.
+    """Images `[num, C, H, W]` whose noise lies at share `strength` of the way from that of image `index` to fresh noise.
 
-    They keep its class, guidance and temperature. The way is a great circle, so every z on it is typical.
+    They keep its class, guidance, temperature and prior. The way is a great circle, so all noise on it is typical.
     """
-    core = flow.core
+    core, request = flow.core, request.settled(flow)
     with autocast(core.device, request.precision):
         z, y = start(core, request, index, method)
-        fresh = torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)])
-        fresh = request.temperature * core.to_prior(core.enter(fresh))
+        own = core.to_noise(z, y, *request.of_z())
+        fresh = core.enter(torch.stack([keyed_normal(core.token_shape, seed, i, 0) for i in range(num)]))
         y = y.expand(num)
-        x = core.decode(slerp(z.expand_as(fresh), fresh, strength), y, request.as_guidance(), method)
-        return finished(flow, x, y, request.denoise)
+        z = core.draw_z(slerp(own.expand_as(fresh), fresh, strength), y, *request.of_z())
+        return images_of(flow, request, z, y, method)[0]
 
 
 def draw(
@@ -225,7 +302,7 @@ def draw(
         images.append(drawn.x)
         solved += drawn.report
     x = torch.cat(images)
-    residual, fell_back = max(s.residual for s in solved), sum(s.fell_back for s in solved)
+    residual, fell_back = max((s.residual for s in solved), default=0.0), sum(s.fell_back for s in solved)
     not_finite = int((~x.isfinite()).flatten(1).any(dim=1).sum())
     return as_pixels(x), Note(part, time.perf_counter() - started, residual, fell_back, not_finite)
 
@@ -240,14 +317,6 @@ def noise(flow: TarFlow, seed: int, number: int, candidates: int = 1) -> Tensor:
     return torch.stack([keyed_normal(flow.token_shape, seed, number, candidate) for candidate in range(candidates)])
 
 
-def fingerprint(flow: Flow) -> str:
-    """A hash of the flow's weights, and of its autoencoder's if it has one."""
-    digest = hashlib.sha256()
-    for name, tensor in flow.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 class Store:
     """Where parts wait on disk until all are there.
 
@@ -256,7 +325,7 @@ class Store:
     """
 
     def __init__(self, output: Path, request: Request, flow: Flow) -> None:
-        self.output, self.request, self.flow = output, request, flow
+        self.output, self.request, self.flow = output, request.settled(flow), flow
         self.is_folder = names_folder(output)
         self.folder = output / ".flowback" if self.is_folder else output.with_name(output.name + ".parts")
         self.parts = range(-(-request.num // PART))
@@ -267,7 +336,10 @@ class Store:
         Raises:
             InputError: if there is an output that does not belong to this request.
         """
-        text = json.dumps({**asdict(self.request), "model": fingerprint(self.flow)}, indent=1) + "\n"
+        known = {**asdict(self.request), "model": fingerprint(self.flow.state_dict())}
+        if self.request.prior == "fitted" and self.flow.core.fitted_prior is not None:
+            known["fitted_prior"] = fingerprint(dict(self.flow.core.fitted_prior.named_buffers()))
+        text = json.dumps(known, indent=1) + "\n"
         file = self.folder / "request.json"
         begun = file.read_text() if file.exists() else None
         if begun == text:
@@ -343,6 +415,21 @@ class Store:
                 np.lib.format.write_array(stream, labels)
 
 
+def sampler_of(flow: Flow, request: Request) -> str:
+    """What draws a request, in a few words.
+
+    Raises:
+        InputError: if the flow has no student that can.
+    """
+    if request.sampler == "exact":
+        return "exact"
+    student = flow.core.taught()
+    student.check(request.as_guidance(), request.steps, request.solver)
+    if student.lesson.method == "inverse":
+        return "student, inverse in 1 pass"
+    return f"student, {student.steps(request.steps)} steps by {request.solver}"
+
+
 def checked_store(flow: Flow, request: Request, output: Path, method: str = "auto", batch_size: int = 64) -> Store:
     """The store of `sample_to_disk`, not opened yet, after a check of its arguments.
 
@@ -357,6 +444,9 @@ def checked_store(flow: Flow, request: Request, output: Path, method: str = "aut
     known = tuple(dict.fromkeys(request.labels))
     flow.class_weights(known, len(known))
     solvers(method, None, flow.core.config.blocks, 1, flow.device)
+    for name in request.learned(flow):
+        flow.core.taught(name)
+    sampler_of(flow, request)
     return store
 
 
@@ -391,7 +481,7 @@ def sample_to_disk(
         with Bar(str(output), request.num, done := store.drawn(), shown=rank == 0) as bar:
             for part in store.missing():
                 if part % world == rank:
-                    images, note = draw(flow, request, part, method, batch_size, compile)
+                    images, note = draw(flow, store.request, part, method, batch_size, compile)
                     store.write(images, note)
                     own.append(note)
                     bar.update(done := store.drawn())
@@ -440,7 +530,11 @@ def in_turn(classes: int, num: int) -> tuple[int, ...]:
     return tuple(spread(classes, max(1, num))) if classes else (-1,)
 
 
-def class_grid(flow: Flow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0) -> Tensor:
-    """Samples `[rows * per_class, C, H, W]`, on the CPU: a row for each of `shown_classes`, or `per_class` without any."""
+def class_grid(flow: Flow, per_class: int, guidance: float | Guidance = 0.0, seed: int = 0, **options: Any) -> Tensor:
+    """Samples `[rows * per_class, C, H, W]`, on the CPU: a row for each of `shown_classes`, or `per_class` without any.
+
+    `options` are others of `TarFlow.sample`.
+    """
     y = torch.tensor(shown_classes(flow) or [-1] * per_class).repeat_interleave(per_class)
-    return flow.sample(y=y, guidance=guidance, generator=torch.Generator().manual_seed(seed), batch_size=128).cpu()
+    options |= {"generator": torch.Generator().manual_seed(seed), "batch_size": 128}
+    return flow.sample(y=y, guidance=guidance, **options).cpu()

@@ -1,6 +1,5 @@
 """Training an autoencoder on its own: what its run is made of, measures and says."""
 
-import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from flowback.runs.folder import open_run, training_data
 from flowback.training.build import as_image_set
 from flowback.training.caches import feature_plan, open_cache
 from flowback.training.inputs import ImageInputs
-from flowback.training.job import Job
+from flowback.training.job import Job, offer
 from flowback.training.loop import take_steps
 from flowback.training.parallel import check_batch, launch, peers
 
@@ -214,11 +213,8 @@ def _fit(autoencoder: SemanticAutoencoder, data: ImageSet, features: ArrayCache 
 
 def _offer(autoencoder: Autoencoder, run: Path) -> None:
     """Put a trained autoencoder where flows look for it in a run's folder, whatever becomes of the checkpoints."""
-    place, partial = run / "autoencoder", run / ".autoencoder.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    autoencoder.save_pretrained(partial)
-    shutil.rmtree(place, ignore_errors=True)
-    partial.rename(place)
+    place = run / "autoencoder"
+    offer(autoencoder, place)
     autoencoder.set_config(read_config(str(place)))  # a flow that is made with it finds it again
 
 

@@ -16,12 +16,13 @@ from flowback.core.units import LOG_2PI, nll_per_dim
 from flowback.data import ImageSet
 from flowback.data.splits import evaluated, spread
 from flowback.encoders import Encoder
+from flowback.flow.prior import FittedPrior
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Autoencoder, Flow, LatentFlow
 from flowback.latents.joint import check_signal
 from flowback.latents.losses import ReconstructionLoss
 from flowback.measure.density import densities, seen
-from flowback.runs.checkpoint import State
+from flowback.runs.checkpoint import State, flow_folder, load_flow
 from flowback.runs.config import RunConfig
 from flowback.runs.folder import open_run, training_data
 from flowback.runs.log import COLUMNS
@@ -43,6 +44,7 @@ from flowback.training.job import Job
 from flowback.training.joint import Joint, JointInputs, make_reconstruction
 from flowback.training.loop import take_steps
 from flowback.training.parallel import check_batch, launch, peers
+from flowback.training.prior import fit_to, told
 
 JOINT_COLUMNS = [*COLUMNS, "pixels", "features", "lpips", "adversarial", "discriminator"]
 JOINT_COLUMNS += ["signal", "least_signal", "dead_channels", "held_out_psnr", "held_out_ssim"]
@@ -239,7 +241,21 @@ def train(
             else:
                 job = JointJob(config, data, cast(JointInputs, inputs), reconstruction)
             state = take_steps(job, fabric, resume_from)
+            if c.fit_prior and state.step == c.steps and fabric.is_global_zero:
+                job.average.core.fitted_prior = _with_prior(config, data, fabric.device)
+            fabric.barrier()
     return RunResult(config.folder, job.average, data, state, interrupted=state.step < c.steps)
+
+
+def _with_prior(config: RunConfig, data: ImageSet, device: torch.device) -> FittedPrior | None:
+    """Fit a prior to the last checkpoint, whole as it is on disk, and store it there."""
+    folder = flow_folder(config.folder)
+    flow, _ = load_flow(folder, device=device)
+    fit = fit_to(flow, data, config.train.fit_prior, config.train.seed)
+    say(told(fit))
+    if fit.prior is not None:
+        fit.prior.save(folder)
+    return fit.prior
 
 
 def describe(

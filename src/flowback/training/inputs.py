@@ -31,12 +31,13 @@ from flowback.training.caches import cache_plans, open_cache
 class Batch:
     """One step's batch, where the flow is."""
 
-    x: Tensor  # noised images or latents, [B, *data_shape]; clean images where an autoencoder is trained
+    x: Tensor  # noised images or latents, [B, *data_shape]; clean where an autoencoder or a student is trained
     y: Tensor | None = None  # labels [B], -1 where dropped; None for an unconditional flow
     targets: Tensor | None = None  # features [B, N, F] of the clean images; None where none are needed
-    noise: Tensor | None = None  # standard normal, of the shape of latents, where an autoencoder is trained
+    noise: Tensor | None = None  # standard normal, of the shape of latents, or of z where a student is trained
     levels: Tensor | None = None  # of the noise, uniform in [0, 1), [B]
     places: Tensor | None = None  # uniform in [0, 1), [B, rows, columns]: which patches of the images are hidden
+    noised: Tensor | None = None  # `x` with the noise of the flow's training, where a student learns from both
 
     def split(self, pieces: int) -> "list[Batch]":
         """The batch in equal pieces, which follow each other."""
@@ -182,15 +183,17 @@ class Inputs(Source):
     def prepare(self, raw: Raw, step: int) -> Batch:
         """Everything random in step `step`, from 0: mirrored images, samples of latents, noise, dropped labels."""
         drawn = self.draw(raw, step)
-        indices, flipped, generators, x_clean = raw.indices, drawn.flipped, drawn.generators, drawn.x
-        if self.autoencoder is not None and self.latents is not None:
-            moments = put(self.latents(indices, flipped), self.device).to(torch.get_default_dtype())
-            x = self.autoencoder.from_moments(moments, generators)
-        else:
-            assert x_clean is not None
-            x = x_clean if self.autoencoder is None else self.autoencoder.encode(x_clean, generators)
+        x, y = self.clean(raw, drawn)
+        return Batch(self.flow.perturb(x, drawn.generators), y, self._targets(raw.indices, drawn.flipped, drawn.x))
+
+    def clean(self, raw: Raw, drawn: Drawn) -> tuple[Tensor, Tensor | None]:
+        """Images or latents `[B, *data_shape]` without noise, and labels `[B]`, where the flow is."""
         y = put(drawn.y, self.device) if self.flow.num_classes else None
-        return Batch(self.flow.perturb(x, generators), y, self._targets(indices, flipped, x_clean))
+        if self.autoencoder is not None and self.latents is not None:
+            moments = put(self.latents(raw.indices, drawn.flipped), self.device).to(torch.get_default_dtype())
+            return self.autoencoder.from_moments(moments, drawn.generators), y
+        assert drawn.x is not None
+        return drawn.x if self.autoencoder is None else self.autoencoder.encode(drawn.x, drawn.generators), y
 
     def _targets(self, indices: Tensor, flipped: Tensor, x_clean: Tensor | None) -> Tensor | None:
         if self.alignment is None or not self.alignment.active:

@@ -1,11 +1,14 @@
-"""What the loop trains: a flow, an autoencoder, or both."""
+"""What the loop trains: a flow, an autoencoder, both, or a student."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowback.data import ImageSet
+from flowback.flow.student import Student
 from flowback.latents import Autoencoder, Flow
 from flowback.runs.checkpoint import buffers
 from flowback.runs.config import Recipe
@@ -37,7 +40,7 @@ class Job:
         objective: nn.Module,
         trained: dict[str, nn.Module],
         averages: dict[str, nn.Module],
-        average: Flow | Autoencoder,
+        average: Flow | Autoencoder | Student,
     ) -> None:
         self.config, self.data, self.inputs, self.objective = config, data, inputs, objective
         self.trained, self.averages, self.average = trained, averages, average
@@ -83,3 +86,12 @@ class Job:
     def picture(self) -> Tensor:
         """Images `[n, C, H, W]` in [-1, 1] that show the averages, in rows of 8."""
         raise NotImplementedError
+
+
+def offer(model: Autoencoder | Student, place: Path) -> None:
+    """Put a trained model into the folder where flows look for it, in place of an earlier one."""
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
