@@ -10,8 +10,8 @@ fewer sweeps for such flows than for trained ones, so that of their exact decode
 
 For each flow and batch, the least seconds of the repeats, in which all ways alternate: the exact decode and score step,
 by `auto` as `flowback autotune` found, or as measured first (with `--uncalibrated` not at all), without and with guidance,
-and token by token; each student by Euler and, from two passes on, by Heun, without guidance. `passes` are those that follow
-each other, of any number of tokens; `ratio` is the time of the unguided exact decode by `auto` over a row's.
+and token by token; each student by Euler and, from two passes on, by Heun, at the same scales w. `passes` are those that
+follow each other, of any number of tokens; `ratio` is the time of the unguided exact decode by `auto` over a row's.
 
 With `--fid` as many images by class as `--samples` says are drawn in every way and compared with as many held-out ones, on
 the features of the frozen encoder and, of Fashion-MNIST, on those of the judge of `studies/alignment/judge.py`, which also
@@ -111,24 +111,28 @@ def ways(subject: Subject, options: argparse.Namespace) -> list[Way]:
     """The exact decode, and every student in every number of passes."""
     core, found = subject.flow.core, []
 
-    def by_student(student: Student, steps: int, solver: str) -> Callable[[Tensor, Tensor], Tensor]:
+    def by_student(student: Student, w: float, steps: int = 1, solver: str = "euler") -> Callable[[Tensor, Tensor], Tensor]:
         def draw(noise: Tensor, y: Tensor) -> Tensor:
             core.learned["student"] = student
             z = core.draw_z(noise, y, options.temperature, options.prior, "student")
-            return core.draft(z, y, 0.0, steps, solver, options.compile)
+            return core.draft(z, y, w, steps, solver, options.compile)
 
         return draw
 
     for w in options.guidance:
         found.append(Way(f"exact, guidance {w:g}", None, exact(subject, options, w), w, subject.seconds))  # noqa: PERF401
     for name, (student, seconds) in subject.students.items():
-        if student.lesson.method == "inverse":
-            found.append(Way(f"{name}, inverse", 1, by_student(student, 1, "euler"), seconds=seconds))
-            continue
-        for passes in options.passes:
-            found.append(Way(f"{name}, euler", passes, by_student(student, passes, "euler"), seconds=seconds))
-            if passes % 2 == 0:
-                found.append(Way(f"{name}, heun", passes, by_student(student, passes // 2, "heun"), seconds=seconds))
+        for w in options.guidance:
+            guided = f", w {w:g}" * bool(w)
+            if student.lesson.method == "inverse":
+                found.append(Way(f"{name}, inverse{guided}", 1, by_student(student, w), w, seconds))
+                continue
+            for passes in options.passes:
+                draw = by_student(student, w, passes, "euler")
+                found.append(Way(f"{name}, euler{guided}", passes, draw, w, seconds))
+                if passes % 2 == 0:
+                    draw = by_student(student, w, passes // 2, "heun")
+                    found.append(Way(f"{name}, heun{guided}", passes, draw, w, seconds))
     return found
 
 
