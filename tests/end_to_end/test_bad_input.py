@@ -767,7 +767,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
     "students": [
         ("distill", "a student needs a flow"),
         ("distill nowhere", "nowhere | is no folder"),
-        ("distill flow --data.name=folder --data.path=trees/good", "size | (8, 8) | (9, 9)"),
+        ("distill flow --data.name=folder --data.path=trees/good", "levels of the data folder | 17 | 256"),
         ("distill some/flow", "some/flow | is no folder"),
         ("DISTILL --method=magic", "method | 'magic' | flow_matching, inverse, denoiser"),
         ("DISTILL --noise=blue", "noise | 'blue' | flow, independent"),
@@ -792,7 +792,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample run --denoiser=learned", "no denoiser | flowback distill"),
         ("sample run --denoiser=best", "denoiser | 'best' | score, learned"),
         ("sample flows/student_text", "flows/student_text/student/config.json | flowback distill"),
-        ("sample flows/student_wide", "flows/student_wide/student/model.safetensors"),
+        ("sample flows/student_wide", "flows/student_wide/student/config.json | overflowed"),
         ("sample flows/student_none", "flows/student_none/student/model.safetensors"),
         ("sample flows/student_lesson", "method | 'magic' | flow_matching"),
         ("sample flows/student_other", "flows/student_other/student | another flow"),
