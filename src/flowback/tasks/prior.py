@@ -78,7 +78,9 @@ def fit_prior(flow: TarFlow, training: Batches, held_out: Batches, seed: int = 0
         for name, part in (("training", own), ("held-out", chosen), ("held-out", measured)):
             if len(part.y) < LEAST:
                 raise InputError(f"a prior needs at least {LEAST} {name} images with finite z, got {len(part.y)}")
-        prior, shares = _fitted(own, chosen, flow.num_classes + 1, flow.token_shape)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)  # of randomized singular value decompositions
+            prior, shares = _fitted(own, chosen, flow.num_classes + 1, flow.token_shape)
         gains = _gains(prior, measured, flow) / flow.dims
     prior = prior.to(flow.device, flow.data_dtype)
     prior.mean, prior.scale = flow.to_prior(prior.mean), flow.to_prior(prior.scale)
