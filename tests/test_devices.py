@@ -3,6 +3,7 @@
 The device is the tests' own (`second_device`), which refuses to be mixed with the CPU as a GPU does, and counts.
 """
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -24,6 +25,8 @@ from flowback.core.devices import device_name, pick_device, put
 from flowback.data import DataConfig, load_data
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solver
+from flowback.flow.guidance import Guidance
+from flowback.flow.prior import FittedPrior
 from flowback.flow.student import METHODS
 from flowback.latents import load_autoencoder
 from flowback.latents.compressors import COMPRESSORS, make_compressor
@@ -43,6 +46,7 @@ from flowback.studio import edit
 from flowback.tasks.autotune import autotune
 from flowback.tasks.classify import classify, classify_files, fit_statistics
 from flowback.tasks.editing import inpaint, interpolate, swap_class
+from flowback.tasks.prior import fit_prior
 from flowback.tasks.refinement import agreement, best_of
 from flowback.tasks.sampling import Request, alike, trajectory
 from flowback.tasks.score import HeldOut, evidence, score
@@ -89,6 +93,22 @@ def statistics(flow):
 def trace(flow):
     z, log_det, found = flow.encode(images(flow), labels(flow), trace=[(1, 1), (3, 2)])
     return z, log_det, *found.hidden.values()
+
+
+def with_prior(flow):
+    """A copy of a flow, with a prior that is nowhere standard."""
+    flow, (n, d), k = copy.deepcopy(flow), flow.token_shape, flow.num_classes + 1
+    of = {"generator": seeded(), "dtype": flow.data_dtype}
+    bases = torch.linalg.qr(torch.randn(k + 1, n * d, 2, **of))[0]
+    parts = torch.randn(k, n, d, **of), torch.rand(n, d, **of) + 0.5, bases[0], torch.rand(2, **of)
+    flow.fitted_prior = FittedPrior(*parts, bases[1:], torch.rand(k, 2, **of)).to(flow.device)
+    return flow
+
+
+def fitted(flow):
+    x, y = images(flow, 60), labels(flow, 60)
+    prior = fit_prior(flow, [(put(x, flow.device), y)], [(put(x.flip(0), flow.device), y.flip(0))]).prior
+    return prior.to_z(put(noise(flow), flow.device), flow.class_weights(Y, 3))
 
 
 def gradient(strategy, kind):
@@ -138,6 +158,10 @@ WORK = {
     "denoise": lambda f: f.denoise(images(f), labels(f)),
     "inference mode": lambda f: torch.inference_mode()(f.sample)(y=Y, generator=seeded()),
     "sample": lambda f: f.sample(y=Y, guidance=1.0, generator=seeded(), return_log_prob=True),
+    "sample from a fitted prior": lambda f: with_prior(f).sample(y=Y, prior="fitted", temperature=0.8, generator=seeded()),
+    "density under a fitted prior": lambda f: with_prior(f).log_prob(images(f), labels(f), prior="fitted"),
+    "fit a prior": fitted,
+    "guidance by a product": lambda f: f.decode(noise(f), labels(f), Guidance(4.0, rule="product", blocks=(1, 3))),
     "sample a number": lambda f: f.sample(4, generator=seeded()),
     "known pixels": lambda f: f.decode(noise(f), Y, known=(images(f), ~MASK)),
     **{

@@ -121,7 +121,7 @@ def test_page_python_and_command_draw_the_same(shelf, runs, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     name = f"{runs.name}/plain"
     flow = shelf.flow(name)
-    request = draw.requested(shelf.classes(name), ["3", "7"], 6, guidance, 0.9, True, 5)
+    request = draw.requested(shelf.classes(name), ["3", "7"], 6, guidance, 0.9, "product", "standard", True, 5)
     drawing = draw.Drawing(name, request, "auto")
     parts = list(draw_batches(flow, request, range(6), "auto", draw.columns(6)))
     (tmp_path / "page").mkdir()
@@ -143,7 +143,7 @@ def test_classes_whose_names_are_other_numbers_are_named():
 
 def test_fewer_images_than_classes_are_spread_as_the_command_spreads_them():
     names = [str(k) for k in range(10)]
-    assert draw.requested(names, [], 3, 0, 1, True, 0).labels == (0, 4, 9)
+    assert draw.requested(names, [], 3, 0, 1, "linear", "standard", True, 0).labels == (0, 4, 9)
 
 
 def test_the_trajectory_ends_at_the_image(shelf, runs):

@@ -22,7 +22,8 @@ from flowback.studio.shelf import Shelf
 from flowback.tasks.sampling import as_pixels
 
 CPU = torch.device("cpu")
-VALUES = ("auto", ["3", "7"], 6, 1.5, 0.9, True, 5)  # method, classes, number, guidance, temperature, denoise, seed
+# method, classes, number, guidance, temperature, rule, prior, denoise, seed
+VALUES = ("auto", ["3", "7"], 6, 1.5, 0.9, "linear", "standard", True, 5)
 
 
 @pytest.fixture(scope="module")

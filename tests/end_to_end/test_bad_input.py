@@ -236,6 +236,8 @@ def write_flows(root: Path, run: Path) -> None:
     ):
         (students[name] / "config.json").write_text(json.dumps(known | {section: known[section] | values}))
     student_of(random_flow(torch.float32)).save_pretrained(students["other"])
+    (copy("prior") / "prior.safetensors").write_text("no tensors")
+    (copy("defaults") / "sampling.json").write_text('{"format": 9}')
     (copy("bad_raw") / "training.safetensors").write_text("no tensors")
     (copy("other_raw") / "training.safetensors").unlink()
     save_file({"weights.flow.x": torch.ones(1)}, root / "other_raw" / "training.safetensors")
@@ -767,7 +769,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
     "students": [
         ("distill", "a student needs a flow"),
         ("distill nowhere", "nowhere | is no folder"),
-        ("distill flow --data.name=folder --data.path=trees/good", "size | (8, 8) | (9, 9)"),
+        ("distill flow --data.name=folder --data.path=trees/good", "levels of the data folder | 17 | 256"),
         ("distill some/flow", "some/flow | is no folder"),
         ("DISTILL --method=magic", "method | 'magic' | flow_matching, inverse, denoiser"),
         ("DISTILL --noise=blue", "noise | 'blue' | flow, independent"),
@@ -792,7 +794,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample run --denoiser=learned", "no denoiser | flowback distill"),
         ("sample run --denoiser=best", "denoiser | 'best' | score, learned"),
         ("sample flows/student_text", "flows/student_text/student/config.json | flowback distill"),
-        ("sample flows/student_wide", "flows/student_wide/student/model.safetensors"),
+        ("sample flows/student_wide", "flows/student_wide/student/config.json | overflowed"),
         ("sample flows/student_none", "flows/student_none/student/model.safetensors"),
         ("sample flows/student_lesson", "method | 'magic' | flow_matching"),
         ("sample flows/student_other", "flows/student_other/student | another flow"),
@@ -846,6 +848,26 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample run --device=nowhere", "device | 'nowhere' | Expected one of cpu, cuda, ipu, xpu, mkldnn"),
         ("sample run --precision=half", "precision | 'half' | 32-true, bf16-mixed"),
         ("sample run --guided=sigma", "guid | 'sigma' | both, a, mu"),
+        ("sample run --prior=own", "prior | 'own' | standard, fitted"),
+        ("sample run --prior=fitted", "no fitted prior | flowback fit-prior | standard"),
+        ("sample run --guidance=1 --guidance-rule=sum", "guidance rule | 'sum' | linear, product"),
+        ("sample run --guidance=1 --guidance-blocks=3", "guided blocks | 1 to 2 | [3]"),
+        ("sample run --guidance=1 --guidance-blocks=x", "guidance_blocks | whole numbers | 'x'"),
+        ("sample run --guidance=1 --guidance-tokens=0.5", "guidance_tokens | two shares | [0.5]"),
+        ("sample run --guidance=1 --guidance-tokens=1,0", "guided tokens | ascending | [1.0, 0.0]"),
+        ("classify run images/0.png --rule=exact_fitted", "no fitted prior | flowback fit-prior"),
+        ("fit-prior run --images=0", "images | at least 1 | 0"),
+        ("fit-prior run --images=8", "a prior needs at least 20 training images | got 10"),
+        ("fit-prior run --weights=raw", "averaged weights | --weights ema"),
+        ("fit-prior flows/no_yaml", "flows/no_yaml | config.yaml that names its data | folder of a run"),
+        ("sample flows/prior", "flows/prior/prior.safetensors | cannot be used | fit-prior"),
+        ("sample flows/defaults", "flows/defaults/sampling.json | cannot be used | format 9, not 1 | sweep"),
+        ("sweep run --samples=1000", "samples | at most the 359 held-out images | 1000"),
+        ("sweep run --recall=2", "recall | from 0 to 1 | 2.0"),
+        ("sweep run --temperatures=0,1", "temperature | above 0 | 0.0"),
+        ("sweep run --rules=sum", "guidance rule | 'sum' | linear, product"),
+        ("sweep run --guidances=-1", "guidance scale | at least 0 | -1.0"),
+        ("train --train.fit_prior=-1", "train.fit_prior | -1 | at least 0"),
         ("sample run --schedule=cubic", "schedule | 'cubic' | constant, annealed"),
         ("autotune run --rows=a,b", "rows | a,b | whole numbers | 1,8,32"),
         ("autotune run --rows=", "rows | '' | whole numbers | 1,8,32"),

@@ -14,6 +14,8 @@ from flowback.core.errors import InputError
 from flowback.core.files import save_tensors
 from flowback.data.pictures import save_grid
 from flowback.flow.decoding import DECODERS
+from flowback.flow.guidance import RULES
+from flowback.flow.prior import PRIORS
 from flowback.flow.student import SAMPLERS
 from flowback.latents import Flow
 from flowback.studio.common import ONE_AT_A_TIME, Studio, class_numbers, number, same, says_problems, shown, tile
@@ -48,6 +50,8 @@ def requested(
     num: Any,
     guidance: Any,
     temperature: Any,
+    rule: Any,
+    prior: Any,
     denoise: Any,
     seed: Any,
     sampler: Any = "exact",
@@ -66,7 +70,9 @@ def requested(
         num=num,
         labels=tuple(labels),
         guidance=number(guidance, "guidance", 0, 20),
+        guidance_rule=str(rule) if sampler == "exact" else None,
         temperature=number(temperature, "temperature", 0.01, 2),
+        prior=str(prior),
         denoise=bool(denoise),
         seed=number(seed, "the seed", 0, SEEDS, whole=True),
         sampler=sampler,
@@ -99,8 +105,18 @@ def request_text(request: Request) -> str:
 
 def sample_command(place: str, r: Request, method: str, output: str, names: Sequence[str]) -> str:
     """The command that draws a request into a file; `names` of the flow's classes."""
-    words = ["-o", output, f"--num={r.num}", f"--seed={r.seed}", f"--guidance={r.guidance:g}"]
-    words += [f"--temperature={r.temperature:g}", f"--denoise={str(r.denoise).lower()}", f"--method={method}"]
+    words = [
+        "-o",
+        output,
+        f"--num={r.num}",
+        f"--seed={r.seed}",
+        f"--denoise={str(r.denoise).lower()}",
+        f"--method={method}",
+    ]
+    for name in ("guidance", "guidance_rule", "temperature", "prior"):
+        value = getattr(r, name)
+        if value is not None:
+            words.append(f"--{name.replace('_', '-')}={value if isinstance(value, str) else f'{value:g}'}")
     words += [f"--sampler={r.sampler}"] * (r.sampler != "exact") + [f"--steps={r.steps}"] * (r.steps is not None)
     if min(r.labels) >= 0:
         words.append(f"--labels={words_of(r.labels, names)}")
@@ -121,14 +137,27 @@ def controls(shelf: Shelf, chosen: gr.Dropdown) -> list[Any]:
     names = shelf.classes(chosen.value)
     classes = gr.Dropdown(names, multiselect=True, label="Classes", info="none chosen: all in turn", visible=bool(names))
     num = gr.Slider(1, MOST, 16, step=1, label="Number of images")
+    by_default = shelf.flow(chosen.value).core.defaults
     guidance = gr.Slider(
-        0, 6, 0, step=0.1, label="Guidance", info="away from the average of all classes", visible=bool(names)
+        *(0, 8, by_default.guidance),
+        step=0.1,
+        label="Guidance",
+        info="away from the average of all classes",
+        visible=bool(names),
     )
-    temperature = gr.Slider(0.05, 1.5, 1, step=0.05, label="Temperature", info="standard deviation of z")
+    temperature = gr.Slider(
+        0.05, 1.5, by_default.temperature, step=0.05, label="Temperature", info="standard deviation of z"
+    )
     samplers, by_student = _samplers(shelf.flow(chosen.value))
     sampler = gr.Dropdown(samplers, value="exact", label="Sampler", info="a student draws at once", visible=by_student)
     steps = gr.Number(None, precision=0, minimum=1, maximum=MOST_STEPS, label="Steps of the student", visible=by_student)
     with gr.Accordion("More", open=False):
+        rule = gr.Dropdown(
+            list(RULES), value=by_default.guidance_rule, label="Rule of guidance", info="a product stays stable"
+        )
+        prior = gr.Dropdown(
+            list(PRIORS), value=by_default.prior, label="Prior of z", info="fitted: by `flowback fit-prior`"
+        )
         method = gr.Dropdown(
             ["auto", *DECODERS], value="auto", label="Decoding", info="speed only: the images are the same"
         )
@@ -138,19 +167,22 @@ def controls(shelf: Shelf, chosen: gr.Dropdown) -> list[Any]:
         other = gr.Button("Other seed", size="sm", min_width=100)
     other.click(lambda: int(torch.randint(SEEDS, ())), None, seed, queue=False)
 
-    def adapt(name: str) -> tuple[gr.Dropdown, gr.Slider, gr.Checkbox, gr.Dropdown, gr.Number]:
-        names, denoises = shelf.classes(name), shelf.flow(name).denoises
-        samplers, by_student = _samplers(shelf.flow(name))
+    def adapt(name: str) -> tuple[Any, ...]:
+        names, flow = shelf.classes(name), shelf.flow(name)
+        own, (samplers, by_student) = flow.core.defaults, _samplers(flow)
         return (
             gr.Dropdown(names, value=[], visible=bool(names)),
-            gr.Slider(value=0, visible=bool(names)),
-            gr.Checkbox(denoises),
+            gr.Slider(value=own.guidance if names else 0, visible=bool(names)),
+            gr.Slider(value=own.temperature),
+            gr.Dropdown(value=own.guidance_rule),
+            gr.Dropdown(value=own.prior),
+            gr.Checkbox(flow.denoises),
             gr.Dropdown(samplers, value="exact", visible=by_student),
             gr.Number(None, visible=by_student),
         )
 
-    chosen.change(says_problems(adapt), chosen, [classes, guidance, denoise, sampler, steps])
-    return [method, classes, num, guidance, temperature, denoise, seed, sampler, steps]
+    chosen.change(says_problems(adapt), chosen, [classes, guidance, temperature, rule, prior, denoise, sampler, steps])
+    return [method, classes, num, guidance, temperature, rule, prior, denoise, seed, sampler, steps]
 
 
 def _samplers(flow: Flow) -> tuple[list[str], bool]:
@@ -255,7 +287,7 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
     stop.click(lambda: "stopped", None, said, cancels=[running], queue=False)
     grid.select(choose, drawing, [drawing, which], queue=False)
     path.click(show_path, drawing, [steps, told, python, command], **ONE_AT_A_TIME)
-    more.click(draw_alike, [drawing, strength, values[6]], [steps, told, python, command], **ONE_AT_A_TIME)
+    more.click(draw_alike, [drawing, strength, values[8]], [steps, told, python, command], **ONE_AT_A_TIME)
 
 
 def _there(made: Drawing | None) -> Drawing:

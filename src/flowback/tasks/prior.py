@@ -40,7 +40,7 @@ class PriorFit:
     """What came of fitting a prior.
 
     Args:
-        prior: None where held-out images gain nothing by it.
+        prior: None where held-out images gain nothing by it, or less than two standard errors.
         gained: mean log-likelihood of held-out images, that nothing was chosen by, above the standard prior's, nats/dim.
         shares: what was chosen: of the mean and of the class means in it, of variances, of the covariance of all and of
             its directions, of the classes' own covariances and of their directions.
@@ -78,23 +78,26 @@ def fit_prior(flow: TarFlow, training: Batches, held_out: Batches, seed: int = 0
         for name, part in (("training", own), ("held-out", chosen), ("held-out", measured)):
             if len(part.y) < LEAST:
                 raise InputError(f"a prior needs at least {LEAST} {name} images with finite z, got {len(part.y)}")
-        prior, shares = _fitted(own, chosen, flow.num_classes + 1, flow.token_shape)
-        gained = _gained(prior, measured, flow) / flow.dims
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)  # of randomized singular value decompositions
+            prior, shares = _fitted(own, chosen, flow.num_classes + 1, flow.token_shape)
+        gains = _gains(prior, measured, flow) / flow.dims
     prior = prior.to(flow.device, flow.data_dtype)
     prior.mean, prior.scale = flow.to_prior(prior.mean), flow.to_prior(prior.scale)
     prior.weights = fingerprint(flow.state_dict())
-    return PriorFit(prior if gained > 0 else None, gained, shares, own.images, time.perf_counter() - started)
+    gained, error = float(gains.mean()), float(gains.std()) / len(gains) ** 0.5
+    return PriorFit(prior if gained > 2 * error else None, gained, shares, own.images, time.perf_counter() - started)
 
 
-def _gained(prior: FittedPrior, z: "_Stored", flow: TarFlow) -> float:
-    """The mean log-density of z above that of N(0, I), nats."""
-    total = 0.0
+def _gains(prior: FittedPrior, z: "_Stored", flow: TarFlow) -> Tensor:
+    """The log-density of each row above that of N(0, I), nats."""
+    gains = []
     for rows, y in z.labeled():
         rows = rows.view(-1, *flow.token_shape)
         classes = class_weights(torch.where(y < flow.num_classes, y, -1), len(y), flow.num_classes, rows.dtype, rows.device)
         standard = -0.5 * (rows.square() + LOG_2PI).sum(dim=(1, 2))
-        total += float((prior.log_prob(rows, classes) - standard).sum())
-    return total / len(z.y)
+        gains.append(prior.log_prob(rows, classes) - standard)
+    return torch.cat(gains)
 
 
 def _fitted(z: "_Stored", held: "_Stored", components: int, shape: tuple[int, int]) -> tuple[FittedPrior, dict[str, float]]:

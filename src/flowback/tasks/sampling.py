@@ -35,7 +35,7 @@ from flowback.data.pictures import save_grid, save_png
 from flowback.data.splits import spread
 from flowback.flow.autotune import solvers
 from flowback.flow.decoding import Solved
-from flowback.flow.guidance import Guidance
+from flowback.flow.guidance import Guidance, checked
 from flowback.flow.io import fingerprint
 from flowback.flow.labels import Labels
 from flowback.flow.patches import unpatchify
@@ -443,10 +443,13 @@ def checked_store(flow: Flow, request: Request, output: Path, method: str = "aut
         raise InputError(f"output must be a .png file (a grid), an .npz file or a folder, got {output}")
     known = tuple(dict.fromkeys(request.labels))
     flow.class_weights(known, len(known))
-    solvers(method, None, flow.core.config.blocks, 1, flow.device)
-    for name in request.learned(flow):
-        flow.core.taught(name)
-    sampler_of(flow, request)
+    core = flow.core
+    solvers(method, None, core.config.blocks, 1, core.device)
+    for name in store.request.learned(flow):
+        core.taught(name)
+    sampler_of(flow, store.request)
+    core.draw_z(core.enter(torch.zeros(1, *core.token_shape)), None, *store.request.of_z())
+    checked(store.request.as_guidance(), known, core.num_classes, core.config.blocks)
     return store
 
 

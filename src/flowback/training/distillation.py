@@ -166,6 +166,9 @@ def settle(config: DistillRunConfig, flow: Flow, given: ImageSet | None) -> tupl
         config = replace(config, data=replace(known.data, **changed))
         config = replace(config, train=replace(config.train, hflip=config.train.hflip or known.train.hflip))
         given = replace(run_data(run, config.data), notes=()) if config.data.name == known.data.name else None
+    elif given is None:
+        sizes: dict[str, Any] = {"image_size": flow.image_size, "channels": flow.channels}
+        config = replace(config, data=replace(config.data, **(sizes | changed)))
     data = load_data(config.data) if given is None else given
     check_fit(flow, data)
     return config, training_data(config, data)
