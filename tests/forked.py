@@ -28,12 +28,15 @@ class Forked:
     Args:
         function: whose result is the exit status.
         environment: all of it; that of the tests if none.
+
+    Attributes:
+        stdin: to be closed; nothing can be written.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> None:
-        pairs = [FORKING.Pipe(duplex=False) for _ in ("output", "errors")]
-        self.pipes = [reader for reader, _ in pairs]
-        pipes = [writer for _, writer in pairs]
+        pairs = [FORKING.Pipe(duplex=False) for _ in ("input", "output", "errors")]
+        self.stdin, self.pipes = pairs[0][1], [reader for reader, _ in pairs[1:]]
+        pipes = [pairs[0][0], *(writer for _, writer in pairs[1:])]
         known = dict(os.environ if environment is None else environment)
         self.process = FORKING.Process(target=_call, args=(pipes, known, os.getcwd(), function, arguments))
         self.process.start()
@@ -86,9 +89,10 @@ def _call(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    for number, pipe in enumerate(pipes, start=1):
+    for number, pipe in enumerate(pipes):
         os.dup2(pipe.fileno(), number)
         pipe.close()
+    sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process of the background may ignore
     torch.set_num_threads(1)

@@ -41,9 +41,7 @@ def test_a_flow_is_one_graph(options):
         wanted, found = flow(images(flow), y), compiled(images(flow), y)
         for value, same in zip(wanted, found, strict=True):
             assert torch.equal(value, same)
-    explained = torch._dynamo.explain(flow)(images(flow), labels(flow))
-    assert explained.graph_break_count == 0
-    assert explained.graph_count == 1
+    assert counters["stats"]["unique_graphs"] == (2 if flow.num_classes else 1)  # without labels and with
 
 
 @pytest.mark.parametrize(("options", "strict"), [*((options, False) for options in VARIANTS), (SHALLOW, True)])
@@ -60,18 +58,15 @@ def test_encoding_can_be_exported_for_any_batch(options, strict):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("options", VARIANTS)
-def test_compiled_passes_decode_the_same_images(quick, method, options):
+@pytest.mark.parametrize(("options", "guidance"), zip(VARIANTS, (0.0, 1.5, 0.0), strict=True))
+def test_compiled_passes_decode_the_same_images(quick, method, options, guidance):
     flow = random_flow(std=0.1, **options)
     z = torch.randn(3, *flow.token_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for guidance in (0.0, 1.5) if flow.num_classes else (0.0,):
-        wanted = flow.decode(z, labels(flow), guidance, "sequential")
-        found, report = flow.decode_with_report(z, labels(flow), guidance, method, compile=True)
+    for known in (None, (images(flow), torch.rand(3, 2, 6, 6) < 0.5)):
+        wanted = flow.decode(z, labels(flow), guidance, "sequential", known=known)
+        found, report = flow.decode_with_report(z, labels(flow), guidance, method, known=known, compile=True)
         assert torch.allclose(found, wanted, atol=1e-9)
         assert len(report) == 2
-    known = images(flow), torch.rand(3, 2, 6, 6) < 0.5
-    wanted = flow.decode(z, labels(flow), method="sequential", known=known)
-    assert torch.allclose(flow.decode(z, labels(flow), method=method, known=known, compile=True), wanted, atol=1e-9)
     assert not counters["graph_break"]
 
 

@@ -676,10 +676,10 @@ def test_autoencoders_are_trained_and_measured_on_the_device(second, tmp_path, m
 def test_the_quickstart_ends_on_the_device(second, tmp_path):
     """That of the recipe, made small."""
     config = RunConfig.from_yaml(recipe("digits").read_text())
-    flow = replace(config.flow, width=16, head_dim=8, patch_size=4)
+    flow = replace(config.flow, width=16, head_dim=8, patch_size=4, blocks=2, layers=1)
     train = replace(config.train, steps=2, eval_images=10, accelerator=f"{second}")
     data = replace(config.data, holdout=0.03)
-    alignment = replace(config.alignment, encoder_weights="random", cache=False)
+    alignment = replace(config.alignment, at=[[2, 1]], encoder_weights="random", cache=False)
     config = replace(config, run=str(tmp_path), flow=flow, train=train, data=data, alignment=alignment)
     with second.counted() as counts:
         report = quickstart(config)

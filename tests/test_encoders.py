@@ -1,4 +1,6 @@
+import copy
 import urllib.request
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -262,13 +264,14 @@ def tiny(monkeypatch):
     create = timm.create_model
     small = {"depth": 2, "embed_dim": 64, "num_heads": 4}
     monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **{**small, **options}))
+    return lambda name, grid=None: copy.deepcopy(tiny_once(name, grid))
 
-    def make(name, grid=None):
-        encoder = load_encoder(name, weights="random", grid=grid)
-        normal_(encoder.model, 0.1)
-        return encoder
 
-    return make
+@cache
+def tiny_once(name, grid):
+    encoder = load_encoder(name, weights="random", grid=grid)
+    normal_(encoder.model, 0.1)
+    return encoder
 
 
 def test_every_known_encoder_is_tested():

@@ -64,7 +64,8 @@ def frechet(a, b):
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + spread - 2 * shared
 
 
-def test_figures_equal_torch_fidelitys_own_on_the_same_two_folders(inception, tmp_path):
+def test_figures_equal_torch_fidelitys_own_on_the_same_two_folders(inception, tmp_path, monkeypatch):
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 107)  # which both resize to
     sets = []
     for seed in (1, 2):
         folder = tmp_path / str(seed)

@@ -98,6 +98,7 @@ def test_fine_tuning_a_flow(flow, tmp_path):
 
 
 def test_torch_compile(flow):
+    del flow.blocks[1:]  # a compiler takes as long for each
     x = torch.rand(2, 1, 8, 8) * 2 - 1
     compiled = torch.compile(flow, fullgraph=True)
     for found, expected in zip(compiled(x, torch.tensor([1, 2])), flow(x, torch.tensor([1, 2])), strict=True):

@@ -179,7 +179,7 @@ def test_detach_equals_its_definition(options, at):
 
 @flows
 @places
-@pytest.mark.parametrize("k", [0, 1, 2, 5])
+@pytest.mark.parametrize("k", [0, 1, 5])
 def test_terms_of_the_adjoint_equal_unrolled_sweeps(options, at, k):
     task = Task(at, **options)
     k = min(k, task.N - 1)
@@ -190,11 +190,9 @@ def test_terms_of_the_adjoint_equal_unrolled_sweeps(options, at, k):
 @places
 def test_exact_and_sequential_equal_autograd_through_the_decode(options, at):
     task = Task(at, **options)
-    found = [task.gradients(task.run(strategy)[1]) for strategy in ("sequential", EXACT, task.N - 1)]
-    for decode in (decode_without_cache, decode_with_graph):
-        expected = task.gradients(task.decode_definition(decode))
-        for gradient in found:
-            assert_same(gradient, expected, 1e-9)
+    expected = task.gradients(task.decode_definition(decode_with_graph))
+    for strategy in ("sequential", EXACT, task.N - 1):
+        assert_same(task.gradients(task.run(strategy)[1]), expected, 1e-9)
 
 
 @flows
@@ -257,7 +255,7 @@ def test_alignment_reaches_the_blocks_of_its_strategy_and_no_other(at, strategy)
 
 
 @flows
-@places
+@pytest.mark.parametrize("at", [AT["upper two"], AT["top"]], ids=["upper two", "top"])
 @pytest.mark.parametrize("strategy", ["detach", 0, 2, EXACT])
 def test_below_the_first_aligned_block_the_gradient_is_the_likelihoods_bit_for_bit(options, at, strategy):
     task = Task(at, **options)
@@ -336,7 +334,7 @@ def test_nll_is_the_named_unit():
     assert torch.equal(task.run("forward")[0], nll_per_dim(*task.flow.encode(task.x, task.y)))
 
 
-def test_block_decoder_with_a_graph_inverts_the_block():
+def test_block_decoder_with_a_graph_inverts_the_block_and_has_the_gradient_of_one_without_a_cache():
     task = Task(AT["top"])
     classes = task.flow.class_weights(task.y, len(task.x))
     for block in task.flow.blocks:
@@ -345,4 +343,7 @@ def test_block_decoder_with_a_graph_inverts_the_block():
         z = block(tokens, classes).z.detach().requires_grad_()
         decoded = decode_with_graph(block, z, classes)
         assert torch.allclose(decoded, tokens, atol=1e-10)
-        assert torch.autograd.grad(decoded.sum(), z)[0].abs().min() > 0
+        g, inputs = torch.randn_like(tokens), [z, *block.parameters()]
+        found, wanted = (torch.autograd.grad(x, inputs, g) for x in (decoded, decode_without_cache(block, z, classes)))
+        assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(found, wanted, strict=True))
+        assert found[0].abs().min() > 0

@@ -31,7 +31,7 @@ def test_every_feature_is_drawn_where_it_belongs(digits, kind, width):
     """A digit's own pixels, 2x2 a feature, are learned back within seconds."""
     x = digits[0][..., -width:]
     features = pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
-    decoder = DECODERS[kind](dim=4, channels=1, grid=(4, width // 2), patch=2, width=64, layers=1)
+    decoder = DECODERS[kind](dim=4, channels=1, grid=(4, width // 2), patch=2, width=32, layers=1)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     for _ in range(120):
         some = torch.randint(1500, (64,))

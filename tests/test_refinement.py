@@ -1,6 +1,7 @@
 """Choosing the best of several candidates by the flow's own classification, against plain definitions."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -69,28 +70,33 @@ def test_exact_agreement_is_bayes_rule_under_equally_likely_classes():
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 
-def chosen_plainly(flow, z, y, guidance, rule, least):
-    """Of one image, z `[R, N, D]`: the number of the candidate that is kept, and how many were drawn."""
-    best, value, agrees = 0, -math.inf, False
-    for r in range(len(z)):
-        if r >= least and agrees:
+def chosen_plainly(values, agrees, least):
+    """Of one image, with the agreement of all its candidates: which one is kept, and how many were drawn."""
+    best = 0
+    for r, value in enumerate(values):
+        if r >= least and agrees[best]:
             return best, r
-        x = flow.denoise(flow.decode(z[r : r + 1], y[None], guidance, "sequential"), y[None])
-        new, right = agreement(flow, x, y[None], rule)
-        if new.item() > value:
-            best, value, agrees = r, new.item(), right.item()
-    return best, len(z)
+        best = r if value > values[best] else best
+    return best, len(values)
+
+
+@cache
+def drawn_plainly(guidance):
+    """Five candidates for each label, one after the other."""
+    flow = a_flow()
+    z = noises(flow, 6, 5)
+    return z, [flow.denoise(flow.decode(z[:, r], LABELS, guidance, "sequential"), LABELS) for r in range(5)]
 
 
 @rules
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
-@pytest.mark.parametrize("least", [1, 2, 5])
-def test_the_candidate_that_agrees_most_is_kept_and_drawing_ends_once_it_agrees(rule, guidance, least, flow):
-    z = noises(flow, 6, 5)
-    expected = [chosen_plainly(flow, *one, guidance, rule, least) for one in zip(z, LABELS, strict=True)]
-    picked, draws = map(list, zip(*expected, strict=True))
-    assert len(set(picked)) > 1 if least == 5 else least in draws
-    for batch_size in (1, 4, 64):
+def test_the_candidate_that_agrees_most_is_kept_and_drawing_ends_once_it_agrees(rule, guidance, flow):
+    z, x = drawn_plainly(guidance)
+    values, agrees = (torch.stack(part, dim=1) for part in zip(*(agreement(flow, a, LABELS, rule) for a in x), strict=True))
+    for least, batch_size in ((1, 64), (2, 4), (5, 1)):
+        expected = [chosen_plainly(*one, least) for one in zip(values.tolist(), agrees.tolist(), strict=True)]
+        picked, draws = map(list, zip(*expected, strict=True))
+        assert len(set(picked)) > 1 if least == 5 else least in draws
         found = best_of(flow, z, LABELS, guidance, rule, least, batch_size=batch_size)
         assert torch.equal(found.z, z[range(6), picked])
         assert found.draws.tolist() == draws

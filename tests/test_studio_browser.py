@@ -50,15 +50,22 @@ def server(runs):
         blocks.close(verbose=False)
 
 
-@pytest.fixture
-def page(browser, server):
+@pytest.fixture(scope="module")
+def visitor(browser):
+    """Somebody whose browser keeps the files of the page from one visit to the next."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     context.set_default_timeout(WAIT)
-    page = context.new_page()
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(visitor, server):
+    page = visitor.new_page()
     page.goto(server)
     page.get_by_role("button", name="Draw", exact=True).wait_for()
     yield page
-    context.close()
+    page.close()
 
 
 @pytest.fixture
@@ -86,13 +93,13 @@ def done(page, text="16 images, seed 0,"):
 
 def upload(page, file, said):
     """Give a file to the open tab; again where the page was not ready for it."""
-    for last in (False, False, False, True):
+    for timeout in (WAIT / 30, WAIT / 10, WAIT / 3, WAIT):
         page.locator("input[type=file]").first.set_input_files(file)
         try:
-            page.get_by_text(said).first.wait_for(timeout=WAIT / 4)
+            page.get_by_text(said).first.wait_for(timeout=timeout)
             return
         except TimeoutError:
-            if last:
+            if timeout == WAIT:
                 raise
 
 

@@ -1,5 +1,6 @@
 """Training in the studio: the page, Python and the command train the same; a training is started, stopped, and goes on."""
 
+import os
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ from flowback.studio import train
 from flowback.studio.app import page
 from flowback.studio.common import Studio
 from flowback.studio.shelf import Shelf
+from forked import Forked, program
 
 CPU = torch.device("cpu")
 SMALL = dict(word.removeprefix("--").split("=") for word in SMALL_RUN)
@@ -193,6 +195,25 @@ class Page:
         return said
 
 
+def into(file, words):
+    """The program, which writes into a file."""
+    with open(file, "wb", 0) as stream:
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+    return program(words)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Trainings are processes of the fork server; the tests of a failing one and of the browser start true ones."""
+
+    def start(words, *, stdout, env, **_):
+        return Forked(into, stdout.name, words[words.index("flowback") + 1 :], environment=env)
+
+    monkeypatch.setattr(train.subprocess, "Popen", start)
+
+
+@pytest.mark.usefixtures("forked")
 def test_a_training_starts_stops_and_goes_on(shelf, tmp_path):
     values = small(shelf, train__steps=1_000_000.0, train__log_every=1.0, train__checkpoint_every=1_000_000.0)
     first, run = Page(shelf), tmp_path / "runs" / "new"

@@ -166,8 +166,9 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     shipped = None if weights == "random" or (source and source.suffix == ".safetensors") else known.shipped
     fitting = allowed = "a model and a grid that fit each other"
     try:
-        with torch.device("meta"):
-            timm.create_model(known.timm, **options)
+        if grid and options:
+            with torch.device("meta"):
+                timm.create_model(known.timm, **options)
         allowed = "a reachable hub, or a local file of this model's weights"
         if source is not None and shipped is None:
             check_zip(source)

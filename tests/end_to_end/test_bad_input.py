@@ -393,7 +393,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("sample", "run"),
     ],
     "configs": [
-        ("train --config=configs/unknown.yaml", "train.stepz"),
+        ("train --config=configs/unknown.yaml", "Group 'train' | 'stepz'"),
         ("train --config=configs/section.yaml", "trane.steps"),
         ("train --config=configs/list.yaml", "[1, 2]"),
         ("train --config=configs/word.yaml", "train"),

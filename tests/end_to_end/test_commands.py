@@ -34,7 +34,7 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys, mo
     full = RunConfig.read(recipe("digits"))
     small = replace(
         full,
-        data=replace(full.data, limit=64),
+        data=replace(full.data, limit=64, holdout=0.05),
         flow=replace(full.flow, width=32, blocks=2, layers=1, patch_size=4),
         alignment=replace(full.alignment, at=[[2, 1]]),
         train=replace(full.train, batch_size=16, eval_images=20, warmup=2),
@@ -47,7 +47,7 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys, mo
     for name in ("plain", "aligned"):
         figures = report[name]
         assert {"single_gradient", "shortlist_3", "exact"} <= set(figures["accuracy"])
-        assert (figures["held_out_images"], figures["noise_draws"]) == (359, 4)
+        assert (figures["held_out_images"], figures["noise_draws"]) == (90, 4)
         assert figures["steps"] == 30
         assert figures["seconds"] > 0
         assert np.isfinite([figures["nats_per_dim"], figures["bits_per_dim"]]).all()

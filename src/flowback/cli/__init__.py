@@ -116,13 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes that no encoding has
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parser, commands = build_parser(" ".join(words[: 2 if words[0] in GROUPS else 1]) if words else "")
-        options = parser.parse_args(words)
-        name, chosen = options.command, options[options.command]
-        if name in GROUPS:
-            name, chosen = f"{name} {chosen.task}", chosen[chosen.task]
-        command, run = commands[name]
-        status = run(command.instantiate(chosen))
+        verb = words[: 2 if words[:1] and words[0] in GROUPS else 1]
+        parser, commands = build_parser(" ".join(verb))
+        if " ".join(verb) not in commands:
+            parser.parse_args(words)  # which says what there is, and exits
+        command, run = commands[" ".join(verb)]
+        status = run(command.instantiate(command.parse_args(words[len(verb) :])))
         return _lost_output() or status
     except InputError as error:
         fail(str(error))

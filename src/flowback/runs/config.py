@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self, cast
@@ -273,14 +274,20 @@ class Recipe:
         Raises:
             InputError: if the text is not a configuration.
         """
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls)
+        parser = _parser(cls)
         try:
             return cls(**vars(parser.instantiate(parser.parse_object(load_yaml(text)))))
         except InputError:
             raise
         except (yaml.YAMLError, ArgumentError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"this is not the configuration of a run ({error})") from error
+
+
+@cache
+def _parser(config: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config)
+    return parser
 
 
 @dataclass(frozen=True, kw_only=True)
