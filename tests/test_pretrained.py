@@ -144,7 +144,7 @@ def test_hub_id_is_downloaded(folder, flow, monkeypatch):
         "classification.json",
         "config.json",
     ]
-    files += ["decoding.json", "held_out.safetensors", "model.safetensors", "prior.safetensors"]
+    files += ["decoding.json", "held_out.safetensors", "model.safetensors", "prior.safetensors", "sampling.json"]
     assert asked == [("someone/some-flow", files)]
     assert torch.equal(loaded.encode(images(flow))[0], flow.encode(images(flow))[0])
 
