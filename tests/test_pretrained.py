@@ -144,12 +144,8 @@ def test_hub_id_is_downloaded(folder, flow, monkeypatch):
         "classification.json",
         "config.json",
     ]
-<<<<<<< HEAD
     files += ["decoding.json", "denoiser/config.json", "denoiser/model.safetensors", "held_out.safetensors"]
-    files += ["model.safetensors", "prior.safetensors", "student/config.json", "student/model.safetensors"]
-=======
-    files += ["decoding.json", "held_out.safetensors", "model.safetensors", "prior.safetensors", "sampling.json"]
->>>>>>> prior
+    files += ["model.safetensors", "prior.safetensors", "sampling.json", "student/config.json", "student/model.safetensors"]
     assert asked == [("someone/some-flow", files)]
     assert torch.equal(loaded.encode(images(flow))[0], flow.encode(images(flow))[0])
 
