@@ -50,4 +50,5 @@ def copies(
 def _small(images: Dataset[Tensor], device: torch.device | str) -> Iterator[Tensor]:
     for start in range(0, len(images), BATCH):
         x = torch.stack([images[i] for i in range(start, min(start + BATCH, len(images)))]).to(device).float() / 127.5 - 1
-        yield adaptive_avg_pool2d(x, [min(MOST_SIDE, side) for side in x.shape[2:]]).flatten(1)
+        height, width = (min(MOST_SIDE, side) for side in x.shape[2:])
+        yield adaptive_avg_pool2d(x, (height, width)).flatten(1)
