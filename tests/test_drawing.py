@@ -85,6 +85,7 @@ def load(file):
 
 def drawn_one_by_one(flow, request):
     """By the definition, token by token, batches of one."""
+    request = request.settled(flow)
     guidance = Guidance(request.guidance, request.schedule, request.guided)
     images = []
     for i in range(request.num):

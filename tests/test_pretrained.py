@@ -145,7 +145,7 @@ def test_hub_id_is_downloaded(folder, flow, monkeypatch):
         "config.json",
     ]
     files += ["decoding.json", "denoiser/config.json", "denoiser/model.safetensors", "held_out.safetensors"]
-    files += ["model.safetensors", "prior.safetensors", "student/config.json", "student/model.safetensors"]
+    files += ["model.safetensors", "prior.safetensors", "sampling.json", "student/config.json", "student/model.safetensors"]
     assert asked == [("someone/some-flow", files)]
     assert torch.equal(loaded.encode(images(flow))[0], flow.encode(images(flow))[0])
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
+
+from flowback.measure.fidelity import Images
 
 MOST_SIDE, MOST_TRAINING, MOST_IMAGES = 32, 50_000, 1000
 QUANTILE = 0.01  # of the distances of held-out images, below which a sample is close
@@ -17,7 +19,7 @@ BATCH = 512
 
 
 def nearest(
-    images: Dataset[Tensor], training: Dataset[Tensor], device: torch.device | str = "cpu"
+    images: Images | Subset[Tensor], training: Images | Subset[Tensor], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """The distance of each image to its nearest training image, `[n]`, and the number of that, `[n]`, on the CPU."""
     x = torch.cat(list(_small(images, device)))
@@ -30,7 +32,10 @@ def nearest(
 
 
 def copies(
-    samples: Dataset[Tensor], held_out: Dataset[Tensor], training: Dataset[Tensor], device: torch.device | str = "cpu"
+    samples: Images | Subset[Tensor],
+    held_out: Images | Subset[Tensor],
+    training: Images | Subset[Tensor],
+    device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     """Look for copies.
 
@@ -47,7 +52,7 @@ def copies(
     return figures, list(zip(order.tolist(), index[order].tolist(), strict=True))
 
 
-def _small(images: Dataset[Tensor], device: torch.device | str) -> Iterator[Tensor]:
+def _small(images: Images | Subset[Tensor], device: torch.device | str) -> Iterator[Tensor]:
     for start in range(0, len(images), BATCH):
         x = torch.stack([images[i] for i in range(start, min(start + BATCH, len(images)))]).to(device).float() / 127.5 - 1
         height, width = (min(MOST_SIDE, side) for side in x.shape[2:])
