@@ -79,7 +79,9 @@ class Lesson:
     Args:
         method: one of `METHODS`.
         noise: of flow matching: "flow", the flow's own z of an image, or "independent", normal numbers (the control).
-        tokens, dim, classes: N, D and K of the flow.
+        tokens: N of the flow.
+        dim: D of the flow.
+        classes: K of the flow.
         states: T, the flow's blocks, whose states an inverse was matched to; 0 for none.
         teacher: hash of the flow's weights (`flowback.flow.io.fingerprint`).
 
