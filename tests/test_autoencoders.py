@@ -126,7 +126,7 @@ def test_the_studio_offers_flows_in_latents_and_no_autoencoders(runs):
     (name,) = shelf.entries
     assert name == "runs/flow"
     flow = shelf.flow(name)
-    request = requested(shelf.classes(name), ["3"], 2, 0, 1, flow.denoises, 5)
+    request = requested(shelf.classes(name), ["3"], 2, 0, 1, "linear", "standard", flow.denoises, 5)
     assert request.denoise is (kind == "kl")
     (drawn,) = draw_batches(flow, request, range(2))
     assert drawn.x.shape == (2, 1, 8, 8)

@@ -303,9 +303,11 @@ def test_it_trains_stops_and_goes_on(page, runs):
     strategy.fill("none")
     strategy.press("Enter")
     click(page, "Start")
-    page.get_by_text(re.compile(r"step [1-9]\d* of 1,?000")).first.wait_for(timeout=3 * WAIT)
+    under_way = page.get_by_text(re.compile(r"step [1-9]\d* of 1,?000")).first
+    under_way.wait_for(timeout=3 * WAIT)
     page.reload()  # it goes on meanwhile
     open_tab(page, "Train")
+    under_way.wait_for(timeout=3 * WAIT)  # a click on a page that knows of no training yet is lost
     stop = page.get_by_role("button", name="Stop", exact=True).locator("visible=true")
     stop.click()
     page.get_by_role("button", name="Go on").locator("visible=true").and_(page.locator(":enabled")).wait_for(
