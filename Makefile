@@ -64,4 +64,4 @@ gpu: setup
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
