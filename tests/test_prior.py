@@ -153,6 +153,22 @@ def test_the_fit_comes_near_the_true_distribution(dense, monkeypatch):
     assert fit.gained == pytest.approx(gain, rel=0.15)
 
 
+def test_an_image_chooses_or_measures_and_never_both(monkeypatch):
+    flow = TarFlow(image_size=4, channels=1, num_classes=2, width=8, head_dim=8, blocks=2, layers=1, noise_std=0.0)
+    found, finish = [], fitting._Stored.finish
+
+    def copied(part):
+        finish(part)
+        found.append((part.rows[:, 1].tolist(), part.y))  # as they were: a fit changes them
+
+    monkeypatch.setattr(fitting._Stored, "finish", copied)
+    fit_prior(flow, [known(400, 0)], [known(400, 1)])
+    _, chosen, measured = found
+    assert not set(chosen[0]) & set(measured[0]), "no image is in both, with its label or without"
+    for _, y in (chosen, measured):
+        assert y.bincount().min() > 30, "classes that take turns are in both"
+
+
 def flow_log_prob(fit, z, y):
     return fit.prior.log_prob(z.view(-1, *fit.prior.scale.shape), one_hot(*y.tolist(), classes=2))
 

@@ -21,7 +21,7 @@ from flowback.runs.config import DistillRunConfig, StudentConfig, TrainConfig
 from flowback.runs.log import read_metrics
 from flowback.runs.slices import Reader
 from flowback.samplers import LESSONS, FlowMatching, Inverse, measure
-from flowback.tasks.sampling import Request, alike, candidates, draw, trajectory
+from flowback.tasks.sampling import Request, alike, candidates, checked_store, draw, trajectory
 from flowback.training.distillation import distill
 
 METHODS = ("flow_matching", "inverse", "denoiser")
@@ -136,6 +136,17 @@ def test_images_of_a_request_depend_on_nothing_but_it(change):
         x = flow.draft(z[:, 0], y, request.guidance or 0.0) if request.sampler == "student" else None
         x = flow.denoise(flow.decode(z[:, 0], y), y, learned=True) if x is None else x
         assert (found.int() - (127.5 * (x + 1)).round().clamp(0, 255).int()).abs().max() <= 1
+
+
+def test_what_one_student_began_another_does_not_go_on_with(tmp_path):
+    flow = random_flow(torch.float32, channels=1)
+    flow.learned["student"] = student_of(flow)
+    request, output = Request(70, (0, 1), sampler="student"), tmp_path / "images"
+    checked_store(flow, request, output).open()
+    checked_store(flow, request, output).open()
+    flow.learned["student"] = student_of(flow, std=0.1)
+    with pytest.raises(InputError, match="was begun by another request or with other weights"):
+        checked_store(flow, request, output).open()
 
 
 def test_like_an_image_of_a_student_at_no_distance_is_that_image():

@@ -72,9 +72,17 @@ def fit_prior(flow: TarFlow, training: Batches, held_out: Batches, seed: int = 0
         InputError: if there are fewer than 20 images in a part whose z are finite.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryFile() as a, tempfile.TemporaryFile() as b:
-        own, others = _Stored(a, flow, training, seed), _Stored(b, flow, held_out, seed + 1)
-        chosen, measured = others.half(0), others.half(1)
+    with tempfile.TemporaryFile() as a, tempfile.TemporaryFile() as b, tempfile.TemporaryFile() as c:
+        own, chosen, measured = (_Stored(file, flow) for file in (a, b, c))
+        noise, others, halves = (keyed_generator(seed + i) for i in range(3))
+        for x, y in training:
+            own.add(x, y, noise)
+        for x, y in held_out:  # by chance, since classes may take turns
+            first = torch.rand(len(x), generator=halves) < 0.5
+            chosen.add(x[first], y[first], others)
+            measured.add(x[~first], y[~first], others)
+        for part in (own, chosen, measured):
+            part.finish()
         for name, part in (("training", own), ("held-out", chosen), ("held-out", measured)):
             if len(part.y) < LEAST:
                 raise InputError(f"a prior needs at least {LEAST} {name} images with finite z, got {len(part.y)}")
@@ -199,27 +207,33 @@ def _mean(z: "_Stored", of: Callable[[Tensor], Tensor]) -> Tensor:
 class _Stored:
     """The z of images in a file, as rows `[rows, N * D]` in units of the standard prior, with the number of their class."""
 
-    def __init__(self, file: IO[bytes], flow: TarFlow, batches: Batches, seed: int) -> None:
-        generator, labels, self.images = keyed_generator(seed), [], 0
-        for x, y in batches:
-            self.images += len(x)
-            x, y = flow.perturb(x, generator), y if flow.num_classes else torch.full_like(y, -1)
-            again = slice(0, len(x) if flow.num_classes else 0, UNLABELED)
-            x, y = torch.cat([x, x[again]]), torch.cat([y, torch.full_like(y[again], -1)])
-            z = flow.to_noise(flow.encode(x, y)[0]).flatten(1).float().cpu()
-            good = z.isfinite().all(dim=1)
-            file.write(z[good].numpy().tobytes())
-            labels.append(torch.where(y < 0, flow.num_classes, y)[good])
-        self.y = torch.cat(labels) if labels else torch.empty(0, dtype=torch.long)
-        file.flush()
-        shape = (len(self.y), flow.dims)
-        self.rows = np.memmap(file, np.float32, "r+", shape=shape) if len(self.y) else np.empty(shape, np.float32)
+    y: Tensor
+    rows: np.ndarray
 
-    def half(self, first: int) -> "_Stored":
-        """Every other row, from the first or the second on."""
-        new = object.__new__(_Stored)
-        new.rows, new.y, new.images = self.rows[first::2], self.y[first::2], self.images // 2
-        return new
+    def __init__(self, file: IO[bytes], flow: TarFlow) -> None:
+        self.file, self.flow, self.images = file, flow, 0
+        self.labels = [torch.empty(0, dtype=torch.long)]
+
+    def add(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+        """Write the z of images, with noise, under their labels, and some of them under none, too."""
+        flow, K = self.flow, self.flow.num_classes
+        if not len(x):
+            return
+        self.images += len(x)
+        x, y = flow.perturb(x, generator), y if K else torch.full_like(y, -1)
+        again = slice(0, len(x) if K else 0, UNLABELED)
+        x, y = torch.cat([x, x[again]]), torch.cat([y, torch.full_like(y[again], -1)])
+        z = flow.to_noise(flow.encode(x, y)[0]).flatten(1).float().cpu()
+        good = z.isfinite().all(dim=1)
+        self.file.write(z[good].numpy().tobytes())
+        self.labels.append(torch.where(y < 0, K, y)[good])
+
+    def finish(self) -> None:
+        """Open what was written."""
+        self.y = torch.cat(self.labels)
+        self.file.flush()
+        shape = (len(self.y), self.flow.dims)
+        self.rows = np.memmap(self.file, np.float32, "r+", shape=shape) if len(self.y) else np.empty(shape, np.float32)
 
     def chunks(self) -> Iterator[Tensor]:
         """The rows in float64."""

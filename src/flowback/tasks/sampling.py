@@ -339,6 +339,8 @@ class Store:
         known = {**asdict(self.request), "model": fingerprint(self.flow.state_dict())}
         if self.request.prior == "fitted" and self.flow.core.fitted_prior is not None:
             known["fitted_prior"] = fingerprint(dict(self.flow.core.fitted_prior.named_buffers()))
+        for name in self.request.learned(self.flow):
+            known[name] = fingerprint(self.flow.core.taught(name).state_dict())
         text = json.dumps(known, indent=1) + "\n"
         file = self.folder / "request.json"
         begun = file.read_text() if file.exists() else None
