@@ -58,7 +58,11 @@ def test_quickstart_trains_both_flows_and_writes_the_report(tmp_path, capsys, mo
     assert report["aligned"]["strategy"] == "reverse"
     page = (run / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
-    assert page.count("data:image/png;base64,") == 9  # real; and of each flow samples, guided, judged, and under evidence
+    # of four jobs; real; and of each flow samples, guided, judged, and under evidence
+    assert page.count("data:image/png;base64,") == 13
+    assert all(f"<h3>{job}</h3>" in page for job in ("It draws", "It classifies", "It scores", "It edits"))
+    gained = 100 * (report["aligned"]["accuracy"]["exact"] - report["plain"]["accuracy"]["exact"])
+    assert f"exact {gained:+.1f}" in page
     assert page.count("data:image/svg+xml;base64,") == 4  # two of curves, and each flow's rules
     assert (run / "overview.png").is_file()
     flow, _ = load_flow(run / "aligned")

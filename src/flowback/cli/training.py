@@ -25,7 +25,7 @@ def add(verb: Verb) -> None:
     """Add these verbs to the command line."""
     command = verb("quickstart", _quickstart)
     command.add_argument("--run", type=str, default="runs/quickstart", help="folder of the two runs and the report")
-    command.add_argument("--steps", type=int, default=None, help="training steps of each flow (default: the recipe's)")
+    command.add_argument("--steps", type=int, default=600, help="training steps of each flow")
     command.add_argument("--seed", type=int, default=0, help="seed of both runs")
 
     command = verb("train", _train)
@@ -57,8 +57,8 @@ def _quickstart(options: Namespace) -> int:
     from flowback.quickstart import quickstart  # with its figures, which training does not need
 
     digits = RunConfig.read(recipe("digits"))
-    changes = {"seed": options.seed, **({} if options.steps is None else {"steps": options.steps})}
-    config = _placed(replace(digits, run=options.run, train=replace(digits.train, **changes)), options.device)
+    length = replace(digits.train, steps=options.steps, seed=options.seed)
+    config = _placed(replace(digits, run=options.run, train=length), options.device)
     report = quickstart(config)
     if not report:
         say(f"interrupted; to resume: {command('flowback', 'quickstart', '--run', Path(options.run))}")

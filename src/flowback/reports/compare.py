@@ -91,6 +91,23 @@ class Record:
         return series(self.rows, column, against)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of what a page tells before its figures.
+
+    Args:
+        title: of the part.
+        text: its sentences.
+        picture: a data URI, if there is one.
+        shows: what the picture shows.
+    """
+
+    title: str
+    text: str
+    picture: str | None = None
+    shows: str = ""
+
+
 def load_record(run: str | Path, name: str, device: torch.device | str = "cpu") -> Record:
     """Read a run that was evaluated, its flow on a device.
 
@@ -251,10 +268,12 @@ def table(records: list[Record]) -> list[tuple[str, list[str], int | None]]:
     return rows
 
 
-def write_comparison(runs: Sequence[str | Path], folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def write_comparison(
+    runs: Sequence[str | Path], folder: Path, device: torch.device | str = "cpu", story: Sequence[Part] = ()
+) -> dict[str, Any]:
     """Write report.html, report.json and overview.png on one or several evaluated runs into `folder`.
 
-    What the page shows is drawn and classified on `device`.
+    What the page shows is drawn and classified on `device`. It begins with `story`.
 
     Returns:
         The content of report.json.
@@ -278,6 +297,7 @@ def write_comparison(runs: Sequence[str | Path], folder: Path, device: torch.dev
     html = page.render(
         records=records,
         facts=facts,
+        story=story,
         table=table(records),
         sections=[section(record, *pictures) for record, pictures in zip(records, drawn, strict=True)],
         curves=[as_svg(draw_curves(records, against)) for against in ("step", "seconds")],
