@@ -7,7 +7,8 @@
     python studies/shipped.py runs/studies/latents/flow/pca_32_all-0 fashion_mnist_semantic
 
 A flow's weights are rounded to bfloat16, which halves the file, and only then measured: the figures of its card are of what
-is shipped. Its student is trained on the rounded flow, and rounded, too. Loaded, they are float32, so inverses and likelihoods are exact as ever.
+is shipped. Its student is trained on the rounded flow, and rounded, too. Loaded, both are float32, so inverses and
+likelihoods are exact as ever.
 """
 
 import argparse
