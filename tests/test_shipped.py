@@ -15,6 +15,7 @@ from flowback.flow.io import CARD, SHIPPED, shipped
 from flowback.studio.shelf import Shelf
 
 LEAST = {"digits": 0.95, "fashion_mnist": 0.75, "fashion_mnist_semantic": 0.8}  # share that `exact` gets right
+LEAST_OF_STUDENTS = 0.8  # share of samples that the flow takes for the class asked for
 NAMES = [name.removeprefix("flowback/") for name in shipped()]
 
 
@@ -37,6 +38,14 @@ def test_a_shipped_flow_draws_and_classifies(name):
     x = flow.sample(y=[1, 2], seed=0)
     assert x.shape == (2, *flow.data_shape)
     assert flow.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if (SHIPPED / name / "student").is_dir()])
+def test_the_student_of_a_shipped_flow_draws_what_is_asked_for(name):
+    flow = from_pretrained(f"flowback/{name}")
+    y = torch.arange(50) % flow.num_classes
+    x = flow.sample(y=y, sampler="student", steps=4, seed=0)
+    assert (classify(flow, x, "exact").argmax(dim=1) == y).float().mean() >= LEAST_OF_STUDENTS
 
 
 def test_commands_and_the_studio_know_them_where_there_are_no_runs(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from PIL import Image
 
 import cells
 import emoji
+import seeds
 from builders import random_flow
 from convergence import errors_by_sweep, sweeps_until
 from flowback.runs.config import AutoencoderRunConfig, RunConfig
@@ -328,3 +329,12 @@ def test_a_flow_that_finds_defects_is_better_than_one_that_does_not():
     assert value == pytest.approx(0.5)
     assert 0.3 < low < value < high < 0.7
     assert "| padim | 0.500 (" in cells_study.table(found)
+
+
+def test_gains_over_seeds_are_taken_seed_by_seed():
+    def run(exact: float) -> dict:
+        return {"accuracy": {"exact": exact, "single_gradient": 0.5}, "nats_per_dim": 0.1, "seconds": 9.0}
+
+    reports = [{"plain": run(plain), "aligned": run(plain + gained)} for plain, gained in ((0.5, 0.01), (0.9, 0.03))]
+    assert "| exact, % | 70.0 | 72.0 | +2.0 ± 12.7 |" in seeds.rows(reports)  # t = 12.706, deviation 1.414, two seeds
+    assert "| nats/dim | 0.1000 | 0.1000 | +0.0000 ± 0.0000 |" in seeds.rows(reports)
