@@ -12,7 +12,7 @@ from flowback.core.units import from_levels
 from flowback.data import ImageSet
 from flowback.data.pictures import grid_array
 from flowback.latents import Flow
-from flowback.reports.compare import Part, as_png, write_comparison
+from flowback.reports.compare import Part, write_comparison
 from flowback.reports.evaluate import EvaluationConfig, evaluate
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import load_flow
@@ -121,6 +121,6 @@ def _held_out(data: ImageSet, indices: Any) -> tuple[Tensor, Tensor]:
     return from_levels(pixels, data.levels), y
 
 
-def _shown(what: str, *rows: Tensor) -> tuple[str, str]:
-    """A picture of rows of images as a data URI, and what it shows."""
-    return as_png(grid_array(torch.cat([row.cpu() for row in rows]), SHOWN, smallest=32)), what
+def _shown(what: str, *rows: Tensor) -> tuple[Tensor, str]:
+    """A picture of rows of images, and what it shows."""
+    return grid_array(torch.cat([row.cpu() for row in rows]), SHOWN, smallest=32), what

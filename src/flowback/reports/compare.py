@@ -98,13 +98,13 @@ class Part:
     Args:
         title: of the part.
         text: its sentences.
-        picture: a data URI, if there is one.
+        picture: pixels uint8 `[rows, columns, 3]`, if there is one.
         shows: what the picture shows.
     """
 
     title: str
     text: str
-    picture: str | None = None
+    picture: Tensor | None = None
     shows: str = ""
 
 
@@ -273,7 +273,7 @@ def write_comparison(
 ) -> dict[str, Any]:
     """Write report.html, report.json and overview.png on one or several evaluated runs into `folder`.
 
-    What the page shows is drawn and classified on `device`. It begins with `story`.
+    What the page shows is drawn and classified on `device`. It begins with `story`, and so does the picture.
 
     Returns:
         The content of report.json.
@@ -302,8 +302,11 @@ def write_comparison(
         sections=[section(record, *pictures) for record, pictures in zip(records, drawn, strict=True)],
         curves=[as_svg(draw_curves(records, against)) for against in ("step", "seconds")],
         guidance=GUIDANCE,
+        as_png=as_png,
     )
-    overview = draw_overview(records, drawn[-1][-1].numpy(), f"samples of {records[-1].name}")
+    pictures = {part.title: part.picture for part in story if part.picture is not None}
+    pictures = pictures or {f"samples of {records[-1].name}": drawn[-1][-1]}
+    overview = draw_overview(records, {title: picture.numpy() for title, picture in pictures.items()})
     write_json(folder / "report.json", facts)
     write_whole(folder / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
     write_whole(folder / "overview.png", lambda file: overview.savefig(file, dpi=120, format="png"))

@@ -20,15 +20,18 @@ def draw_curves(records: Sequence[Any], against: str = "step") -> Figure:
     return figure
 
 
-def draw_overview(records: Sequence[Any], samples: np.ndarray, what: str) -> Figure:
-    """Samples beside the curves of likelihood and accuracy: runs in one picture."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=[0.8, 1, 1])
-    panels[0].imshow(samples, interpolation="nearest")
-    panels[0].set_title(what, fontsize=9.5, loc="left")
-    panels[0].set_axis_off()
-    draw_likelihood(panels[1], records)
-    draw_accuracy(panels[2], records)
+def draw_overview(records: Sequence[Any], pictures: dict[str, np.ndarray]) -> Figure:
+    """Pictures by title beside the curves of likelihood and accuracy: runs in one picture."""
+    names = list(pictures)
+    rows = [names[::2], names[1::2]] if len(names) % 2 == 0 else [names]
+    figure = Figure(figsize=(7.4 + 3.6 * len(rows[0]), 3.6), layout="constrained")
+    panels = figure.subplot_mosaic([[*row, "likelihood", "accuracy"] for row in rows])
+    for title, picture in pictures.items():
+        panels[title].imshow(picture, interpolation="nearest")
+        panels[title].set_title(title, fontsize=9.5, loc="left")
+        panels[title].set_axis_off()
+    draw_likelihood(panels["likelihood"], records)
+    draw_accuracy(panels["accuracy"], records)
     return figure
 
 
