@@ -32,17 +32,24 @@ def quickstart(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_readme_runs(quickstart):
-    """Every block of Python, in order, as one program; then what its comments say."""
+def run_blocks(file: str) -> dict:
+    """Run every block of Python, in order, as one program; the names that it leaves."""
     names = {}
-    blocks = code_blocks("README.md")
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, block {number + 1}", "exec"), names)
-    assert len(blocks) > 1
+    for number, block in enumerate(code_blocks(file)):
+        exec(compile(block, f"{file}, block {number + 1}", "exec"), names)
+    return names
+
+
+def test_the_readme_runs(quickstart):
+    names = run_blocks("README.md")
     assert names["x"].shape == (2, 1, 8, 8)
     assert names["z"].shape == (2, 16, 4)
     assert names["log_det"].shape == (2,)
     assert float((names["x"] - names["x_again"]).detach().abs().max()) < 1e-4
+
+
+def test_the_first_steps_run(quickstart):
+    names = run_blocks("docs/first_steps.md")
     assert all(p.grad is not None for p in names["align"].projector.parameters())
     assert {"nll", "align"} <= set(names["parts"])
 
