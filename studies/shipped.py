@@ -3,7 +3,7 @@
     flowback train --config configs/digits.yaml --run runs/digits
     python studies/latents/latent_study.py --only pixels_all,pca_32_all --seeds 0    # the two of Fashion-MNIST
     python studies/shipped.py runs/digits digits --draws 4 --student 1500
-    python studies/shipped.py runs/studies/latents/flow/pixels_all-0 fashion_mnist
+    python studies/shipped.py runs/studies/latents/flow/pixels_all-0 fashion_mnist --student 2000
     python studies/shipped.py runs/studies/latents/flow/pca_32_all-0 fashion_mnist_semantic
 
 A flow's weights are rounded to bfloat16, which halves the file, and only then measured: the figures of its card are of what
@@ -51,9 +51,9 @@ def ship(run: Path, name: str, images: int, draws: int, student: int) -> Path:
         rounded(checkpoint / "model.safetensors")
         if student:
             train = TrainConfig(steps=student, batch_size=64, lr=4e-3, warmup=100, ema=0.99, eval_every=student)
-            network = StudentConfig(width=64, layers=4)
-            data = RunConfig.read(copy / "config.yaml").data
-            distill(DistillRunConfig(teacher=str(copy), data=data, student=network, train=train))
+            recipe = RunConfig.read(copy / "config.yaml")
+            network = StudentConfig(width=recipe.flow.width, layers=recipe.flow.blocks)
+            distill(DistillRunConfig(teacher=str(copy), data=recipe.data, student=network, train=train))
         evaluate(copy, EvaluationConfig(metrics=("bpd", "accuracy"), images=images, draws=draws), device="auto")
         shutil.rmtree(folder, ignore_errors=True)
         export(str(copy), folder, license=LICENSE, repo_id=f"{OWNER}/{name}")
