@@ -189,19 +189,18 @@ def result_file(arm: Arm, seed: int) -> Path:
 
 def chosen_rate() -> float:
     """The learning rate with which the *plain* flow of color has the best held-out likelihood."""
-    return min(((found["nats_per_dim"], arm.lr) for arm, found in _finished(TUNING)))[1]
+    return min(_finished(TUNING), key=lambda found: found["nats_per_dim"])["lr"]
 
 
 def choice(arms: Sequence[Arm]) -> dict[str, Any]:
     """Place and weight of that arm of a search whose samples have the lowest FID at the plain settings."""
-    best = min(((found["plain"]["fid"], i) for i, (_, found) in enumerate(_finished(arms))))[1]
-    found = _finished(arms)[best][1]["alignment"]
-    return {"at": found["at"], "weight": found["weight"]}
+    best = min(_finished(arms), key=lambda found: found["plain"]["fid"])["alignment"]
+    return {"at": best["at"], "weight": best["weight"]}
 
 
-def _finished(arms: Iterable[Arm]) -> list[tuple[Arm, dict[str, Any]]]:
-    rows = [(arm, json.loads(result_file(arm, SEARCH_SEED).read_text())) for arm in arms]
-    return [(arm, found) for arm, found in rows if "failed" not in found]
+def _finished(arms: Iterable[Arm]) -> list[dict[str, Any]]:
+    found = [json.loads(result_file(arm, SEARCH_SEED).read_text()) for arm in arms]
+    return [result for result in found if "failed" not in result]
 
 
 def equal_norm() -> dict[str, Any]:
