@@ -149,11 +149,14 @@ ALIGNED: dict[str, Any] = {"gradient": "one_step", "at": [[3, 2], [4, 2]], "weig
 ALIGNED |= {"spatial_norm": True}
 PCA = {"compressor": "pca", "channels": 32}
 FULL = replace(DATA, limit=None)
+ALIGNED_KINDS = {  # arms whose flow is aligned, too
+    "pca_32": Arm("pca_32", options=PCA, flow=noised(0.4)),
+    "kl_16": Arm("kl_16", "kl", {"channels": 16, "width": 16}, flow=noised(0.2)),
+    "joint_16": Arm("joint_16", "joint", {"channels": 16, "nll_weight": 0.2}, train={"lr": 3e-3}),
+}
 MAIN = [
     Arm("pixels", "pixels", flow=PIXELS),
-    Arm("kl_16", "kl", {"channels": 16, "width": 16}, flow=noised(0.2)),
-    Arm("pca_32", options=PCA, flow=noised(0.4)),
-    Arm("joint_16", "joint", {"channels": 16, "nll_weight": 0.2}, train={"lr": 3e-3}),
+    *(ALIGNED_KINDS[name] for name in ("kl_16", "pca_32", "joint_16")),
     Arm("attention_32", options={"compressor": "attention", "channels": 32}, flow=noised(0.4)),
     Arm("transformer_32", options={"compressor": "transformer", "channels": 32}, flow=noised(0.4)),
 ]
@@ -163,7 +166,8 @@ SIZES = [
     for d in (16, 64)
 ]
 ALIGNMENT = [
-    Arm(f"pca_32_{s}", options=PCA, alignment=ALIGNED | {"strategy": s}, flow=noised(0.4), space="pca_32")
+    replace(plain, name=f"{name}_{s}", alignment=ALIGNED | {"strategy": s}, space=None if plain.kind == "joint" else name)
+    for name, plain in ALIGNED_KINDS.items()
     for s in ("forward", "reverse")
 ]
 LOSSES = [

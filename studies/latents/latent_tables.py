@@ -77,7 +77,7 @@ DIFFERENCES = [name for name in COLUMNS if name in ("exact %", "single gradient 
 PAIRS = (  # an arm, and the one that its runs are compared with, seed by seed
     *(("pca_32", other) for other in ("pixels", "kl_16", "joint_16")),
     *((compressor, "pca_32") for compressor in ("attention_32", "transformer_32")),
-    *((f"pca_32_{strategy}", "pca_32") for strategy in ("forward", "reverse")),
+    *((f"{space}_{s}", space) for space in ("pca_32", "kl_16", "joint_16") for s in ("forward", "reverse")),
     ("pca_32_all", "pixels_all"),
 )
 
