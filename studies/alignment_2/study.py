@@ -418,13 +418,14 @@ def main() -> None:
     if o.run:
         return run(*run_named(o.run, [*(each for stage in before for each in stage), *order()]))
     wanted = chosen(o, order(), GROUPS)
-    stages = [*(before if any(arm.domain is not GREY for arm, _ in wanted) else []), wanted]
+    stages = before if any(arm.domain is not GREY for arm, _ in wanted) else []
+    stages = [*stages, *([each for each in wanted if each[0].group in groups] for groups in STAGES)]
     stages = [missing(stage, result_file, o.list) for stage in stages]
     if o.list:
         return None
     end = time.monotonic() + 3600 * o.hours
     for stage in stages:
-        if time.monotonic() < end:
+        if stage and time.monotonic() < end:
             prepare(stage)
         chains: dict[str, list[Run[Arm]]] = {}
         for arm, seed in stage:  # those that wait for the same measurement follow each other
