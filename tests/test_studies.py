@@ -27,7 +27,9 @@ from alignment_2 import study as study_2
 from alignment_2 import tables as tables_2
 from builders import random_flow
 from convergence import errors_by_sweep, sweeps_until
+from flowback.encoders import load_encoder
 from flowback.runs.config import AutoencoderRunConfig, RunConfig
+from flowback.training.build import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +242,17 @@ def test_arms_of_the_second_study_that_are_compared_differ_in_the_alignment_alon
         for pair in pairs:
             own, other = (arms[name].config(1) for name in pair)
             assert replace(own, run=other.run, alignment=other.alignment) == other, pair
+
+
+def test_the_sharper_stage_has_192_channels_on_the_grid_of_the_last():
+    encoder = study_2.encoder_of(next(arm for arm in study_2.ARMS if arm.name == "emoji_sharper"))
+    last = load_encoder("efficientnet_lite0", grid=(8, 8))
+    assert (encoder.grid, encoder.dim) == (last.grid, 192)
+    x = torch.rand(2, 3, 32, 32)
+    found = encoder(x)
+    again = last.model.blocks[-1](found.transpose(1, 2).unflatten(2, (8, 8)))
+    assert torch.allclose(again.flatten(2).transpose(1, 2), last(x), atol=1e-4), "the last stage makes the last map of it"
+    assert fingerprint(encoder) != fingerprint(last)
 
 
 def test_whatever_time_there_is_answers_most_and_groups_are_known():

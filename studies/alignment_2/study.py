@@ -360,7 +360,8 @@ def encoder_of(arm: Arm) -> Encoder | None:
     """The encoder of an arm whose configuration does not name it."""
     if not arm.before:
         return None
-    patches = arm.domain.data.image_size[0] // arm.domain.flow.patch_size
+    assert isinstance(arm.domain.data.image_size, int)
+    patches = arm.domain.data.image_size // arm.domain.flow.patch_size
     whole = load_encoder(AlignmentConfig().encoder, grid=(patches, patches))
     return Before(whole.model, whole.size, whole.mean.flatten().tolist(), whole.std.flatten().tolist())
 
