@@ -52,7 +52,7 @@ class AlignmentConfig:
         projector_width: hidden size of the MLP.
         spatial_norm: take what all patches of an image share out of the targets (iREPA).
         separate_projectors: a projector for each aligned pair, instead of one that all share.
-        every: only each so-manieth step is aligned, the first one is; the others cost what steps of a plain flow cost.
+        every: n for an alignment at each n-th step, from the first on; the others cost what steps of a plain flow cost.
         reverse_from: of forward: the step after which the gradient flows as in reverse; null for never.
         until: the step after which the flow is trained on likelihood alone; null for never.
         shuffled: a control: every training image gets the features of another one, the same in all steps.
