@@ -14,6 +14,7 @@ from flowback.alignment import gradients as strategies
 from flowback.alignment.alignment import spatially_normalized
 from flowback.core.units import nll_per_dim
 from flowback.encoders import match_grid
+from flowback.training.meter import Meter
 
 AT = [(2, 1), (3, 2)]
 KINDS = [
@@ -352,6 +353,31 @@ def test_exact_equals_the_sequential_oracle_with_every_projector(projector):
     exact, oracle = (variant(gradient=g, projector=projector, spatial_norm=True) for g in ("exact", "sequential"))
     oracle.load_state_dict(exact.state_dict())
     assert_close(total_gradients(exact, *batch(exact)), total_gradients(oracle, *batch(exact)), 1e-9)
+
+
+@pytest.mark.parametrize("projector", ["mlp", "conv"])
+def test_separate_projectors_map_each_pair_by_its_own(projector):
+    align = variant(projector=projector, separate_projectors=True)
+    x, y, clean = batch(align)
+    _, _, trace = align.flow.encode(x, y, trace=AT)
+    v, (first, second) = align.targets(clean), align.projector
+    cosines = [F.cosine_similarity(p(trace.hidden[pair]), v, dim=-1) for p, pair in zip((first, second), AT, strict=True)]
+    assert not torch.allclose(*cosines)
+    assert abs(align.loss(x, y, clean)[1]["align"] + torch.stack(cosines).mean()) < 1e-12
+    found = total_gradients(align, x, y, clean)
+    assert all(g.any() for name, g in found.items() if name.startswith("projector"))
+
+
+@kinds
+def test_inactive_alignment_costs_what_a_plain_flow_does(strategy, gradient):
+    align = make(strategy, gradient, dtype=torch.float32)
+    x, y, _ = batch(align)
+    align.active = False
+    with Meter() as inactive:
+        align.loss(x, y)[0].backward()
+    with Meter() as plain:
+        nll_per_dim(*align.flow.encode(x, y)).backward()
+    assert inactive.flops == plain.flops > 0
 
 
 @kinds

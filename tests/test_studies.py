@@ -20,11 +20,17 @@ import torch
 from PIL import Image
 
 import cells
+import common
 import emoji
 import seeds
+from alignment_2 import gradients as gradients_2
+from alignment_2 import study as study_2
+from alignment_2 import tables as tables_2
 from builders import random_flow
 from convergence import errors_by_sweep, sweeps_until
+from flowback.encoders import load_encoder
 from flowback.runs.config import AutoencoderRunConfig, RunConfig
+from flowback.training.build import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +179,170 @@ def test_the_emoji_become_a_folder_by_class_on_white(tmp_path, monkeypatch, caps
     assert "3 images of 8x8 pixels" in capsys.readouterr().out
 
 
+def test_emoji_are_held_out_by_motif_and_without_skin_tones(tmp_path, monkeypatch, capsys):
+    package, output = tmp_path / "package", tmp_path / "emoji"
+    images = package / "img" / "google" / "64"
+    images.mkdir(parents=True)
+    entries = []
+    for i in range(40):
+        for gender in ("1F468", "1F469"):
+            code = f"{gender}-200D-{i:04X}"
+            tones = {"1F3FB": {"image": f"{code}-tone.png"}}
+            entries.append({"category": "People & Body", "unified": code, "image": f"{code}.png", "skin_variations": tones})
+            for name in (f"{code}.png", f"{code}-tone.png"):
+                Image.new("RGBA", (64, 64), "red").save(images / name)
+    (package / "emoji.json").write_text(json.dumps(entries))
+    monkeypatch.setattr("sys.argv", ["emoji.py", str(package), "--output", str(output), "--size", "8", "--holdout", "0.3"])
+    emoji.main()
+    found = {part: {file.name for file in (output / part / "people_body").iterdir()} for part in ("train", "val")}
+    motifs = {part: {name.split("-")[2].removesuffix(".png") for name in names} for part, names in found.items()}
+    assert motifs["train"] | motifs["val"] == {f"{i:04X}" for i in range(40)}
+    assert not motifs["train"] & motifs["val"]
+    assert 4 < len(motifs["val"]) < 20
+    assert len(found["val"]) == 2 * len(motifs["val"]), "both genders, no skin tones"
+    assert len(found["train"]) == 4 * len(motifs["train"])
+
+
+# ---- the second study of alignment ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """Results of a search, and lengths of gradients: late blocks at layer 3 with weight 2 are the best of all families."""
+    monkeypatch.setattr(gradients_2, "measured", lambda run: {"checkpoints": [{"norms": {"one_step": 1.0, "exact": 4.0}}]})
+    monkeypatch.setattr(study_2, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study_2, "RUNS", tmp_path / "runs")
+    for stage in study_2.searches():
+        for arm, seed in stage:
+            options = arm.alignment | (arm.settled() if arm.settled else {})
+            fid = 90 - 5 * ("late_3" in arm.name) - 10 * ("weight_2" in arm.name)
+            facts = {"nats_per_dim": -(arm.lr or 0), "lr": arm.lr, "plain": {"fid": fid}, "alignment": options}
+            study_2.write_result(study_2.result_file(arm, seed), {"arm": arm.name, "seed": seed} | facts)
+
+
+def test_every_arm_of_the_second_study_can_be_trained_with_what_was_found(searched):
+    names = [arm.name for arm in study_2.ARMS]
+    assert len(set(names)) == len(names)
+    configs = {arm.name: arm.config(0) for arm in study_2.ARMS}
+    for config in configs.values():
+        assert config.flow.check_pairs(config.alignment.at) == [tuple(pair) for pair in config.alignment.at]
+        assert RunConfig.from_yaml(config.to_yaml()) == config
+    assert configs["emoji_plain"].train.lr == study_2.RATES[-1]
+    for name in ("emoji_forward", "emoji_irepa_reverse", "emoji_sharper"):
+        assert (configs[name].alignment.at, configs[name].alignment.weight) == ([[3, 3], [4, 3]], 2.0)
+    assert configs["exact_equal_norm"].alignment.weight == 0.5 / 4
+    assert configs["width_192_plain"].train.lr == study_2.GREY_RATE / 2
+    assert configs["images_60000_irepa"].data.limit is None
+    kept = {name for name, config in configs.items() if config.train.keep > 1}
+    assert kept == set(study_2.WATCHED)
+
+
+def test_arms_of_the_second_study_that_are_compared_differ_in_the_alignment_alone(searched):
+    arms = {arm.name: arm for arm in study_2.ARMS}
+    for pairs in tables_2.PAIRS.values():
+        for pair in pairs:
+            own, other = (arms[name].config(1) for name in pair)
+            assert replace(own, run=other.run, alignment=other.alignment) == other, pair
+
+
+def test_the_sharper_stage_has_192_channels_on_the_grid_of_the_last():
+    encoder = study_2.encoder_of(next(arm for arm in study_2.ARMS if arm.name == "emoji_sharper"))
+    last = load_encoder("efficientnet_lite0", grid=(8, 8))
+    assert (encoder.grid, encoder.dim) == (last.grid, 192)
+    x = torch.rand(2, 3, 32, 32)
+    found = encoder(x)
+    again = last.model.blocks[-1](found.transpose(1, 2).unflatten(2, (8, 8)))
+    assert torch.allclose(again.flatten(2).transpose(1, 2), last(x), atol=1e-4), "the last stage makes the last map of it"
+    assert fingerprint(encoder) != fingerprint(last)
+
+
+def test_whatever_time_there_is_answers_most_and_groups_are_known():
+    runs = [(arm.name, seed) for arm, seed in study_2.order()]
+    assert len(set(runs)) == len(runs) == 3 * len(study_2.ARMS)
+    first = len(study_2.GROUPS["color"]) + len(study_2.GROUPS["grey"])
+    assert {seed for _, seed in runs[:first]} == {0}
+    assert runs[-1] == ("cells_irepa", 2)
+    parser = common.options("", jobs=1)
+    found = common.chosen(parser.parse_args(["--only", "gradients,plain", "--seeds", "1"]), study_2.order(), study_2.GROUPS)
+    assert [(arm.name, seed) for arm, seed in found] == [("plain", 1), ("exact_equal_norm", 1)]
+    with pytest.raises(SystemExit, match="arms plane do not exist; allowed: emoji_plain"):
+        common.chosen(parser.parse_args(["--only", "plane"]), study_2.order(), study_2.GROUPS)
+
+
+def test_runs_of_the_second_study_end_in_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study_2, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study_2, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(study_2, "TRAIN", replace(study_2.TRAIN, batch_size=16, warmup=1, checkpoint_every=2, log_every=1))
+    monkeypatch.setattr(study_2, "WIDTH", 32)
+    for name, value in (("TRIED", 40), ("SAMPLES", 40), ("FITTED", 64), ("UNLABELLED", 32)):
+        monkeypatch.setattr(study_2, name, value)
+    monkeypatch.setattr(study_2, "SETTINGS", [study_2.PLAIN, study_2.PLAIN | {"temperature": 0.5}])
+    flow = replace(study_2.FLOW, width=32, blocks=4, layers=2)
+    monkeypatch.setattr(gradients_2, "FIT_STEPS", 8)
+    digits = study_2.Domain("grey", study_2.DataConfig(limit=200), flow, measured=40, epochs=1)
+    for arm in study_2.ARMS:
+        if arm.name in ("plain", "one_step"):
+            tiny = replace(arm, domain=digits, width=32, steps=4, lr=1e-3)
+            for seed in (0, 1):
+                study_2.prepare([(tiny, seed)])
+                study_2.run(tiny, seed)
+    before = {file: file.read_bytes() for file in (tmp_path / "results").glob("*.json")}
+    found = {file.stem: json.loads(text) for file, text in before.items()}
+    assert set(found) == {"plain-0", "plain-1", "one_step-0", "one_step-1"}
+    for result in found.values():
+        assert result["cpu_seconds"] > 0
+        assert len(result["settings"]) == 2
+        least = min(result["settings"], key=lambda row: row["fid"])
+        assert result["best"]["temperature"] == least["temperature"]
+        assert result["plain"]["temperature"] == 1
+    for run in ("plain-0", "one_step-0"):
+        rows = gradients_2.measured(tmp_path / "runs" / run, images=16)["checkpoints"]
+        assert [row["step"] for row in rows] == [2, 4]
+        assert {row["projector"] for row in rows} == {"fitted" if run == "plain-0" else "its own"}
+        blocks = rows[0]["blocks"]
+        assert blocks["1"]["norms"]["one_step"] < 1e-5 * blocks["3"]["norms"]["one_step"], "reverse stays above"
+        assert blocks["1"]["norms"]["forward"] > 1e-3 * blocks["3"]["norms"]["forward"]
+        assert set(rows[0]["tokens"]) == {"3", "4"}
+        assert rows[0]["tokens"]["4"]["added"][-1] == 0, "the last token is read by no other"
+    results = tables_2.Results(tmp_path / "results")
+    row = next(line for line in tables_2.page(results).splitlines() if line.startswith("| `one_step` - `plain` | 2 |"))
+    gain = [100 * (found[f"one_step-{s}"]["accuracy"]["exact"] - found[f"plain-{s}"]["accuracy"]["exact"]) for s in (0, 1)]
+    assert f"{sum(gain) / 2:+.1f} ± {12.706 * abs(gain[0] - gain[1]) / 2:.1f}" in row.replace("-0.0 ±", "+0.0 ±")
+    assert all(figure.axes for figure in tables_2.figures(results).values())
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([3.0, 3.2, 2.8], "better"),
+        ([-3.0, -3.2, -2.8], "worse"),
+        ([0.1, 0.0, -0.1], "equal"),
+        ([5.0, 0.0, 1.0], "no difference seen"),
+        ([0.8, 0.9, 1.0], "no difference seen"),
+        ([9.0], "one seed"),
+    ],
+)
+def test_verdicts_of_the_second_study(found, expected):
+    assert tables_2.verdict(found, tables_2.EXACT, 70.0) == expected
+    opposite = {"better": "worse", "worse": "better"}.get(expected, expected)
+    assert tables_2.verdict([-0.002 * d for d in found], replace(tables_2.NATS, larger=True), -0.5) == opposite
+
+
+def test_equal_seconds_are_read_off_the_plain_runs_of_three_lengths(tmp_path):
+    def result(arm: str, steps: int, seconds: float, value: float) -> None:
+        facts = {"arm": arm, "seed": 0, "steps": steps, "cpu_seconds": seconds, "machine": "2 CPU cores"}
+        (tmp_path / f"{arm}-0.json").write_text(json.dumps(facts | {"accuracy": {"exact": value}}))
+
+    for steps, value in ((800, 0.70), (1040, 0.74), (1360, 0.75)):
+        result("plain" if steps == 800 else f"plain_{steps}", steps, steps / 10, value)
+    result("irepa", 800, 120.0, 0.76)  # 1.5 times plain's: 1,200 steps
+    result("exact", 800, 400.0, 0.76)
+    results = tables_2.Results(tmp_path)
+    assert tables_2.at_seconds(results, "irepa", "plain", tables_2.EXACT)[0] == pytest.approx(1.5)
+    assert tables_2.at_seconds(results, "exact", "plain", tables_2.EXACT)[0] == pytest.approx(1.0)
+
+
 # ---- latents --------------------------------------------------------------------------------------------------------
 
 
@@ -191,8 +361,11 @@ def test_every_arm_in_latents_can_be_trained_and_differs_in_what_it_says():
             assert made.data == config.data
         if arm.kind == "semantic":
             assert config.flow.noise_std <= made.semantic.noise_std
-    shared = {arm.name: arm.autoencoder(1).run for arm in latent_study.ALIGNMENT}
-    assert set(shared.values()) == {str(latent_study.RUNS / "autoencoder" / "pca_32-1")}
+    plain = {arm.name: arm for arm in latent_study.MAIN}
+    for arm in latent_study.ALIGNMENT:
+        base = plain[arm.name.rsplit("_", 1)[0]]
+        assert arm.autoencoder(1) == base.autoencoder(1)
+        assert replace(arm.config(1), run=base.config(1).run, alignment=base.config(1).alignment) == base.config(1)
 
 
 def test_the_table_of_latents_has_means_and_intervals(tmp_path):

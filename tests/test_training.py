@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from builders import refuse, tiny_autoencoder
+from flowback.alignment import Alignment
 from flowback.cli import main
 from flowback.core.console import output
 from flowback.core.devices import autocast
@@ -123,6 +124,37 @@ def test_alignment_that_ended_resumes_bit_for_bit(tmp_path):
             one = config(tmp_path / name, aligned=True, until=stop, resume=i > 0)
             train(replace(one, alignment=replace(one.alignment, until=7)))
     assert all(torch.equal(tensors(tmp_path / "whole")[name], value) for name, value in tensors(tmp_path / "cut").items())
+
+
+def test_only_every_third_step_is_aligned_and_the_log_has_the_mean_of_those(tmp_path):
+    options = {"steps": 9, "sample_every": 100, "eval_every": 100}
+    for name, every in (("all", 1), ("third", 3), ("plain", 1)):
+        one = config(tmp_path / name, aligned=name != "plain", log_every=3 if name == "third" else 1, **options)
+        train(replace(one, alignment=replace(one.alignment, every=every)))
+    logs = (read_metrics(tmp_path / name / "metrics.csv") for name in ("all", "plain", "third"))
+    rows, plain, third = ([row for row in log if "loss" in row] for log in logs)
+    assert [row["step"] for row in third] == [3, 6, 9]
+    assert third[0]["align"] == pytest.approx(rows[0]["align"], abs=1e-6), "of the first step alone, not a third of it"
+    assert third[0]["loss"] == pytest.approx(third[0]["nll"] + 0.1 * third[0]["align"] / 3, abs=1e-5)
+    assert third[0]["nll"] != pytest.approx(sum(row["nll"] for row in plain[:3]) / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"every": 3}, {"strategy": "forward", "reverse_from": 6}, {"every": 2, "until": 7}])
+def test_alignment_by_steps_resumes_bit_for_bit(tmp_path, options):
+    for name, stops in (("whole", []), ("cut", [4, 8])):
+        for i, stop in enumerate([*stops, None]):
+            one = config(tmp_path / name, aligned=True, until=stop, resume=i > 0)
+            train(replace(one, alignment=replace(one.alignment, **options)))
+    assert all(torch.equal(tensors(tmp_path / "whole")[name], value) for name, value in tensors(tmp_path / "cut").items())
+
+
+def test_forward_turns_into_reverse_at_its_step(tmp_path, monkeypatch):
+    seen = []
+    loss = Alignment.loss
+    monkeypatch.setattr(Alignment, "loss", lambda self, *a, **k: seen.append(self.strategy) or loss(self, *a, **k))
+    one = config(tmp_path / "turns", aligned=True)
+    train(replace(one, alignment=replace(one.alignment, strategy="forward", reverse_from=5)))
+    assert seen == ["forward"] * 5 + ["reverse"] * 7
 
 
 def test_shuffled_targets_are_those_of_another_image_the_same_in_all_steps(tmp_path):
@@ -406,6 +438,9 @@ BAD_CONFIGS = [
     (AlignmentConfig, {"projector_width": 0}, "alignment.projector_width must be .*, got 0"),
     (AlignmentConfig, {"projector": "tree"}, "alignment.projector must be one of mlp, conv, got 'tree'"),
     (AlignmentConfig, {"until": 0}, "alignment.until must be a whole number of at least 1, or null, got 0"),
+    (AlignmentConfig, {"every": 0}, "alignment.every must be a whole number of at least 1, got 0"),
+    (AlignmentConfig, {"reverse_from": 0, "strategy": "forward"}, "alignment.reverse_from must be a whole number of at"),
+    (AlignmentConfig, {"reverse_from": 9, "strategy": "detach"}, "reverse_from needs alignment.strategy forward, got 'det"),
     (AlignmentConfig, {"shuffled": True, "cache": False}, "alignment.shuffled needs features that are kept"),
     (AlignmentConfig, {"encoder_precision": "fp8"}, "alignment.encoder_precision must be .*, got 'fp8'"),
 ]

@@ -1,18 +1,14 @@
 """Runs the study of README.md, run by run; what is finished is skipped, what was cut off goes on where it was.
 
-    python studies/alignment/study.py [--jobs 2] [--only plain,one_step] [--hours 12] [--list]
+    python studies/alignment/study.py [--jobs 2] [--only plain,one_step] [--seeds 0] [--hours 12] [--list]
 
 A run is an arm and a seed. It is trained up to each of its measuring points, measured there, and trained on; a finished one
 leaves results/ARM-SEED.json here, with all that tables.py reads. Checkpoints stand in runs/studies/alignment meanwhile.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +18,13 @@ from judge import right, trained
 
 from flowback.core.devices import autocast, machine, pick_device
 from flowback.core.errors import InputError
-from flowback.core.files import file_hash, write_whole
+from flowback.core.files import write_whole
 from flowback.core.units import to_uint8
 from flowback.data import ImageSet, load_data
 from flowback.data.splits import spread
 from flowback.flow.config import FlowConfig
 from flowback.flow.tarflow import TarFlow
 from flowback.measure.density import density, seen
-from flowback.measure.fidelity import TensorImages, fidelity, reference_of
 from flowback.measure.probe import probe_layers
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import load_flow
@@ -40,9 +35,10 @@ from flowback.training import train
 from flowback.training.caches import make_caches
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parents[1] / "benchmarks"))
+sys.path += [str(HERE.parent), str(HERE.parents[1] / "benchmarks")]
 
-from convergence import errors_by_sweep, sweeps_until  # noqa: E402  (the line above makes it importable)
+from common import carry_out, chosen, judged, missing, options, run_named, write_result  # noqa: E402  (made importable above)
+from convergence import errors_by_sweep, sweeps_until  # noqa: E402
 
 RESULTS = HERE / "results"
 RUNS = Path("runs/studies/alignment")
@@ -55,7 +51,7 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 LONG_WARMUP = 200  # with 50 nearly every run at 8e-3 loses likelihood for a while, and two never came back
 RULES = ("single_gradient", "z_score", "shortlist_3", "exact")
 CURVE_IMAGES, FINAL_IMAGES, STANDARD_IMAGES = 1000, 2000, 512
-CURVE_SAMPLES, FINAL_SAMPLES, REFERENCE = 1000, 2000, 5000
+CURVE_SAMPLES, FINAL_SAMPLES = 1000, 2000
 SWEEP_TARGET = 1e-4
 
 BASE = RunConfig(
@@ -226,8 +222,7 @@ def run(arm: Arm, seed: int) -> None:
 
 def keep(arm: Arm, seed: int, facts: dict[str, Any]) -> None:
     """Write a result."""
-    text = json.dumps({"arm": arm.name, "seed": seed} | facts, indent=1) + "\n"
-    write_whole(result_file(arm, seed), lambda file: file.write_text(text))
+    write_result(result_file(arm, seed), {"arm": arm.name, "seed": seed} | facts)
 
 
 def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool, inside: bool) -> dict[str, Any]:
@@ -250,10 +245,10 @@ def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool, inside: boo
     labels = torch.arange(count) % flow.num_classes
     samples = flow.sample(y=labels, generator=torch.Generator().manual_seed(0), batch_size=250)
     images = to_uint8(samples.float().cpu())
-    row["judge"] = judged(images[:CURVE_SAMPLES], data)
+    row["judge"] = judged(images[:CURVE_SAMPLES], data, JUDGE)
     row["judge"]["right"] = right(trained(JUDGE), images[:CURVE_SAMPLES], labels[:CURVE_SAMPLES])
     if final:
-        row["judge_final"], row["encoder_final"] = judged(images, data), judged(images, data, "efficientnet_lite0")
+        row["judge_final"], row["encoder_final"] = judged(images, data, JUDGE), judged(images, data, None)
     if final and inside:
         row["probe"] = probe_layers(flow, data)
         errors = errors_by_sweep(flow, 16)
@@ -261,16 +256,6 @@ def measure(flow: TarFlow, data: ImageSet, final: bool, brief: bool, inside: boo
         row["errors_by_sweep"] = {t: e[:17] for t, e in errors.items()}
         row["blocks"] = what_blocks_do(flow, x[:500], y[:500])
     return row
-
-
-def judged(images: torch.Tensor, data: ImageSet, extractor: str = "judge") -> dict[str, float]:
-    """FID, precision and recall of images uint8 `[n, 1, 28, 28]` against held-out ones."""
-    reference, name = reference_of(data, REFERENCE, training=False)
-    options: dict[str, Any] = {"reference_name": name, "device": pick_device("auto")}
-    if extractor == "judge":
-        options |= {"weights": str(JUDGE), "reference_name": f"{name}-{file_hash(JUDGE)[:8]}"}
-    found = fidelity(TensorImages(images), reference, ("fid", "prc"), extractor, **options)
-    return {k: found[k] for k in ("fid", "precision", "recall")}
 
 
 @torch.no_grad()
@@ -288,62 +273,38 @@ def what_blocks_do(flow: TarFlow, x: torch.Tensor, y: torch.Tensor) -> dict[int,
 
 def prepare() -> None:
     """What runs share: features, the judge, the reference's features, and how near real images come to it."""
-    for options in (REVERSE, CONTROLS["random_encoder"]):
-        config = replace(BASE, alignment=replace(BASE.alignment, **options))
+    for aligned in (REVERSE, CONTROLS["random_encoder"]):
+        config = replace(BASE, alignment=replace(BASE.alignment, **aligned))
         make_caches(config, None)
     judge, data = trained(JUDGE), load_data(BASE.data)
     file = RESULTS / "real.json"
     if not file.is_file():
         images, y = data.train[spread(len(data.train), FINAL_SAMPLES)]
         held, held_y = data.held_out[list(range(len(data.held_out)))]
-        facts: dict[str, Any] = {"judge": judged(images[:CURVE_SAMPLES], data), "judge_final": judged(images, data)}
-        facts["encoder_final"] = judged(images, data, "efficientnet_lite0")
+        facts: dict[str, Any] = {
+            "judge": judged(images[:CURVE_SAMPLES], data, JUDGE),
+            "judge_final": judged(images, data, JUDGE),
+        }
+        facts["encoder_final"] = judged(images, data, None)
         facts["judge_right"], facts["judge_held_out"] = right(judge, images, y), right(judge, held, held_y)
-        write_whole(file, lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
-    for extractor in ("judge", "efficientnet_lite0"):  # so that runs side by side find the reference's features
+        write_result(file, facts)
+    for extractor in (JUDGE, None):  # so that runs side by side find the reference's features
         judged(data.train[range(8)][0], data, extractor)
 
 
 def main() -> None:
     """Run what is missing."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    options.add_argument("--only", default=None, help="names of arms, with commas")
-    options.add_argument("--hours", type=float, default=12.0, help="start no run after so many")
-    options.add_argument("--list", action="store_true", help="only say what is finished and what is not")
-    options.add_argument("--run", default=None, help=argparse.SUPPRESS)
-    o = options.parse_args()
-    named = {arm.name: arm for arm in [*TUNING, WARMUP, *ARMS]}
+    o = options(__doc__, jobs=2).parse_args()
+    first = [(arm, TUNING_SEED) for arm in (*TUNING, WARMUP)]
     if o.run:
-        name, seed = o.run.rsplit("-", 1)
-        return run(named[name], int(seed))
-    unknown = set((o.only or "plain").split(",")) - set(named)
-    if unknown:
-        sys.exit(f"arms {', '.join(sorted(unknown))} do not exist; allowed: {', '.join(named)}")
-    wanted = ARMS if o.only is None else [named[name] for name in o.only.split(",")]
-    stages = [[(arm, TUNING_SEED) for arm in (*TUNING, WARMUP)], order(wanted)]
-    missing = [[(arm, seed) for arm, seed in stage if not result_file(arm, seed).is_file()] for stage in stages]
-    for arm, seed in [pair for stage in stages for pair in stage]:
-        if o.list:
-            print(f"{arm.name}-{seed}", "finished" if result_file(arm, seed).is_file() else "missing")
-    if o.list or not any(missing):
+        return run(*run_named(o.run, [*first, *order(ARMS)]))
+    stages = [missing(stage, result_file, o.list) for stage in (first, chosen(o, order(ARMS)))]
+    if o.list or not any(stages):
         return None
     prepare()
     end = time.monotonic() + 3600 * o.hours
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def start(pair: tuple[Arm, int]) -> int:
-        name = f"{pair[0].name}-{pair[1]}"
-        if time.monotonic() > end:
-            return 0
-        (RUNS / "logs").mkdir(parents=True, exist_ok=True)
-        with (RUNS / "logs" / f"{name}.txt").open("a") as log:
-            code = subprocess.call([sys.executable, __file__, "--run", name], env=environment, stdout=log, stderr=log)
-        print(f"{time.strftime('%H:%M:%S')}  {name}  {'finished' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
-        return code
-
-    with ThreadPoolExecutor(o.jobs) as pool:
-        if any(code for stage in missing for code in list(pool.map(start, stage))):
+    for stage in stages:
+        if not carry_out(__file__, ([run] for run in stage), RUNS / "logs", o.jobs, end):
             sys.exit(1)
     return None
 

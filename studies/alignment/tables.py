@@ -23,8 +23,11 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 PAGE = DOCS / "results.md"
+sys.path.append(str(HERE.parent))
 
-T95 = {2: 12.706, 3: 4.303}  # Student's t, two-sided, by the number of seeds
+from common import T95, half_width  # noqa: E402  (the line above makes it importable)
+from common import markdown as table  # noqa: E402
+
 GREYS, COLOURS = "#6b7280", ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2")
 
 Result = dict[str, Any]
@@ -130,7 +133,7 @@ def verdict(results: Results, arm: str, base: str, metric: Metric, at: int | Non
     """Yes, no or open, as README.md says what counts; the promise is that the arm is better."""
     found = results.differences(arm, base, metric, at)
     centre = mean(found) * (1 if metric.larger else -1)
-    half = T95[len(found)] * stdev(found) / math.sqrt(len(found)) if len(found) > 1 else T95[3] * results.noise(metric)
+    half = half_width(found) if len(found) > 1 else T95[3] * results.noise(metric)
     margin = metric.margin * (abs(mean(results.values(base, metric, at).values())) if metric.relative else 1)
     if centre - half > 0:
         return "yes"
@@ -146,19 +149,13 @@ def difference(results: Results, arm: str, base: str, metric: Metric, at: int | 
         return ""
     text = f"{mean(found):+.{metric.digits}f}"
     if len(found) > 1:
-        text += f" ± {T95[len(found)] * stdev(found) / math.sqrt(len(found)):.{metric.digits}f}"
+        text += f" ± {half_width(found):.{metric.digits}f}"
     return f"{text} {verdict(results, arm, base, metric, at)}"
 
 
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and deviation over seeds, as a cell."""
     return f"{mean(values):.{digits}f}" + (f" ({stdev(values):.{digits}f})" if len(values) > 1 else "")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def absolute(results: Results, arms: Sequence[str], metrics: Sequence[Metric]) -> str:

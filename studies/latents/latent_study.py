@@ -7,13 +7,9 @@ What was measured of it is in results/ARM-SEED.json. Runs stand in runs/studies/
 are of a training that was not cut off: what other work on the machine disturbs least.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,6 @@ import torch
 from torch import Tensor
 
 from flowback.core.devices import machine, pick_device, put
-from flowback.core.files import file_hash, write_whole
 from flowback.core.seeds import keyed_generator
 from flowback.core.units import from_levels, to_uint8
 from flowback.data import ImageSet, load_data
@@ -33,7 +28,6 @@ from flowback.latents.joint import JointConfig
 from flowback.latents.kl import KLConfig
 from flowback.latents.losses import ReconstructionConfig
 from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
-from flowback.measure.fidelity import TensorImages, fidelity, reference_of
 from flowback.reports.evaluate import EvaluationConfig, evaluate
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import State, load_flow
@@ -49,9 +43,11 @@ from flowback.training import train
 from flowback.training.autoencoders import train_autoencoder
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "alignment"))
+sys.path += [str(HERE.parent), str(HERE.parent / "alignment")]
 
 from judge import right, trained  # noqa: E402  (the line above makes it importable)
+
+from common import Run, carry_out, chosen, judged, missing, options, run_named, write_result  # noqa: E402
 
 RESULTS = HERE / "results"
 RUNS = Path("runs/studies/latents")
@@ -59,7 +55,7 @@ JUDGE = RUNS / "judge.pth"
 
 STEPS, AUTOENCODER_STEPS, LONG_STEPS = 800, 1500, 2500
 SEEDS = (0, 1, 2)
-IMAGES, SAMPLES, REFERENCE, PROBED = 2000, 1000, 5000, 5000
+IMAGES, SAMPLES, PROBED = 2000, 1000, 5000
 TEMPERATURES, SCALES = (1.0, 0.9, 0.8), (0.0, 1.0)  # of samples; guidance at temperature 1
 DATA = DataConfig(name="fashion_mnist", limit=12_000)
 TRAIN = TrainConfig(
@@ -153,11 +149,14 @@ ALIGNED: dict[str, Any] = {"gradient": "one_step", "at": [[3, 2], [4, 2]], "weig
 ALIGNED |= {"spatial_norm": True}
 PCA = {"compressor": "pca", "channels": 32}
 FULL = replace(DATA, limit=None)
+ALIGNED_KINDS = {  # arms whose flow is aligned, too
+    "pca_32": Arm("pca_32", options=PCA, flow=noised(0.4)),
+    "kl_16": Arm("kl_16", "kl", {"channels": 16, "width": 16}, flow=noised(0.2)),
+    "joint_16": Arm("joint_16", "joint", {"channels": 16, "nll_weight": 0.2}, train={"lr": 3e-3}),
+}
 MAIN = [
     Arm("pixels", "pixels", flow=PIXELS),
-    Arm("kl_16", "kl", {"channels": 16, "width": 16}, flow=noised(0.2)),
-    Arm("pca_32", options=PCA, flow=noised(0.4)),
-    Arm("joint_16", "joint", {"channels": 16, "nll_weight": 0.2}, train={"lr": 3e-3}),
+    *(ALIGNED_KINDS[name] for name in ("kl_16", "pca_32", "joint_16")),
     Arm("attention_32", options={"compressor": "attention", "channels": 32}, flow=noised(0.4)),
     Arm("transformer_32", options={"compressor": "transformer", "channels": 32}, flow=noised(0.4)),
 ]
@@ -167,7 +166,8 @@ SIZES = [
     for d in (16, 64)
 ]
 ALIGNMENT = [
-    Arm(f"pca_32_{s}", options=PCA, alignment=ALIGNED | {"strategy": s}, flow=noised(0.4), space="pca_32")
+    replace(plain, name=f"{name}_{s}", alignment=ALIGNED | {"strategy": s}, space=None if plain.kind == "joint" else name)
+    for name, plain in ALIGNED_KINDS.items()
     for s in ("forward", "reverse")
 ]
 LOSSES = [
@@ -189,11 +189,6 @@ def order() -> list[tuple[Arm, int]]:
 def result_file(arm: Arm, seed: int) -> Path:
     """Where a finished run stands."""
     return RESULTS / f"{arm.name}-{seed}.json"
-
-
-def write_result(file: Path, facts: dict[str, Any]) -> None:
-    """Write what was measured of a run."""
-    write_whole(file, lambda whole: whole.write_text(json.dumps(facts, indent=1) + "\n"))
 
 
 def run(arm: Arm, seed: int) -> None:
@@ -244,7 +239,7 @@ def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
         generator = keyed_generator(0)
         x = flow.sample(y=y, temperature=temperature, guidance=scale, generator=generator, batch_size=250)
         images = to_uint8(x.float().cpu())
-        row = {"temperature": temperature, "guidance": scale, **judged(images, data)}
+        row = {"temperature": temperature, "guidance": scale, **judged(images, data, JUDGE)}
         figures["samples"].append(row | {"right": right(trained(JUDGE), images, y)})
     if isinstance(flow, LatentFlow):
         real, labels = data.held_out[spread(len(data.held_out), SAMPLES)]
@@ -252,16 +247,8 @@ def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
         for name, std in (("reconstruction", 0.0), ("noised", flow.config.noise_std)):
             noise = put(torch.randn(latents.shape, generator=keyed_generator(0)), flow.device)
             images = to_uint8(flow.to_images(latents + std * noise).cpu())
-            figures[name] = judged(images, data) | {"right": right(trained(JUDGE), images, labels)}
+            figures[name] = judged(images, data, JUDGE) | {"right": right(trained(JUDGE), images, labels)}
     return figures | {"space": probed(flow, data, PROBED)}
-
-
-def judged(images: Tensor, data: ImageSet) -> dict[str, float]:
-    """FID, precision and recall of images uint8 `[n, 1, 28, 28]` against held-out ones, on the judge's features."""
-    reference, name = reference_of(data, REFERENCE, training=False)
-    options: dict[str, Any] = {"weights": str(JUDGE), "reference_name": f"{name}-{file_hash(JUDGE)[:8]}"}
-    found = fidelity(TensorImages(images), reference, ("fid", "prc"), "judge", **options)
-    return {k: found[k] for k in ("fid", "precision", "recall")}
 
 
 def probed(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
@@ -295,43 +282,22 @@ def probed(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
 
 def main() -> None:
     """Run what is missing."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--only", default=None, help="names of arms, with commas")
-    options.add_argument("--seeds", default=None, help="seeds, with commas")
-    options.add_argument("--hours", type=float, default=12.0, help="start no run after so many")
-    options.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    options.add_argument(
-        "--probe", action="store_true", help="fit the probes of finished runs to all their images, instead"
-    )
-    options.add_argument("--list", action="store_true", help="only say what is finished and what is not")
-    options.add_argument("--run", default=None, help=argparse.SUPPRESS)
-    o = options.parse_args()
-    named = {arm.name: arm for arm in ARMS}
+    parser = options(__doc__, jobs=1)
+    parser.add_argument("--probe", action="store_true", help="fit the probes of finished runs to all their images, instead")
+    o = parser.parse_args()
     if o.run:
-        name, seed = o.run.rsplit("-", 1)
-        return run(named[name], int(seed))
-    names = set((o.only or ",".join(named)).split(","))
-    if unknown := names - set(named):
-        sys.exit(f"arms {', '.join(sorted(unknown))} do not exist; allowed: {', '.join(named)}")
-    seeds = set(SEEDS if o.seeds is None else map(int, o.seeds.split(",")))
-    wanted = [(arm, seed) for arm, seed in order() if arm.name in names and seed in seeds]
+        return run(*run_named(o.run, order()))
+    wanted = chosen(o, order())
     if o.probe:
         return probe_finished([run for run in wanted if result_file(*run).is_file()])
-    end = time.monotonic() + 3600 * o.hours
+    chains: dict[tuple[str, int], list[Run[Arm]]] = {}  # runs that share an autoencoder, which the first of them trains
+    for arm, seed in missing(wanted, result_file, o.list):
+        chains.setdefault((arm.space or arm.name, seed), []).append((arm, seed))
+    if o.list:
+        return None
     trained(JUDGE)
-    chains: dict[tuple[str, int], list[str]] = {}  # runs that share an autoencoder, which the first of them trains
-    for arm, seed in wanted:
-        done, name = result_file(arm, seed).is_file(), f"{arm.name}-{seed}"
-        if o.list:
-            print(name, "finished" if done else "missing")
-        elif not done:
-            chains.setdefault((arm.space or arm.name, seed), []).append(name)
-
-    def follow(chain: list[str]) -> bool:
-        return all(run_apart(name) for name in chain if time.monotonic() < end)
-
-    with ThreadPoolExecutor(o.jobs) as pool:
-        sys.exit(0 if all(list(pool.map(follow, chains.values()))) else 1)
+    end = time.monotonic() + 3600 * o.hours
+    sys.exit(0 if carry_out(__file__, chains.values(), RUNS / "logs", o.jobs, end) else 1)
 
 
 def probe_finished(runs: list[tuple[Arm, int]]) -> None:
@@ -344,16 +310,6 @@ def probe_finished(runs: list[tuple[Arm, int]]) -> None:
             facts = json.loads(file.read_text()) | {"space_of_all": probed(flow, data, len(data.train))}
         write_result(file, facts)
         print(file.name, facts["space_of_all"], flush=True)
-
-
-def run_apart(name: str) -> bool:
-    """Train and measure one run in a process of its own; whether it was finished."""
-    (RUNS / "logs").mkdir(parents=True, exist_ok=True)
-    with (RUNS / "logs" / f"{name}.txt").open("a") as log:
-        words = [sys.executable, __file__, "--run", name]
-        code = subprocess.call(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-    print(f"{time.strftime('%H:%M:%S')}  {name}  {'finished' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
-    return code == 0
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ seconds are shown of runs on a CPU.
 
 import argparse
 import json
-import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 HERE = Path(__file__).parent
-T95 = {2: 12.706, 3: 4.303}  # Student's t, two-sided, by the number of seeds
+sys.path.append(str(HERE.parent))
+
+from common import T95, interval, markdown  # noqa: E402  (the line above makes it importable)
+
 Result = dict[str, Any]
 
 
@@ -75,7 +77,7 @@ DIFFERENCES = [name for name in COLUMNS if name in ("exact %", "single gradient 
 PAIRS = (  # an arm, and the one that its runs are compared with, seed by seed
     *(("pca_32", other) for other in ("pixels", "kl_16", "joint_16")),
     *((compressor, "pca_32") for compressor in ("attention_32", "transformer_32")),
-    *((f"pca_32_{strategy}", "pca_32") for strategy in ("forward", "reverse")),
+    *((f"{space}_{s}", space) for space in ("pca_32", "kl_16", "joint_16") for s in ("forward", "reverse")),
     ("pca_32_all", "pixels_all"),
 )
 
@@ -98,28 +100,18 @@ def cell(results: list[Result], value: Callable[[Result], float], digits: int) -
     return interval(values, digits)
 
 
-def interval(values: list[float], digits: int) -> str:
-    """The mean of values, and half the width of its 95 % interval where there are several."""
-    text = f"{mean(values):.{digits}f}"
-    if len(values) not in T95:
-        return text
-    return f"{text} ± {T95[len(values)] * stdev(values) / math.sqrt(len(values)):.{digits}f}"
-
-
 def table(arms: dict[str, list[Result]], columns: dict[str, tuple[Callable[[Result], float], int]]) -> str:
     """Figures of all arms, a row for each; columns and arms that have none are left out."""
     rows = {name: [cell(results, *column) for column in columns.values()] for name, results in arms.items()}
     shown = [i for i in range(len(columns)) if any(row[i] for row in rows.values())]
-    lines = [row_of(["arm", "seeds", *(list(columns)[i] for i in shown)]), "|---" * (2 + len(shown)) + "|"]
-    for name, row in rows.items():
-        if any(row[i] for i in shown):
-            lines.append(row_of([name, str(len(arms[name])), *(row[i] for i in shown)]))
-    return "\n".join(lines)
+    head = ["arm", "seeds", *(list(columns)[i] for i in shown)]
+    filled = {name: [row[i] for i in shown] for name, row in rows.items()}
+    return markdown(head, [[name, str(len(arms[name])), *row] for name, row in filled.items() if any(row)])
 
 
 def differences(arms: dict[str, list[Result]]) -> str:
     """Of each of `PAIRS`: the first arm less the second, seed by seed."""
-    lines = [row_of(["arm less arm", "seeds", *DIFFERENCES]), "|---" * (2 + len(DIFFERENCES)) + "|"]
+    rows = []
     for name, other in PAIRS:
         seeds = {r["seed"]: r for r in arms.get(other, [])}
         pairs = [(r, seeds[r["seed"]]) for r in arms.get(name, []) if r["seed"] in seeds]
@@ -127,13 +119,8 @@ def differences(arms: dict[str, list[Result]]) -> str:
             cells = []
             for value, digits in (COLUMNS[figure] for figure in DIFFERENCES):
                 cells.append(interval([value(own) - value(its) for own, its in pairs], digits))
-            lines.append(row_of([f"{name} - {other}", str(len(pairs)), *cells]))
-    return "\n".join(lines)
-
-
-def row_of(cells: list[str]) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(cells)} |"
+            rows.append([f"{name} - {other}", str(len(pairs)), *cells])
+    return markdown(["arm less arm", "seeds", *DIFFERENCES], rows)
 
 
 def main() -> None:

@@ -7,18 +7,16 @@ Runs are folders named ARM-SEED. What is in results/ is not measured again.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowback.core.devices import machine
-from flowback.core.files import file_hash, write_whole
 from flowback.core.seeds import keyed_generator
 from flowback.core.units import from_levels, to_uint8
 from flowback.data import ImageSet
@@ -26,7 +24,7 @@ from flowback.data.splits import spread
 from flowback.flow.guidance import Guidance
 from flowback.latents import Flow
 from flowback.measure.copies import copies
-from flowback.measure.fidelity import TensorImages, fidelity, reference_of
+from flowback.measure.fidelity import TensorImages, reference_of
 from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import RunConfig
 from flowback.runs.folder import run_data
@@ -34,14 +32,15 @@ from flowback.tasks.classify import classify
 from flowback.training.prior import fit_to
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "alignment"))
+sys.path += [str(HERE.parent), str(HERE.parent / "alignment")]
 
 from judge import right, trained  # noqa: E402  (the line above makes it importable)
 
+from common import interval, judged, write_result  # noqa: E402
+
 JUDGE = Path("runs/studies/latents/judge.pth")
-FITTED, SAMPLES, REFERENCE, CLASSIFIED = 10_000, 1000, 5000, 500
+FITTED, SAMPLES, CLASSIFIED = 10_000, 1000, 500
 TEMPERATURES, SCALES = (1.0, 0.95, 0.9, 0.8, 0.7), (0.5, 1.0, 2.0, 4.0, 8.0)
-T95 = {2: 12.706, 3: 4.303}  # Student's t, two-sided, by the number of seeds
 Row = dict[str, Any]
 
 
@@ -80,11 +79,8 @@ def drawn(
     x = x.float().cpu()
     finite = x.isfinite().flatten(1).all(dim=1).float().mean()
     images = to_uint8(torch.where(x.isfinite(), x, 0))
-    reference, name = reference_of(data, REFERENCE, training=False)
-    options: dict[str, Any] = {"weights": str(JUDGE), "reference_name": f"{name}-{file_hash(JUDGE)[:8]}"}
-    found = fidelity(TensorImages(images), reference, ("fid", "prc"), "judge", **options)
     row: Row = {"prior": prior, "temperature": temperature, "guidance": guidance, "rule": rule, "finite": float(finite)}
-    row |= {k: found[k] for k in ("fid", "precision", "recall")} | {"right": right(trained(JUDGE), images, y)}
+    row |= judged(images, data, JUDGE) | {"right": right(trained(JUDGE), images, y)}
     if temperature == 1 and not guidance:
         others, _ = reference_of(data, SAMPLES, training=False)
         training, _ = reference_of(data, len(data.train), training=True)
@@ -99,14 +95,6 @@ def load(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
         arm, seed = file.stem.rsplit("-", 1)
         arms.setdefault(arm, {})[int(seed)] = json.loads(file.read_text())
     return arms
-
-
-def interval(values: list[float], digits: int) -> str:
-    """The mean of values, and half the width of its 95 % interval where there are several."""
-    text = f"{mean(values):.{digits}f}"
-    if len(values) not in T95:
-        return text
-    return f"{text} ± {T95[len(values)] * stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
 def best(result: dict[str, Any], wanted: Callable[[Row], bool]) -> Row:
@@ -193,8 +181,7 @@ def main() -> None:
     for run in options.runs:
         file = options.results / f"{run.name}.json"
         if not file.is_file():
-            facts = measure(run)
-            write_whole(file, lambda whole, text=facts: whole.write_text(json.dumps(text, indent=1) + "\n"))
+            write_result(file, measure(run))
     arms = load(options.results)
     print(table(arms), guidance_table(arms), fit_table(arms), sep="\n\n")
 

@@ -476,6 +476,8 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("ALIGNED --alignment.projector_width=0", "alignment.projector_width | 0 | at least 1"),
         ("ALIGNED --alignment.projector=tree", "alignment.projector | 'tree' | mlp, conv"),
         ("ALIGNED --alignment.until=0", "alignment.until | 0 | at least 1, or null"),
+        ("ALIGNED --alignment.every=0", "alignment.every | 0 | at least 1"),
+        ("ALIGNED --alignment.reverse_from=5", "alignment.reverse_from | forward | 'reverse'"),
         ("ALIGNED --alignment.shuffled=true --alignment.cache=false", "alignment.shuffled | features that are kept"),
         ("ALIGNED --alignment.encoder_precision=8", "alignment.encoder_precision | '8' | 32-true, bf16-mixed"),
     ],

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowback.alignment import gradients
-from flowback.alignment.projectors import ConvProjector, Projector
+from flowback.alignment.projectors import ConvProjector, Projector, Separate
 from flowback.core.devices import put
 from flowback.core.errors import InputError
 from flowback.core.units import nll_per_dim
@@ -44,6 +44,7 @@ class Alignment(Carrier):
         projector_width: hidden size of the MLP.
         projector: a key of `PROJECTORS`: "mlp", token by token (REPA), or "conv", over the grid (iREPA).
         spatial_norm: normalize every channel of the targets over an image's patches (iREPA).
+        separate_projectors: a projector for each pair, instead of one that all share.
         tolerance: of "exact": the adjoint's series ends where a term is smaller than this share of the sum. None for
             1e-12 in float64, and 1e-3 in lower precisions: bfloat16 products are no more accurate.
 
@@ -64,6 +65,7 @@ class Alignment(Carrier):
         projector_width: int = 1024,
         projector: str = "mlp",
         spatial_norm: bool = False,
+        separate_projectors: bool = False,
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
@@ -89,10 +91,14 @@ class Alignment(Carrier):
         self.carry("encoder", encoder)
         self.strategy, self.gradient, self.weight = strategy, gradient, weight
         self.spatial_norm = spatial_norm
-        self.active = True  # False: `loss` is the likelihood's alone from now on, and needs no targets
+        self.active = True  # False: `loss` is the likelihood's alone, and needs no targets
         self.to_input = True  # False: the alignment's gradient of "forward" ends at `x_noisy`, as the others' always does
         sizes = flow.config.width, encoder.dim
-        self.projector = ConvProjector(*sizes, flow.grid) if projector == "conv" else Projector(*sizes, projector_width)
+
+        def make() -> nn.Module:
+            return ConvProjector(*sizes, flow.grid) if projector == "conv" else Projector(*sizes, projector_width)
+
+        self.projector = Separate(make() for _ in self.at) if separate_projectors else make()
 
     @property
     def device(self) -> torch.device:

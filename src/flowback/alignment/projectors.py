@@ -1,5 +1,6 @@
 """The map from a flow's hidden states to the encoder's feature space."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,3 +30,11 @@ class ConvProjector(nn.Conv2d):
         """Tokens in raster order, `[..., N, in_dim] -> [..., N, out_dim]`."""
         maps = super().forward(input.flatten(0, -3).transpose(1, 2).unflatten(2, self.grid))
         return maps.flatten(2).transpose(1, 2).unflatten(0, input.shape[:-2])
+
+
+class Separate(nn.ModuleList):
+    """A projector for each of the aligned pairs: `[pairs, B, N, in_dim] -> [pairs, B, N, out_dim]`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The hidden states of each pair by its own projector."""
+        return torch.stack([projector(h) for projector, h in zip(self, input, strict=True)])

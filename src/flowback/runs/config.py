@@ -51,6 +51,9 @@ class AlignmentConfig:
         projector: mlp (REPA's, token by token) or conv (iREPA's, one 3x3 convolution over the grid).
         projector_width: hidden size of the MLP.
         spatial_norm: take what all patches of an image share out of the targets (iREPA).
+        separate_projectors: a projector for each aligned pair, instead of one that all share.
+        every: n for an alignment at each n-th step, from the first on; the others cost what steps of a plain flow cost.
+        reverse_from: of forward: the step after which the gradient flows as in reverse; null for never.
         until: the step after which the flow is trained on likelihood alone; null for never.
         shuffled: a control: every training image gets the features of another one, the same in all steps.
         cache: compute the encoder's features once and keep them on disk.
@@ -69,6 +72,9 @@ class AlignmentConfig:
     projector: str = "mlp"
     projector_width: int = 1024
     spatial_norm: bool = False
+    separate_projectors: bool = False
+    every: int = 1
+    reverse_from: int | None = None
     until: int | None = None
     shuffled: bool = False
     cache: bool = True
@@ -85,8 +91,13 @@ class AlignmentConfig:
         for name, allowed in (("encoder_precision", PRECISIONS), ("projector", PROJECTORS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"alignment.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.until is not None and self.until < 1:
-            raise InputError(f"alignment.until must be a whole number of at least 1, or null, got {self.until}")
+        for name in ("until", "reverse_from"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"alignment.{name} must be a whole number of at least 1, or null, got {value}")
+        if self.every < 1:
+            raise InputError(f"alignment.every must be a whole number of at least 1, got {self.every}")
+        if self.reverse_from is not None and self.strategy != "forward":
+            raise InputError(f"alignment.reverse_from needs alignment.strategy forward, got {self.strategy!r}")
         if self.shuffled and not self.cache:
             raise InputError("alignment.shuffled needs features that are kept; use alignment.cache true with it")
         if self.projector_width < 1:
@@ -323,8 +334,9 @@ class RunConfig(Recipe):
         noise_std, strategy = self.joint.noise_std, self.alignment.strategy
         if self.flow.noise_std not in (FlowConfig().noise_std, noise_std):
             raise InputError(f"flow.noise_std must be joint.noise_std {noise_std}, or left out, got {self.flow.noise_std}")
-        if self.joint.align_encoder and strategy != "forward":
-            raise InputError(f"joint.align_encoder needs alignment.strategy forward, got {strategy!r}")
+        if self.joint.align_encoder and (strategy != "forward" or self.alignment.reverse_from is not None):
+            later = "" if self.alignment.reverse_from is None else " with alignment.reverse_from"
+            raise InputError(f"joint.align_encoder needs alignment.strategy forward, got {strategy!r}{later}")
         object.__setattr__(self, "flow", replace(self.flow, noise_std=noise_std))
 
     def rooted(self) -> Self:

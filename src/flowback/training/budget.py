@@ -146,7 +146,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
 
     A device takes its share of the batch in as many pieces (`train.grad_accum_steps`, doubled) as its memory asks for.
     Where `data.path` of imagenet is not given, or an autoencoder of `AUTOENCODERS` not read, what is published of them is
-    taken; of one that a recipe of this package would make, what that recipe says. Of a loss of reconstructions, frozen
+    taken; of one that a recipe of this package would make, what that recipe says. Where `alignment.every` or `until` leave
+    steps unaligned, steps are counted as if all were aligned. Of a loss of reconstructions, frozen
     networks are not counted.
 
     Raises:
@@ -166,7 +167,7 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
             encoder = load_encoder(a.encoder, "random", grid=flow.grid)
         gradient = EXACT_TERMS if a.gradient == "exact" else a.gradient
         with fake:
-            variant = a.projector_width, a.projector, a.spatial_norm
+            variant = a.projector_width, a.projector, a.spatial_norm, a.separate_projectors
             alignment = Alignment(flow, encoder, a.at, a.strategy, gradient, a.weight, *variant)
     if c.checkpoint_activations:
         checkpoint_layers(flow)

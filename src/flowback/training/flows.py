@@ -108,10 +108,13 @@ class FlowJob(Job):
             compile_blocks(self.flow)
 
     def begin_step(self, step: int) -> None:
-        """End the alignment where the configuration says so."""
-        until = self.config.alignment.until
-        if self.alignment is not None and until is not None:
-            self.alignment.active = step < until
+        """Align, or not, and how: as the configuration says of this step."""
+        if self.alignment is None:
+            return
+        c = self.config.alignment
+        self.alignment.active = step % c.every == 0 and (c.until is None or step < c.until)
+        if c.reverse_from is not None and step >= c.reverse_from:
+            self.alignment.strategy = "reverse"
 
     def row(self, means: dict[str, float]) -> dict[str, float]:
         """The likelihood with the prior's constant."""
@@ -267,7 +270,9 @@ def describe(
     sees = "" if autoencoder is None else f", latents {flow.data_shape} of {autoencoder.config.title}"
     millions = sum(p.numel() for p in flow.parameters()) / 1e6
     where = ", ".join(f"block {t} layer {layer}" for t, layer in a.at)
-    aligned = f"{a.strategy} ({a.gradient}) at {where}, weight {a.weight}, with {a.encoder}"
+    how = f"{a.strategy} ({a.gradient})" + f", reverse after step {a.reverse_from}," * (a.reverse_from is not None)
+    aligned = f"{how} at {where}, weight {a.weight}, with {a.encoder}"
+    aligned += f", every {a.every} steps" * (a.every > 1) + f", until step {a.until}" * (a.until is not None)
     noise = f"gaussian {f.noise_std}" if f.noise == "gaussian" else "uniform"
     pieces = [f"{processes} processes ({c.strategy})"] * (processes > 1) + [f"{c.grad_accum_steps} pieces"] * (
         c.grad_accum_steps > 1

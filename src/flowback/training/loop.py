@@ -36,14 +36,15 @@ class Tally:
 
     def __init__(self, state: State, device: torch.device) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}  # the steps that had such a value
         self.skipped = torch.full((), state.skipped, dtype=torch.float32, device=device)
         self.in_a_row = torch.full((), state.skipped_in_a_row, dtype=torch.float32, device=device)
 
     def add(self, values: dict[str, Tensor], skipped: Tensor) -> None:
         """Add a step's values, or, where `skipped` is 1 and not 0, count it as skipped."""
-        values = values | {"count": torch.ones_like(skipped)}
-        kept = {name: torch.where(skipped > 0, 0, value) for name, value in values.items()}
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in kept.items()}
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(skipped > 0, 0, value)
+            self.counts[name] = self.counts.get(name, 0) + (1 - skipped)
         self.skipped, self.in_a_row = self.skipped + skipped, (self.in_a_row + 1) * skipped
 
     def read(self, state: State) -> None:
@@ -51,12 +52,15 @@ class Tally:
         state.skipped, state.skipped_in_a_row = (int(n) for n in torch.stack([self.skipped, self.in_a_row]).tolist())
 
     def means(self, fabric: Any) -> dict[str, float]:
-        """The means over the steps added since the last call, and over all processes; empty if all were skipped."""
-        sums, self.sums = self.sums, {}
-        means = fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="mean")
-        found = dict(zip(sums, means.tolist(), strict=True))
-        count = found.pop("count")
-        return {name: value / count for name, value in found.items()} if count else {}
+        """The means over the steps added since the last call, and over all processes; empty if all were skipped.
+
+        Of what only some steps have, such as the alignment's loss, the mean over these.
+        """
+        names, added = list(self.sums), [*self.sums.values(), *self.counts.values()]
+        self.sums, self.counts = {}, {}
+        means = fabric.all_reduce(torch.stack(added), reduce_op="mean").tolist()
+        sums, counts = means[: len(names)], means[len(names) :]
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
 
 
 def take_steps(job: Job, fabric: Any, resume_from: Path | None) -> State:

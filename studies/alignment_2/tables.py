@@ -1,0 +1,388 @@
+"""The tables and the figures of the study from results/*.json.
+
+    python studies/alignment_2/tables.py [--results FOLDER] [--figures FOLDER]
+
+Prints Markdown: of each arm the means of its seeds, with half the width of the 95 % interval (Student's t); differences
+from another arm, seed by seed, with their verdicts; arms against plain training of equal seconds. What was not run is a
+gap, -, and runs that diverged are named. `--figures` draws what each question's arms gain, and the gradients, as PNGs.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+from alignment_2 import study  # noqa: E402  (the line above makes it importable)
+from common import T95, half_width, interval, markdown  # noqa: E402
+
+GAP = "-"
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a run.
+
+    Args:
+        title: in tables.
+        value: of a result.
+        larger: whether more is better.
+        margin: a difference that nobody would mind; with `relative` a share of what is compared with.
+        digits: after the point.
+        relative: see margin.
+    """
+
+    title: str
+    value: Callable[[Result], float]
+    larger: bool
+    margin: float
+    digits: int
+    relative: bool = False
+
+
+def _accuracy(rule: str) -> Metric:
+    return Metric(f"{rule}, %", lambda r: 100 * r["accuracy"][rule], True, 1.0, 1)
+
+
+def _samples(where: str) -> list[Metric]:
+    return [
+        Metric(f"FID, {where}", lambda r: r[where]["fid"], False, 0.02, 1, relative=True),
+        Metric(f"precision, {where}", lambda r: r[where]["precision"], True, 0.01, 3),
+        Metric(f"recall, {where}", lambda r: r[where]["recall"], True, 0.01, 3),
+        Metric(f"class seen, {where}, %", lambda r: 100 * r[where]["right"], True, 1.0, 1),
+    ]
+
+
+EXACT = _accuracy("exact")
+NATS = Metric("nats/dim", lambda r: r["nats_per_dim"], False, 0.002, 4)
+QUALITY = [EXACT, _accuracy("z_score"), _accuracy("single_gradient"), NATS]
+SAMPLES = [*_samples("plain"), *_samples("best")]
+FID_PLAIN, FID_BEST = SAMPLES[0], SAMPLES[4]
+COMPARED = [*QUALITY, FID_PLAIN, FID_BEST]
+
+PAIRS: dict[str, list[tuple[str, str]]] = {  # title: an arm, and what it is compared with
+    "1. Color": [
+        *((f"emoji_{family}", "emoji_plain") for family in study.FAMILIES),
+        *((f"emoji_{kind}reverse", f"emoji_{kind}{other}") for kind in ("", "irepa_") for other in ("forward", "detach")),
+        *((f"emoji_irepa_{s}", f"emoji_{s}") for s in ("forward", "detach", "reverse")),
+        *((f"cells_{kind}", "cells_plain") for kind in ("irepa_forward", "irepa")),
+    ],
+    "2. Places": [
+        *((name, "plain") for name in ("forward_early", "reverse_early", "detach_early", "detach_1", "detach_3", "paper")),
+        *((name, "one_step") for name in ("forward", "forward_early", "reverse_early", "separate", "paper")),
+        *((name, "detach") for name in ("detach_early", "detach_1", "detach_3")),
+    ],
+    "5. Encoders": [
+        *((name, "emoji_plain") for name in ("emoji_sharper", "emoji_random_encoder", "emoji_shuffled")),
+        *(("emoji_irepa_reverse", name) for name in ("emoji_sharper", "emoji_random_encoder", "emoji_shuffled")),
+    ],
+    "6. Cheaper": [
+        *((name, "plain") for name in study.GROUPS["cheaper"]),
+        *((name, "irepa") for name in study.GROUPS["cheaper"] if name != "forward_every_2"),
+        ("forward_every_2", "irepa_forward"),
+    ],
+    "7. Exact": [("exact", "one_step"), ("exact_equal_norm", "one_step"), ("exact_equal_norm", "exact")],
+    "8. Size": [(f"{size}_irepa", f"{size}_plain") for size in study.SIZES],
+    "9. Grey": [
+        *((name, "plain") for name in ("one_step", "detach", "forward", "irepa", "irepa_forward", "exact")),
+        *(("one_step", name) for name in ("detach", "forward")),
+        ("irepa", "irepa_forward"),
+    ],
+}
+CURVES = {"color": "emoji_plain", "grey": "plain"}  # plain arms that have longer ones
+LADDERS = {  # the curves of question 8: size, with the arms' prefix
+    "width": {"64": "width_64_", "96": "", "192": "width_192_"},
+    "images": {"2,000": "images_2000_", "20,000": "images_20000_", "60,000": "images_60000_"},
+}
+
+
+class Results:
+    """The results, by arm and seed, and the runs that diverged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.arms: dict[str, dict[int, Result]] = {}
+        self.failed: list[Result] = []
+        for file in sorted(folder.glob("*-*.json")):
+            result = json.loads(file.read_text())
+            if "failed" in result:
+                self.failed.append(result)
+            else:
+                self.arms.setdefault(result["arm"], {})[result["seed"]] = result
+        self.gradients = {file.stem: json.loads(file.read_text()) for file in sorted((folder / "gradients").glob("*.json"))}
+
+    def values(self, arm: str, metric: Metric) -> dict[int, float]:
+        """Seed -> a figure of an arm."""
+        return {seed: metric.value(run) for seed, run in self.arms.get(arm, {}).items()}
+
+    def differences(self, arm: str, other: str, metric: Metric) -> dict[int, float]:
+        """Seed -> the figure of one arm less that of another."""
+        own, its = self.values(arm, metric), self.values(other, metric)
+        return {seed: own[seed] - its[seed] for seed in sorted(set(own) & set(its))}
+
+    def seconds_per_step(self, arm: str) -> dict[str, float]:
+        """Machine -> seconds of a step of training, the mean over seeds: CPU seconds on CPUs."""
+        found: dict[str, list[float]] = {}
+        for run in self.arms.get(arm, {}).values():
+            seconds = run["cpu_seconds"] if "CPU" in run["machine"] else run["seconds"]
+            if seconds:
+                found.setdefault(run["machine"], []).append(seconds / run["steps"])
+        return {where: mean(each) for where, each in found.items()}
+
+    def dearness(self, arm: str, plain: str) -> float | None:
+        """How many times the seconds of a plain step an arm's step takes; None where no machine ran both."""
+        own, its = self.seconds_per_step(arm), self.seconds_per_step(plain)
+        ratios = [own[where] / its[where] for where in own if where in its]
+        return mean(ratios) if ratios else None
+
+
+def verdict(found: Sequence[float], metric: Metric, base: float) -> str:
+    """What differences say, in README.md's words."""
+    if len(found) not in T95:
+        return "one seed"
+    better, half = mean(found) * (1 if metric.larger else -1), half_width(found)
+    margin = metric.margin * (abs(base) if metric.relative else 1)
+    if abs(better) > max(half, margin):
+        return "better" if better > 0 else "worse"
+    return "equal" if abs(better) + half <= margin else "no difference seen"
+
+
+def difference(found: dict[int, float], metric: Metric, base: Iterable[float]) -> str:
+    """A cell: mean, half width, verdict."""
+    values = list(found.values())
+    if not values:
+        return GAP
+    sign = "+" if mean(values) >= 0 else ""
+    return f"{sign}{interval(values, metric.digits)} {verdict(values, metric, mean(base))}"
+
+
+def absolute(results: Results, arms: Sequence[str], metrics: Sequence[Metric]) -> str:
+    """Means over seeds and half widths."""
+    rows = []
+    for arm in arms:
+        cells = [interval([*results.values(arm, m).values()], m.digits) if arm in results.arms else GAP for m in metrics]
+        rows.append([f"`{arm}`", str(len(results.arms.get(arm, {}))), *cells])
+    return markdown(["arm", "seeds", *(m.title for m in metrics)], rows)
+
+
+def relative(results: Results, pairs: Iterable[tuple[str, str]]) -> str:
+    """Differences, seed by seed."""
+    rows = [
+        [
+            f"`{arm}` - `{other}`",
+            str(len(results.differences(arm, other, EXACT))),
+            *(
+                difference(results.differences(arm, other, m), m, results.values(other, m).values() or [0])
+                for m in COMPARED
+            ),
+        ]
+        for arm, other in pairs
+    ]
+    return markdown(["difference", "seeds", *(m.title for m in COMPARED)], rows)
+
+
+def at_seconds(results: Results, arm: str, plain: str, metric: Metric) -> dict[int, float]:
+    """Seed -> an arm's figure less that of plain training in as many seconds, linear between the plain runs."""
+    ratio = results.dearness(arm, plain)
+    if ratio is None:
+        return {}
+    curve = {study.STEPS: plain} | {steps: f"{plain}_{steps}" for steps in study.LONGER}
+    values = {steps: results.values(name, metric) for steps, name in curve.items()}
+    found = {}
+    for seed, run in results.arms[arm].items():
+        points = [(steps, own[seed]) for steps, own in values.items() if seed in own]
+        if len(points) == len(curve):
+            found[seed] = metric.value(run) - _linear(points, ratio * run["steps"])
+    return found
+
+
+def _linear(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Between points, in order; the first or last value beyond them."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * max(0.0, x - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def equal_seconds(results: Results) -> str:
+    """Each aligned arm of 800 steps against plain training of as many seconds."""
+    rows = []
+    for arm in study.ARMS:
+        plain = CURVES.get(arm.domain.name)
+        if plain and arm.alignment and arm.group != "size" and arm.name in results.arms:
+            ratio, base = results.dearness(arm.name, plain), results.arms.get(plain, {}).values()
+            cells = [
+                difference(at_seconds(results, arm.name, plain, m), m, [m.value(run) for run in base] or [0])
+                for m in COMPARED
+            ]
+            rows.append([f"`{arm.name}`", GAP if ratio is None else f"{ratio:.2f}", *cells])
+    return markdown(["arm", "seconds, times plain's", *(m.title for m in COMPARED)], rows)
+
+
+def search(results: Results) -> str:
+    """What the search found: of each candidate its FID at the plain settings, and what was chosen."""
+    rows = []
+    for family, arms in study.SEARCHED.items():
+        found = {
+            arm.name.removeprefix(f"search_{family}_"): results.arms[arm.name][study.SEARCH_SEED]
+            for arm in arms
+            if arm.name in results.arms
+        }
+        best = min(found, key=lambda name: FID_PLAIN.value(found[name])) if len(found) == len(arms) else None
+        taken = GAP if best is None else f"{found[best]['alignment']['at']}, weight {found[best]['alignment']['weight']:g}"
+        rows.append([f"`{family}`", ", ".join(f"{k} {FID_PLAIN.value(r):.0f}" for k, r in found.items()) or GAP, taken])
+    return markdown(["arm", "FID of", "chosen"], rows)
+
+
+def sizes(results: Results) -> str:
+    """What irepa gains at each size, and by how much more the largest size gains than the smallest."""
+    rows = []
+    for name, ladder in LADDERS.items():
+        gains = {size: gained(results, prefix, EXACT, FID_BEST, NATS) for size, prefix in ladder.items()}
+        for size, own in gains.items():
+            cells = [interval([*found.values()], m.digits) if found else GAP for m, found in own]
+            rows.append([f"{name} {size}", *cells])
+        (small, first), *_, (large, last) = gains.items()
+        cells = []
+        for (metric, low), (_, high) in zip(first, last, strict=True):
+            found = {seed: high[seed] - low[seed] for seed in set(low) & set(high)}
+            cells.append(interval([*found.values()], metric.digits) if found else GAP)
+        rows.append([f"{name} {large} - {small}", *cells])
+    return markdown(["irepa - plain", *(m.title for m in (EXACT, FID_BEST, NATS))], rows)
+
+
+def gained(results: Results, prefix: str, *metrics: Metric) -> list[tuple[Metric, dict[int, float]]]:
+    """Of each figure what irepa gains at a size."""
+    return [(m, results.differences(f"{prefix}irepa", f"{prefix}plain", m)) for m in metrics]
+
+
+def best_settings(results: Results) -> str:
+    """How the best samples of each arm were drawn, seed by seed."""
+    rows = []
+    for arm in study.ARMS:
+        ways = [
+            f"{best['prior']}, T {best['temperature']:g}, w {best['guidance']:g}"
+            for _, run in sorted(results.arms.get(arm.name, {}).items())
+            if (best := run["best"])
+        ]
+        if ways:
+            rows.append([f"`{arm.name}`", "; ".join(ways)])
+    return markdown(["arm", "best settings, by seed"], rows)
+
+
+def gradient_table(results: Results) -> str:
+    """Norms and cosines over training."""
+    shown = ("one_step exact", "detach exact", "likelihood one_step", "likelihood exact")
+    rows = []
+    for name, found in results.gradients.items():
+        for row in found["checkpoints"]:
+            norms, cosines = row["norms"], row["cosines"]
+            lengths = [f"{norms[k]:.3g}" for k in ("likelihood", "one_step", "exact")]
+            angles = [GAP if cosines[k] is None else f"{cosines[k]:.2f}" for k in shown]
+            rows.append([f"`{name}`", str(row["step"]), *lengths, f"{norms['exact'] / norms['one_step']:.2f}", *angles])
+    heads = ["run", "step", "norm, likelihood", "one_step", "exact", "exact / one_step"]
+    return markdown(heads + [f"cosine, {k.replace(' ', ' and ')}" for k in shown], rows)
+
+
+def failures(results: Results) -> str:
+    """Runs that diverged."""
+    return markdown(["run without an end", "why"], [[f"`{r['arm']}-{r['seed']}`", r["failed"]] for r in results.failed])
+
+
+def page(results: Results) -> str:
+    """All tables, under their titles."""
+    parts = [f"## Search\n\n{search(results)}", f"## Runs without an end\n\n{failures(results)}"]
+    for group, arms in study.GROUPS.items():
+        parts += [f"## Arms: {group}\n\n{absolute(results, arms, QUALITY)}\n\n{absolute(results, arms, SAMPLES)}"]
+    parts += [f"## {title}\n\n{relative(results, pairs)}" for title, pairs in PAIRS.items()]
+    parts += [f"## 4. Best settings\n\n{best_settings(results)}", f"## 6. Equal seconds\n\n{equal_seconds(results)}"]
+    parts += [f"## 7. Gradients\n\n{gradient_table(results)}", f"## 8. Gain by size\n\n{sizes(results)}"]
+    return "\n\n".join(parts)
+
+
+def gains(results: Results, pairs: Sequence[tuple[str, str]]) -> Figure:
+    """Exact accuracy and FID at the best settings, arm less other, with intervals."""
+    figure = Figure((9, 1 + 0.35 * len(pairs)), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2, sharey=True), (EXACT, FID_BEST), strict=True):
+        for i, pair in enumerate(pairs):
+            found = [*results.differences(*pair, metric).values()]
+            if found:
+                half = half_width(found) if len(found) in T95 else math.nan
+                axes.errorbar(mean(found), i, xerr=half, fmt="o", color="#2563eb", capsize=3)
+        axes.axvline(0, color="#6b7280", lw=1)
+        axes.set_xlabel(metric.title)
+        axes.set_yticks(range(len(pairs)), [f"{arm} - {other}" for arm, other in pairs])
+    figure.axes[0].invert_yaxis()
+    return figure
+
+
+def gain_by_size(results: Results) -> Figure:
+    """What irepa gains against the size of the flow and of the data."""
+    figure = Figure((9, 5), layout="constrained")
+    grid = figure.subplots(2, 2, squeeze=False)
+    for column, (name, ladder) in enumerate(LADDERS.items()):
+        for axes, metric in zip(grid[:, column], (EXACT, FID_BEST), strict=True):
+            for i, prefix in enumerate(ladder.values()):
+                found = [*results.differences(f"{prefix}irepa", f"{prefix}plain", metric).values()]
+                if found:
+                    half = half_width(found) if len(found) in T95 else math.nan
+                    axes.errorbar(i, mean(found), yerr=half, fmt="o", color="#2563eb", capsize=3)
+            axes.axhline(0, color="#6b7280", lw=1)
+            axes.set_xticks(range(len(ladder)), list(ladder))
+            axes.set(xlabel=name, ylabel=f"irepa - plain, {metric.title}")
+    return figure
+
+
+def gradient_figure(results: Results) -> Figure:
+    """Length and direction of exact's gradient over training, and by token at the last checkpoint."""
+    figure = Figure((9, 3.5), layout="constrained")
+    lengths, angles, tokens = figure.subplots(1, 3)
+    for name, found in results.gradients.items():
+        rows = found["checkpoints"]
+        steps = [row["step"] for row in rows]
+        lengths.plot(steps, [row["norms"]["exact"] / row["norms"]["one_step"] for row in rows], marker="o", label=name)
+        angles.plot(steps, [row["cosines"]["one_step exact"] for row in rows], marker="o", label=name)
+        for block, own in rows[-1]["tokens"].items():
+            share = [added / whole if whole else math.nan for added, whole in zip(own["added"], own["exact"], strict=True)]
+            tokens.plot(range(1, len(share) + 1), share, label=f"{name}, block {block}")
+    lengths.set(xlabel="step", ylabel="norm of exact / norm of one_step")
+    angles.set(xlabel="step", ylabel="cosine of exact and one_step")
+    tokens.set(xlabel="token, in the block's order", ylabel="added / exact, RMS")
+    for axes in (lengths, tokens):
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=7)
+    return figure
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """Name -> figure."""
+    drawn = {title.split(". ")[1].lower(): gains(results, pairs) for title, pairs in PAIRS.items()}
+    return drawn | {"gain_by_size": gain_by_size(results), "gradients": gradient_figure(results)}
+
+
+def main() -> None:
+    """Print the tables, draw the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=study.RESULTS, help="where results are")
+    parser.add_argument("--figures", type=Path, default=None, help="a folder for figures; none are drawn without it")
+    o = parser.parse_args()
+    results = Results(o.results)
+    print(page(results))
+    if o.figures:
+        o.figures.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures(results).items():
+            figure.savefig(o.figures / f"{name}.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
