@@ -24,14 +24,14 @@ sys.path.append(str(Path(__file__).parent / "alignment"))
 
 import judge as judge  # which makes it an extractor
 
-T95 = {2: 12.706, 3: 4.303}  # Student's t, two-sided, by the number of seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of seeds
 REFERENCE = 5000  # held-out images that samples are compared with, at most
 Arm = TypeVar("Arm")
 Run = tuple[Arm, int]  # an arm, which has a name, and a seed
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the mean of 2 or 3 values."""
+    """Half the width of the 95 % interval of the mean of 2 to 5 values."""
     return T95[len(values)] * stdev(values) / math.sqrt(len(values))
 
 

@@ -10,11 +10,10 @@ interval (Student's t).
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from scipy.stats import t
-
+from common import half_width
 from flowback.core.files import read_json
 from flowback.runs.log import read_metrics
 
@@ -40,11 +39,6 @@ def read(folder: Path) -> dict[str, Run]:
     return {name: report[name] | {"early": early[name]} for name in logs}
 
 
-def interval(values: list[float]) -> float:
-    """Half the width of the 95 % interval of the mean."""
-    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-
-
 def rows(pairs: list[dict[str, Run]]) -> list[str]:
     """The table, as Markdown."""
     lines = ["| figure | plain | aligned | difference |", "|---|---|---|---|"]
@@ -52,7 +46,7 @@ def rows(pairs: list[dict[str, Run]]) -> list[str]:
         plain, aligned = ([figure(pair[name]) for pair in pairs] for name in ("plain", "aligned"))
         gained = [b - a for a, b in zip(plain, aligned, strict=True)]
         cells = [f"{mean(plain):.{digits}f}", f"{mean(aligned):.{digits}f}"]
-        lines.append(f"| {title} | {' | '.join(cells)} | {mean(gained):+.{digits}f} ± {interval(gained):.{digits}f} |")
+        lines.append(f"| {title} | {' | '.join(cells)} | {mean(gained):+.{digits}f} ± {half_width(gained):.{digits}f} |")
     return lines
 
 
