@@ -3,7 +3,7 @@
     flowback train --config configs/digits.yaml --run runs/digits
     python studies/latents/latent_study.py --only pixels_all,pca_32_all --seeds 0    # the two of Fashion-MNIST
     python studies/shipped.py runs/digits digits --draws 4 --student 1500
-    python studies/shipped.py runs/studies/latents/flow/pixels_all-0 fashion_mnist --student 2000
+    python studies/shipped.py runs/studies/latents/flow/pixels_all-0 fashion_mnist
     python studies/shipped.py runs/studies/latents/flow/pca_32_all-0 fashion_mnist_semantic
 
 A flow's weights are rounded to bfloat16, which halves the file, and only then measured: the figures of its card are of what
