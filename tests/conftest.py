@@ -40,6 +40,7 @@ if os.name == "posix":  # see forked.py
         ]
     )
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # for what is compiled here no processes need be started
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")  # nor programs compiled that find the machine's vector instructions
 torch.set_num_threads(1)  # for tensors this small a second thread only waits, and on a busy machine for long
 settings.register_profile(
     "flowback", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
