@@ -1,6 +1,7 @@
 """One thread, fixed seeds, one profile for the property tests, the real data that ships with scikit-learn, small flows."""
 
 import copy
+import gc
 import os
 from contextlib import contextmanager
 from functools import cache
@@ -48,6 +49,11 @@ settings.register_profile(
 settings.load_profile("flowback")
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays, and need not be looked through again
+    gc.set_threshold(20_000)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -73,6 +79,7 @@ def made_once():
         patch.setattr(
             "numpy.linalg.eigvals", lambda matrix: from_its_range(matrix) if len(matrix) > 256 else eigvals(matrix)
         )
+        patch.setattr("torch.cuda.device_count", cache(torch.cuda.device_count))  # the driver is asked each time
         patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None)
         yield
 
