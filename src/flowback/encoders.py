@@ -199,8 +199,9 @@ def _outline(name: str, size: tuple[int, int] | None = None) -> Any:
     """
     import timm
 
+    options: dict[str, Any] = {} if size is None else {"img_size": size}
     with torch.device("meta"):
-        return timm.create_model(name, **({} if size is None else {"img_size": size}))
+        return timm.create_model(name, **options)
 
 
 def load_by_order(model: nn.Module, file: Path) -> None:
