@@ -1,6 +1,7 @@
 """One thread, fixed seeds, one profile for the property tests, the real data that ships with scikit-learn, small flows."""
 
 import copy
+import gc
 import os
 from contextlib import contextmanager
 from functools import cache
@@ -40,11 +41,17 @@ if os.name == "posix":  # see forked.py
         ]
     )
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # for what is compiled here no processes need be started
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")  # nor programs compiled that find the machine's vector instructions
 torch.set_num_threads(1)  # for tensors this small a second thread only waits, and on a busy machine for long
 settings.register_profile(
     "flowback", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("flowback")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays, and need not be looked through again
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +79,7 @@ def made_once():
         patch.setattr(
             "numpy.linalg.eigvals", lambda matrix: from_its_range(matrix) if len(matrix) > 256 else eigvals(matrix)
         )
+        patch.setattr("torch.cuda.device_count", cache(torch.cuda.device_count))  # the driver is asked each time
         patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None)
         yield
 

@@ -67,7 +67,7 @@ def test_autotune_measures_every_block_at_every_number_of_rows(flow):
     for measured in found.rows.values():
         assert len(measured) == flow.config.blocks
         for block in measured:
-            assert block.solver in candidates(9)
+            assert block.solver in candidates(9, draft=True)  # which is tried where bfloat16 is fast
             assert 0 < block.seconds <= block.sequential_seconds
             assert block.sweeps >= 1
             assert block.residual <= 1e-10

@@ -14,7 +14,7 @@ from flowback.flow.decoding import METHODS, CausalMap, Solver, solve
 from flowback.flow.guidance import Guidance
 
 SHALLOW = {"blocks": 2, "layers": 1}  # tracing takes long
-VARIANTS = [SHALLOW, {**SHALLOW, "positions": "rotary", "mlp": "swiglu", "layers": [1, 2]}, {**SHALLOW, "num_classes": 0}]
+VARIANTS = [SHALLOW, {**SHALLOW, "positions": "rotary", "mlp": "swiglu", "layers": [1, 2], "num_classes": 0}]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_encoding_can_be_exported_for_any_batch(options, strict):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("options", "guidance"), zip(VARIANTS, (0.0, 1.5, 0.0), strict=True))
+@pytest.mark.parametrize(("options", "guidance"), zip(VARIANTS, (1.5, 0.0), strict=True))
 def test_compiled_passes_decode_the_same_images(quick, method, options, guidance):
     flow = random_flow(std=0.1, **options)
     z = torch.randn(3, *flow.token_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def test_one_program_serves_all_tokens_blocks_and_batches(quick):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 def test_sampling_compiled_draws_the_same_images(tmp_path):
-    random_flow(torch.float32, std=0.1, blocks=2, layers=1, channels=1).save_pretrained(tmp_path / "flow")
+    random_flow(torch.float32, std=0.1, blocks=1, layers=1, channels=1).save_pretrained(tmp_path / "flow")
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         words = ["sample", str(tmp_path / "flow"), "--num=2", "--method=sequential", "-o", str(tmp_path / f"{name}.npz")]
         assert main([*words, "--device=cpu", *more]) == 0

@@ -87,17 +87,17 @@ def test_figures_equal_torch_fidelitys_own_on_the_same_two_folders(inception, tm
 
 
 def test_fid_is_the_frechet_distance_of_the_features():
-    a, b = TensorImages(pictures(20, 1)), TensorImages(pictures(16, 2) // 2)
+    a, b = TensorImages(pictures(8, 1)), TensorImages(pictures(6, 2) // 2)
     shipped = [pooled_features(images).double().numpy() for images in (a, b)]
-    assert shipped[0].shape == (20, 1280)
+    assert shipped[0].shape == (8, 1280)
     assert fidelity(a, b, ("fid",))["fid"] == pytest.approx(frechet(*shipped), rel=1e-3)
 
 
 def test_sfid_is_the_frechet_distance_of_adms_spatial_features(inception):
     model, file = inception
-    a, b = pictures(5, 1), pictures(4, 2) // 2
+    a, b = pictures(3, 1), pictures(2, 2) // 2
     seen = [spatial_features(model, part).double().numpy() for part in (a, b)]
-    assert [found.shape for found in seen] == [(5, 7 * 17 * 17), (4, 7 * 17 * 17)]
+    assert [found.shape for found in seen] == [(3, 7 * 17 * 17), (2, 7 * 17 * 17)]
     found = fidelity(TensorImages(a), TensorImages(b), ("sfid",), "inception", str(file))["sfid"]
     assert found == pytest.approx(frechet(*seen), rel=1e-3, abs=1e-6)
 
@@ -121,8 +121,8 @@ def test_spatial_features_are_the_first_channels_of_mixed_6s_first_branch(incept
 
 def test_the_reference_is_computed_once(monkeypatch):
     data = load_data(DataConfig(limit=40))
-    reference, name = reference_of(data, 20)
-    samples = TensorImages(pictures(20, 1, channels=1, size=8))
+    reference, name = reference_of(data, 6)
+    samples = TensorImages(pictures(6, 1, channels=1, size=8))
     first = fidelity(samples, reference, ("fid",), reference_name=name)
     reads = []
     monkeypatch.setattr(SplitImages, "__getitem__", lambda self, i: reads.append(i) or pictures(1, i)[0])
@@ -296,8 +296,11 @@ def test_a_reference_is_a_tree_of_images_of_any_size_read_as_training_data_is(tm
 
 def test_adms_statistics_give_the_figures_of_their_images(inception, tmp_path, monkeypatch):
     model, weights = inception
-    real, samples = pictures(4, 1), TensorImages(pictures(10, 2))
-    pooled, spatial = model(real)[0].double().numpy(), spatial_features(model, real).double().numpy()
+    real, samples = pictures(3, 1), TensorImages(pictures(10, 2))
+    spatial = spatial_features(model, real).double().numpy()
+    whole = FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 107)  # to which all images are resized
+    pooled = model(real)[0].double().numpy()
     statistics = {"mu": pooled.mean(0), "sigma": np.cov(pooled, rowvar=False)}
     statistics |= {"mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
     reference = open_reference(saved(tmp_path, **statistics), (16, 16))
@@ -313,6 +316,7 @@ def test_adms_statistics_give_the_figures_of_their_images(inception, tmp_path, m
         assert np.allclose(known["mu"], features.mean(0), atol=1e-5)
         assert np.allclose(known["sigma"], np.cov(features, rowvar=False), atol=1e-4)
     assert (found["fid"], found["reference_images"], np.isfinite(found["is"])) == (7, None, True)
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", whole)
     monkeypatch.setattr("flowback.measure.fidelity._against", lambda pair, *_, **__: pair[0])
     sfid = fidelity(TensorImages(real[:2]), reference, ("sfid",), "inception", str(weights))["sfid"]
     assert np.allclose(sfid, spatial.mean(0))

@@ -113,7 +113,7 @@ def test_channels_are_scaled_each_by_its_own_numbers(vae, tmp_path):
 
 def test_samples_of_the_posterior_are_a_function_of_the_generator(vae):
     flow = latent_flow(vae, "sample")
-    x = pictures(1).expand(4000, -1, -1, -1)
+    x = pictures(1).expand(1000, -1, -1, -1)
     first, again = (flow.to_data(x, seeded(3)) for _ in range(2))
     assert torch.equal(first, again)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_a_sampled_latent_is_independent_of_the_noise(vae):
     perturb = flow.core.perturb
     flow.core.perturb = lambda x, generator=None: seen.append((x, perturb(x, generator))) or seen[-1][1]
     for seed in (0, 1):
-        classify(flow, pictures(1).expand(2000, -1, -1, -1), "single_gradient", seed=seed)
+        classify(flow, pictures(1).expand(500, -1, -1, -1), "single_gradient", seed=seed)
     (clean, noisy), (again, _) = seen
     assert torch.equal(clean, again)
     both = torch.stack([(clean - clean.mean(0)).flatten(), (noisy - clean).flatten()])

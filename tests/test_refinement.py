@@ -88,8 +88,7 @@ def drawn_plainly(guidance):
     return z, [flow.denoise(flow.decode(z[:, r], LABELS, guidance, "sequential"), LABELS) for r in range(5)]
 
 
-@rules
-@pytest.mark.parametrize("guidance", [0.0, 1.0])
+@pytest.mark.parametrize(("rule", "guidance"), zip(RULES, (0.0, 1.0) * len(RULES), strict=False))
 def test_the_candidate_that_agrees_most_is_kept_and_drawing_ends_once_it_agrees(rule, guidance, flow):
     z, x = drawn_plainly(guidance)
     values, agrees = (torch.stack(part, dim=1) for part in zip(*(agreement(flow, a, LABELS, rule) for a in x), strict=True))

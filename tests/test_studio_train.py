@@ -191,7 +191,7 @@ class Page:
         end = time.monotonic() + seconds
         while text not in (said := self.look()):
             assert time.monotonic() < end, said
-            time.sleep(0.5)
+            time.sleep(0.2)
         return said
 
 

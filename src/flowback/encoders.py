@@ -8,6 +8,7 @@ a pooling head, so a ViT and a ConvNet look alike.
 import difflib
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -156,8 +157,7 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     if source is not None and not source.is_file():
         raise InputError(f"encoder weights {source} are not a file; expected a .safetensors or .pth file, or 'random'")
 
-    with torch.device("meta"):  # what the model is, at no cost
-        own: Any = timm.create_model(known.timm)
+    own = _outline(known.timm)
     stride: int = own.feature_info[-1]["reduction"]
     height, width = (stride * n for n in grid) if grid else own.pretrained_cfg["input_size"][-2:]
     # models that cut patches are built for their input size, so that positions are interpolated as weights are loaded
@@ -167,8 +167,7 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
     fitting = allowed = "a model and a grid that fit each other"
     try:
         if grid and options:
-            with torch.device("meta"):
-                timm.create_model(known.timm, **options)
+            _outline(known.timm, (height, width))
         allowed = "a reachable hub, or a local file of this model's weights"
         if source is not None and shipped is None:
             check_zip(source)
@@ -190,6 +189,19 @@ def load_encoder(name: str, weights: str | Path | None = None, grid: tuple[int, 
         given = str(source or weights or "the hub")
         what = f"encoder {name!r} cannot be made for {height}x{width} pixels with weights from {given}"
         raise InputError(f"{what} ({reason}); expected {allowed}") from error
+
+
+@cache
+def _outline(name: str, size: tuple[int, int] | None = None) -> Any:
+    """What a timm model is, without content, for images of a size if it is built for one.
+
+    Kept, since timm takes longer to initialize what has no content than what has.
+    """
+    import timm
+
+    options: dict[str, Any] = {} if size is None else {"img_size": size}
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
 
 
 def load_by_order(model: nn.Module, file: Path) -> None:

@@ -1040,15 +1040,12 @@ def test_the_documentation_counts_the_rows():
     assert counts == {**{group: len(rows) for group, rows in TABLE.items()}, "all": len(ROWS)}
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [("classify run images/bomb.png", "exceeds limit"), ("import-tarflow flows/code.pth out", "objects can run code")],
-)
-def test_a_process_of_its_own_ends_alike(world, at_first, command, words):
-    done = subprocess.run([sys.executable, "-m", "flowback", *command.split()], cwd=world, capture_output=True, text=True)
+def test_a_process_of_its_own_ends_alike(world, at_first):
+    words = [sys.executable, "-m", "flowback", "import-tarflow", "flows/code.pth", "out"]
+    done = subprocess.run(words, cwd=world, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert re.fullmatch(rf"flowback: error: .*{words}.*\n", done.stderr)
+    assert re.fullmatch(r"flowback: error: .*objects can run code.*\n", done.stderr)
     assert contents(world) == at_first
 
 

@@ -1,4 +1,4 @@
-"""Every command, as a user runs it; the first ones in a process of their own."""
+"""Every command, as a user runs it."""
 
 import json
 import os
@@ -21,8 +21,7 @@ from flowback.cli import VERBS, build_parser, main
 from flowback.runs.checkpoint import load_flow
 from flowback.runs.config import RunConfig, recipe
 from flowback.tasks.classify import classify
-
-FLOWBACK = [sys.executable, "-c", "from flowback.cli import main; raise SystemExit(main())"]
+from forked import Forked, program
 
 
 @pytest.fixture
@@ -94,12 +93,11 @@ def test_stopped_and_resumed_by_the_config_of_the_run(tmp_path, capsys):
 
 
 def test_ctrl_c_saves_ends_cleanly_and_says_how_to_go_on(tmp_path):
-    command = [*FLOWBACK, "train", f"--run={tmp_path}", "--train.steps=100000", "--train.log_every=1", *SMALL_RUN]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Forked(program, ["train", f"--run={tmp_path}", "--train.steps=100000", "--train.log_every=1", *SMALL_RUN])
     deadline = time.monotonic() + 120
     metrics = tmp_path / "metrics.csv"
     while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
