@@ -194,10 +194,14 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         statistics = ClassStatistics.load(flow.core.folder, flow.num_classes) if rules else None
         titles, rows, images, unread = header(flow, count), [], [], []
         kinds: Any = ["str" if title.startswith(("file", "rule", "class", "values")) else "number" for title in titles]
+
+        def table_of(rows: list[Any]) -> gr.Dataframe:
+            return gr.Dataframe(rows, headers=titles, datatype=kinds, column_count=len(titles))
+
         yield {
             said: f"classifying {len(paths)} files …",
             previews: [],
-            table: gr.Dataframe([], headers=titles, datatype=kinds, column_count=len(titles)),
+            table: table_of([]),
             download: gr.File(visible=False),
             **dict(zip((python, command), texts(shelf.place(name), paths, rules, count, noises), strict=True)),
         }
@@ -210,10 +214,11 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             yield {
                 said: f"{len(images) + len(unread)} of {len(paths)} files …",
                 previews: images[:PREVIEWS],
-                table: gr.Dataframe(rows, headers=titles, datatype=kinds, column_count=len(titles)),
+                table: table_of(rows),
             }
         yield {
             said: summary(flow, len(images), unread, time.perf_counter() - started),
+            table: table_of(rows),  # again: a busy page may have lost it
             download: gr.File(save_table(studio.new_folder() / "classified.csv", titles, rows), visible=True),
         }
 

@@ -233,11 +233,12 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
         pictures: dict[str, list[tuple[str, str]]] = {kind: [] for kind in galleries}
         titles: list[str] = []
         cells: list[Row] = []
+        shown_rows = gr.Dataframe([])
         unread, started, tiles = [], time.perf_counter(), studio.new_folder()
         yield {
             said: f"scoring {len(asked.files)} files …",
             **{gallery: [] for gallery in galleries.values()},
-            table: gr.Dataframe([]),
+            table: shown_rows,
             download: gr.File(visible=False),
             **dict(zip((python, command), texts(flow, shelf.place(name), asked), strict=True)),
         }
@@ -258,14 +259,16 @@ def build(studio: Studio, chosen: gr.Dropdown) -> None:
             titles = list(rows[0]) if rows else []
             kinds: Any = ["number" if isinstance(value, float) else "str" for value in (rows[0].values() if rows else ())]
             cells = [list(row.values()) for row in rows]
+            shown_rows = gr.Dataframe(cells, headers=titles, datatype=kinds, column_count=len(titles))
             yield {
                 said: f"{len(rows) + len(unread)} of {len(asked.files)} files …",
                 **{gallery: pictures[kind] for kind, gallery in galleries.items()},
-                table: gr.Dataframe(cells, headers=titles, datatype=kinds, column_count=len(titles)),
+                table: shown_rows,
             }
         file = save_table(studio.new_folder() / "scores.csv", titles, cells)
         yield {
             said: summary(len(rows), rows, unread, time.perf_counter() - started),
+            table: shown_rows,  # again: a busy page may have lost it
             download: gr.File(file, visible=True),
         }
 
