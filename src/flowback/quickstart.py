@@ -77,6 +77,7 @@ def jobs(flow: Flow, data: ImageSet, found: dict[str, Any]) -> list[Part]:
     }
     alarms = {what: score(flow, alter(held_out)).outliers(FALSE_ALARMS) for what, alter in strange.items()}
     shares = " and ".join(f"{100 * alarm.float().mean():.0f} % of those with {what}" for what, alarm in alarms.items())
+    right = f"{100 * found['accuracy']['exact']:.1f} % of {len(held_out)} held-out images"
     half = torch.zeros(1, 1, *x.shape[2:], dtype=torch.bool)
     half[:, :, x.shape[2] // 2 :] = True
     filled = inpaint(flow, x, half, y, steps=50, generator=keyed_generator(0)).x
@@ -88,15 +89,15 @@ def jobs(flow: Flow, data: ImageSet, found: dict[str, Any]) -> list[Part]:
         ),
         Part(
             "It classifies",
-            f"{100 * found['accuracy']['exact']:.1f} % of {len(held_out)} held-out images are likeliest under their own class. No "
-            "classifier was trained. These are the least likely to be what they are, taken for "
+            f"{right} are likeliest under their own class. No classifier was trained. These are the least likely to be what "
+            "they are, taken for "
             f"{', '.join(data.classes[row[2]] for row in taken)}.",
             *_shown("The images classified worst", held_out[[row[0] for row in taken]]),
         ),
         Part(
             "It scores",
-            f"What is less typical than {100 * (1 - FALSE_ALARMS):.0f} % of held-out images (first row) raises an alarm: {shares}. "
-            "The flow never saw such images.",
+            f"What is less typical than {100 * (1 - FALSE_ALARMS):.0f} % of held-out images (first row) raises an alarm: "
+            f"{shares}. The flow never saw such images.",
             *_shown("Held-out images, and two rows of outliers", x, *(alter(x) for alter in strange.values())),
         ),
         Part(
