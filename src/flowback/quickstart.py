@@ -89,8 +89,8 @@ def jobs(flow: Flow, data: ImageSet, found: dict[str, Any]) -> list[Part]:
         ),
         Part(
             "It classifies",
-            f"{right} are likeliest under their own class. No classifier was trained. These are the least likely to be what "
-            "they are, taken for "
+            f"{right} are likeliest under their own class. No classifier was trained. These are the least likely to be "
+            "what they are, taken for "
             f"{', '.join(data.classes[row[2]] for row in taken)}.",
             *_shown("The images classified worst", held_out[[row[0] for row in taken]]),
         ),
