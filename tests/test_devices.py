@@ -456,6 +456,8 @@ def test_labels_are_checked_where_they_are_numbers(second, on_device):
 RUN = [*SMALL_RUN, "--data.name=digits", "--train.steps=6", "--train.log_every=2", "--train.eval_every=6"]
 ENCODER = ["--alignment.encoder=test_vit", "--alignment.encoder_weights=random"]  # evaluations see with a larger one
 ALIGNED = ["--alignment.strategy=reverse", "--alignment.at=[[2,1]]", *ENCODER]
+SOME_STEPS = ["--alignment.strategy=forward", "--alignment.reverse_from=3", "--alignment.every=2"]
+SOME_STEPS += ["--alignment.separate_projectors=true"]
 
 
 @pytest.fixture(scope="module")
@@ -598,6 +600,7 @@ TRAINED = {
     "plain": [],
     "joint": JOINT,
     "joint, forward": [*ALIGNED, *JOINT, "--alignment.strategy=forward", "--joint.align_encoder=true"],
+    "forward first, some steps": [*ALIGNED, *SOME_STEPS],
     **{f"{s} {g}": [*ALIGNED, f"--alignment.strategy={s}", f"--alignment.gradient={g}"] for s, g in STRATEGIES},
 }
 

@@ -44,9 +44,9 @@ class Alignment(Carrier):
         projector_width: hidden size of the MLP.
         projector: a key of `PROJECTORS`: "mlp", token by token (REPA), or "conv", over the grid (iREPA).
         spatial_norm: normalize every channel of the targets over an image's patches (iREPA).
-        separate_projectors: a projector for each pair, instead of one that all share.
         tolerance: of "exact": the adjoint's series ends where a term is smaller than this share of the sum. None for
             1e-12 in float64, and 1e-3 in lower precisions: bfloat16 products are no more accurate.
+        separate_projectors: a projector for each pair, instead of one that all share.
 
     Raises:
         InputError: if a pair, the strategy, the gradient or the weight does not exist or is impossible.
@@ -65,8 +65,8 @@ class Alignment(Carrier):
         projector_width: int = 1024,
         projector: str = "mlp",
         spatial_norm: bool = False,
-        separate_projectors: bool = False,
         tolerance: float | None = None,
+        separate_projectors: bool = False,
     ) -> None:
         super().__init__()
         flow = flow.core

@@ -167,8 +167,10 @@ def plan(config: RunConfig, device: Device | None = None) -> Budget:
             encoder = load_encoder(a.encoder, "random", grid=flow.grid)
         gradient = EXACT_TERMS if a.gradient == "exact" else a.gradient
         with fake:
-            variant = a.projector_width, a.projector, a.spatial_norm, a.separate_projectors
-            alignment = Alignment(flow, encoder, a.at, a.strategy, gradient, a.weight, *variant)
+            variant = a.projector_width, a.projector, a.spatial_norm
+            alignment = Alignment(
+                flow, encoder, a.at, a.strategy, gradient, a.weight, *variant, separate_projectors=a.separate_projectors
+            )
     if c.checkpoint_activations:
         checkpoint_layers(flow)
     objective: nn.Module = alignment or Likelihood(flow)

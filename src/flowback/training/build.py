@@ -266,5 +266,5 @@ def make_alignment(config: AlignmentConfig, flow: TarFlow, encoder: Encoder | No
     """The alignment that a configuration describes, with the encoder of `make_encoder`."""
     encoder = make_encoder(config, flow, encoder)
     where = config.at, config.strategy, config.gradient
-    projector = config.projector_width, config.projector, config.spatial_norm, config.separate_projectors
-    return Alignment(flow, encoder, *where, config.weight, *projector)
+    projector = config.projector_width, config.projector, config.spatial_norm
+    return Alignment(flow, encoder, *where, config.weight, *projector, separate_projectors=config.separate_projectors)
