@@ -173,6 +173,8 @@ ALIGNMENT = [
 LOSSES = [
     Arm("pca_32_l1", options=PCA, loss=ReconstructionConfig(), flow=noised(0.4), seeds=(0,)),
     Arm("pca_32_l2", options=PCA, loss=replace(SHARP, pixels="l2"), flow=noised(0.4), seeds=(0,)),
+    Arm("pca_32_features", options=PCA, loss=ReconstructionConfig(features=0.5), flow=noised(0.4), seeds=(0,)),
+    Arm("pca_32_sharp_features", options=PCA, loss=replace(SHARP, features=0.5), flow=noised(0.4), seeds=(0,)),
 ]
 LONG = [
     Arm("pca_32_all", options=PCA, data=FULL, flow=noised(0.4), train={"steps": LONG_STEPS}),
