@@ -15,6 +15,7 @@ from flowback.core.console import command
 from flowback.core.errors import InputError
 from flowback.core.files import new_folder, read_json
 from flowback.flow.io import CARD, check_repo_id, read_description, upload
+from flowback.flow.student import Student
 from flowback.latents import Flow, LatentFlow
 from flowback.runs.checkpoint import State, load_flow, newest
 from flowback.runs.config import RunConfig
@@ -179,7 +180,7 @@ def model_card(
         version=__version__,
         parameters=sum(parameter.numel() for parameter in flow.parameters()),
         shown_classes=SHOWN_CLASSES,
-        student=flow.core.student,
+        student=flow.core.student and of_student(flow.core.student),
         densities=[
             (title.format(seen="images" if autoencoder is None else "latents"), e[figure])
             for figure, title in DENSITIES.items()
@@ -195,6 +196,15 @@ def model_card(
             for figure, title in FIDELITY.items()
             if figure in row
         ],
+    )
+
+
+def of_student(student: Student) -> str:
+    """What the card of a flow says of the student beside it."""
+    method = student.lesson.method.replace("_", " ")
+    return (
+        'A student lies beside the flow, which draws in a few passes: `flow.sample(2, sampler="student")`. '
+        f"It was trained on the same images ({method}). Densities are the flow's."
     )
 
 
