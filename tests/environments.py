@@ -33,7 +33,7 @@ assert (flow.decode(z, y=[3, 7]) - x).abs().max() < 1e-4
 assert classify(flow, x).argmax(dim=1).tolist() == [3, 7]
 """
 SHORT = "--train.steps 20 --train.eval_every 20 --train.sample_every 20"
-TRAIN = f"flowback train --config digits --run run {SHORT}"
+TRAIN = f"flowback train --config configs/digits.yaml --run run {SHORT}"
 USES = {
     "base": ["python draw.py"],
     "train": [TRAIN, "flowback sample run --num 4 -o grid.png", "flowback evaluate run --images 50"],
@@ -82,13 +82,13 @@ def try_row(extra: str, wheel: Path, oldest: bool, folder: Path) -> str:
     environment, log = folder / "environment", folder / f"{extra}.txt"
     shutil.rmtree(environment, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    install = ["python", "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]" if extra != "base" else str(wheel)]
+    install = ["python", "-m", "pip", "install", "-qq", f"{wheel}[{extra}]" if extra != "base" else str(wheel)]
     if oldest:
         install += ["-c", str(oldest_versions(extra, folder))]
     begun = time.monotonic()
     done = run(install, folder, log, environment)
     if extra == "all":
-        done = done and run(["python", "-m", "pip", "install", "--quiet", *TESTERS], folder, log, environment)
+        done = done and run(["python", "-m", "pip", "install", "-qq", *TESTERS], folder, log, environment)
     installed = time.monotonic() - begun
     with tempfile.TemporaryDirectory(dir=folder) as work:
         (Path(work) / "draw.py").write_text(DRAW)
@@ -107,7 +107,7 @@ def try_row(extra: str, wheel: Path, oldest: bool, folder: Path) -> str:
 def oldest_versions(extra: str, folder: Path) -> Path:
     """A file with the oldest releases that are allowed."""
     file = folder / f"oldest-{extra}.txt"
-    words = ["uv", "pip", "compile", ROOT / "pyproject.toml", "--resolution", "lowest-direct", "--quiet", "--no-header"]
+    words = ["uv", "pip", "compile", ROOT / "pyproject.toml", "--resolution", "lowest-direct", "-qq", "--no-header"]
     words += ["--python-version", platform.python_version(), "--no-annotate", "--output-file", file]
     subprocess.run(words + (["--extra", extra] if extra != "base" else []), check=True, stdout=subprocess.DEVNULL)
     return file
@@ -132,7 +132,7 @@ def main() -> None:
     folder = (o.folder or Path(tempfile.mkdtemp())).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", "venv", folder / "builder"], check=True)
-    subprocess.run([folder / "builder/bin/python", "-m", "pip", "install", "--quiet", "build"], check=True)
+    subprocess.run([folder / "builder/bin/python", "-m", "pip", "install", "-qq", "build"], check=True)
     subprocess.run([folder / "builder/bin/python", "-m", "build", "--wheel", "--outdir", folder, ROOT], check=True)
     wheel = next(folder.glob("*.whl"))
     print(
