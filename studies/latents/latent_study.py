@@ -178,6 +178,15 @@ LOSSES = [
 ]
 LONG = [
     Arm("pca_32_all", options=PCA, data=FULL, flow=noised(0.4), train={"steps": LONG_STEPS}),
+    Arm(
+        "pca_32_all_reverse",
+        options=PCA,
+        alignment=ALIGNED | {"strategy": "reverse"},
+        data=FULL,
+        flow=noised(0.4),
+        train={"steps": LONG_STEPS},
+        space="pca_32_all",
+    ),
     Arm("pixels_all", "pixels", data=FULL, flow=PIXELS, train={"steps": LONG_STEPS, "lr": 8e-3, "warmup": 200}),
 ]
 ARMS = [*MAIN, *LOSSES, *ALIGNMENT, *SIZES, *LONG]
