@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -223,3 +224,28 @@ def test_recipes_ship_with_the_package():
     assert recipe("digits").read_text().startswith("# 8x8 digits")
     for file in recipe("digits").parent.glob("*.yaml"):
         assert RunConfig.read(file).flow.patch_size
+
+
+@pytest.mark.parametrize("name", ["digits", "configs/digits.yaml"])
+def test_a_recipe_of_the_package_is_found_from_anywhere_and_a_file_of_ones_own_comes_first(
+    name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", f"--config={name}", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["steps"] == 1000
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text("train: {steps: 7}")
+    assert main(["train", "--config", name, "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["steps"] == 7
+
+
+@pytest.mark.parametrize("verb", ["train", "cache", "distill", "autoencoder train"])
+def test_a_printed_configuration_is_one_and_nothing_is_done(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*verb.split(), "--train.seed=5", "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    Path("printed.yaml").write_text(printed)
+    assert main([*verb.split(), "--config=printed.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+    assert yaml.safe_load(printed)["train"]["seed"] == 5
+    assert [file.name for file in tmp_path.iterdir()] == ["printed.yaml"]

@@ -121,7 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if " ".join(verb) not in commands:
             parser.parse_args(words)  # which says what there is, and exits
         command, run = commands[" ".join(verb)]
-        status = run(command.instantiate(command.parse_args(words[len(verb) :])))
+        options = command.parse_args(words[len(verb) :])
+        if wanted := getattr(
+            parser, "print_config", None
+        ):  # which the outermost parser prints, if it is the one that parses
+            how = {name: wanted[name] for name in wanted if name not in ("subparser", "key")}
+            print(command.dump(options, **how), end="")
+            return _lost_output()
+        status = run(command.instantiate(options))
         return _lost_output() or status
     except InputError as error:
         fail(str(error))

@@ -24,7 +24,7 @@ class Parser(ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:
         """Parse words. A bare switch, such as `--compile`, means true; `--compile false` and `--no-compile` mean false.
 
-        A recipe comes before all options, wherever it stands: they change it.
+        A recipe comes before all options, wherever it stands: they change it. It is a file, or one of the package.
         """
         words: list[str] = []
         for word in map(_typed, _recipe_first(list(args or ()))):
@@ -67,13 +67,17 @@ class Parser(ArgumentParser):
 
 
 def _recipe_first(words: list[str]) -> list[str]:
+    from flowback.runs.config import recipe_file
+
     verb = list(takewhile(lambda word: not word.startswith("-"), words[: 2 if words[:1] and words[0] in GROUPS else 1]))
     recipes, others, rest = [], [], iter(words[len(verb) :])
     for word in rest:
         if word == "--config":
-            recipes += [word, *islice(rest, 1)]
+            recipes += [word, *(recipe_file(typed_path(path)) for path in islice(rest, 1))]
+        elif word.startswith("--config="):
+            recipes += ["--config", recipe_file(typed_path(word.removeprefix("--config=")))]
         else:
-            (recipes if word.startswith("--config=") else others).append(word)
+            others.append(word)
     return [*verb, *recipes, *others]
 
 

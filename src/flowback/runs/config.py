@@ -475,6 +475,22 @@ def recipe(name: str) -> Path:
     return next(file for file in candidates if file.exists())
 
 
+def recipe_file(path: str) -> str:
+    """The file that a path means: itself, or else a recipe of the package, by `configs/<name>.yaml` or its name alone.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    if Path(path).exists():
+        return path
+    folder = recipe("digits").parent
+    known = {file.relative_to(folder).with_suffix("").as_posix(): file for file in folder.rglob("*.yaml")}
+    name = Path(path).as_posix().removeprefix("configs/").removesuffix(".yaml")
+    if name not in known:
+        raise InputError(f"there is no file {path}; recipes of the package: {', '.join(sorted(known))}")
+    return str(known[name])
+
+
 def recipes() -> list[str]:
     """The names of the recipes that ship with the package."""
     return sorted(file.stem for file in recipe("digits").parent.glob("*.yaml"))
