@@ -1,6 +1,6 @@
 """Would a richer prior than the fitted one pay? Mixtures, and a small flow on z, by held-out likelihood.
 
-    python studies/priors/richer.py [flowback/fashion_mnist …] [--images 20000] [--steps 1000]
+    python studies/priors/richer.py [flowback/fashion_mnist …] [--images 20000] [--steps 1500]
 
 Prints, for each flow of Fashion-MNIST, the nats per dimension that held-out images gain above N(0, I): by the prior that
 `flowback fit-prior` fits; by a mixture of K normal distributions in each class on top of that, whose means and variances
@@ -145,7 +145,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("flows", nargs="*", default=["flowback/fashion_mnist"])
     options.add_argument("--images", type=int, default=20_000)
-    options.add_argument("--steps", type=int, default=1000)
+    options.add_argument("--steps", type=int, default=1500)
     o = options.parse_args()
     data = load_data(DataConfig(name="fashion_mnist"))
     print("| flow | prior | held-out nats/dim gained (± two standard errors) | s |\n|---|---|---|---|", flush=True)
