@@ -388,6 +388,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("paint", "paint"),
         ("train --train.stepz=3", "--train.stepz"),
         ("train --train.steps=many", "train.steps"),
+        ("sample run --config=nowhere.yaml", "unrecognized arguments: --config=nowhere.yaml"),
         ("train --config=nowhere.yaml", "there is no file nowhere.yaml | recipes of the package | digits"),
         ("classify run", "images"),
         ("sample", "run"),

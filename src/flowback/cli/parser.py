@@ -26,12 +26,16 @@ class Parser(ArgumentParser):
 
         A recipe comes before all options, wherever it stands: they change it. It is a file, or one of the package.
         """
+        from flowback.runs.config import recipe_file
+
         words: list[str] = []
         for word in map(_typed, _recipe_first(list(args or ()))):
             if words and words[-1] in self._switches and word in ("true", "false"):
                 words[-1] += f"={word}"
             else:
                 words.append(f"--{word[5:]}=false" if f"--{word[5:]}" in self._switches and word[:5] == "--no-" else word)
+        if "--config" in self._option_string_actions:
+            words = [f"--config={recipe_file(w[9:])}" if w.startswith("--config=") else w for w in words]
         return super().parse_args([f"{w}=true" if w in self._switches else w for w in words], *others, **kwargs)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
@@ -67,17 +71,13 @@ class Parser(ArgumentParser):
 
 
 def _recipe_first(words: list[str]) -> list[str]:
-    from flowback.runs.config import recipe_file
-
     verb = list(takewhile(lambda word: not word.startswith("-"), words[: 2 if words[:1] and words[0] in GROUPS else 1]))
     recipes, others, rest = [], [], iter(words[len(verb) :])
     for word in rest:
         if word == "--config":
-            recipes += [word, *(recipe_file(typed_path(path)) for path in islice(rest, 1))]
-        elif word.startswith("--config="):
-            recipes += ["--config", recipe_file(typed_path(word.removeprefix("--config=")))]
+            recipes += [f"{word}={path}" for path in islice(rest, 1)] or [word]
         else:
-            others.append(word)
+            (recipes if word.startswith("--config=") else others).append(word)
     return [*verb, *recipes, *others]
 
 
