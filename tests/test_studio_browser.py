@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from flowback.core.units import to_uint8
 from flowback.data.pictures import save_png
 from flowback.studio import draw
+from flowback.studio import score as studio_score
 from flowback.studio.app import serve
 from flowback.studio.common import UPLOAD, Studio
 from flowback.studio.shelf import Shelf
@@ -244,6 +245,26 @@ def test_it_scores_a_folder_on_a_small_screen_and_by_keyboard(page, digits, tmp_
         page.locator("a.download-link[download='scores.csv'], a[href$='/scores.csv']").first.click()
     download.value.save_as(tmp_path / "scores.csv")
     assert (tmp_path / "scores.csv").read_text().startswith("file,log_prob,nats_per_dim,bits_per_dim,ratio,class,")
+
+
+def test_stop_ends_a_scoring(page, monkeypatch):
+    go_on, real = threading.Event(), studio_score.score
+
+    def waiting(*arguments, **options):
+        go_on.wait(60)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(studio_score, "score", waiting)
+    open_tab(page, "Score")
+    ask(page, "Use the flow's own", page.get_by_text("drawn_7").locator("visible=true").first)
+    click(page, "Score")
+    page.get_by_text("scoring 8 files").first.wait_for()
+    page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    page.get_by_text("stopped").first.wait_for()
+    go_on.set()
+    page.wait_for_timeout(1000)  # nobody is faster; Gradio's page may lose what is asked for in the same moment
+    click(page, "Score")
+    page.get_by_text("8 files in").wait_for()
 
 
 def test_files_that_are_no_images_are_named(page, tmp_path):
