@@ -2,7 +2,7 @@
 
     python benchmarks/samplers.py [RUN ...] [--random] [--batches 1,8,32] [--passes 1,2,4,8,16] [--guidance 0,2]
         [--repeats 3] [--uncalibrated] [--compile] [--device auto] [--json FILE]
-        [--fid] [--samples 1000] [--seed 0] [--prior standard] [--temperature 1] [--judge FILE]
+        [--fid] [--data NAME] [--samples 1000] [--seed 0] [--prior standard] [--temperature 1] [--judge FILE]
 
 A RUN's students are those that were distilled into its folder `students`, or else the one beside its flow. `--random` adds
 flows and students of random weights, of 49 and of 256 tokens: a pass takes what any other's takes. Parallel decoders need
@@ -34,7 +34,7 @@ from torch import Tensor
 from flowback import TarFlow
 from flowback.core.devices import machine, pick_device, synchronize
 from flowback.core.units import to_uint8
-from flowback.data import ImageSet
+from flowback.data import DataConfig, ImageSet, load_data
 from flowback.flow.autotune import machine_name
 from flowback.flow.io import load_student
 from flowback.flow.student import Lesson, Student, StudentConfig
@@ -82,7 +82,14 @@ def subjects(options: argparse.Namespace, device: torch.device) -> Iterator[Subj
             students = {"student": (flow.core.taught(), None)}
         folder = flow_folder(run)
         seconds = State.read(folder).seconds if (folder / "state.json").is_file() else None
-        data = run_data(Path(run), RunConfig.read(Path(run) / "config.yaml").data) if options.fid else None
+        data = None
+        if options.fid:
+            config = Path(run) / "config.yaml"
+            data = (
+                run_data(Path(run), RunConfig.read(config).data)
+                if config.is_file()
+                else load_data(DataConfig(name=options.data))
+            )
         yield Subject(Path(run).name, flow, students, seconds, data)
     for tokens, sizes in TOKENS.items() if options.random else ():
         torch.manual_seed(0)
@@ -201,6 +208,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="0 to leave out the seconds")
     parser.add_argument("--uncalibrated", action="store_true", help="auto as it is without an autotune")
     parser.add_argument("--fid", action="store_true")
+    parser.add_argument("--data", default="fashion_mnist", help="of flows that are no runs, with --fid")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the noise with --fid")
     parser.add_argument("--prior", default="standard")
