@@ -40,7 +40,6 @@ USES = {
     "eval": [TRAIN, "flowback evaluate run --metrics fid --samples 50"],
     "latent": [
         f"flowback autoencoder train --kind kl --data.name digits --kl.downsample 2 --run kl {SHORT}",
-        "flowback autoencoder evaluate kl",
         f"flowback train --data.name digits --latents.autoencoder kl --flow.patch_size 1 --run flow {SHORT}",
         "flowback sample flow --num 4 -o grid.png",
     ],
