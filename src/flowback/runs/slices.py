@@ -4,7 +4,7 @@ A file's metadata says at which row of the whole a slice begins; what it does no
 for rows, and so may be any other number of processes.
 
 Not by torch.distributed.checkpoint: it keeps the list of tensors in a pickle (`.metadata`), and the writer of safetensors
-that it has since is not in PyTorch 2.6, the oldest one supported.
+that it has since is not public in PyTorch 2.7, the oldest one supported.
 """
 
 import json
