@@ -26,8 +26,6 @@ class Parser(ArgumentParser):
 
         A recipe comes before all options, wherever it stands: they change it. It is a file, or one of the package.
         """
-        from flowback.runs.config import recipe_file
-
         words: list[str] = []
         for word in map(_typed, _recipe_first(list(args or ()))):
             if words and words[-1] in self._switches and word in ("true", "false"):
@@ -35,6 +33,8 @@ class Parser(ArgumentParser):
             else:
                 words.append(f"--{word[5:]}=false" if f"--{word[5:]}" in self._switches and word[:5] == "--no-" else word)
         if "--config" in self._option_string_actions:
+            from flowback.runs.config import recipe_file
+
             words = [f"--config={recipe_file(w[9:])}" if w.startswith("--config=") else w for w in words]
         return super().parse_args([f"{w}=true" if w in self._switches else w for w in words], *others, **kwargs)
 
