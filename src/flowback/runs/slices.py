@@ -3,8 +3,8 @@
 A file's metadata says at which row of the whole a slice begins; what it does not mention is whole. Whoever reads asks
 for rows, and so may be any other number of processes.
 
-Not by torch.distributed.checkpoint: it keeps the list of tensors in a pickle (`.metadata`), and its writer of safetensors is
-younger than this module.
+Not by torch.distributed.checkpoint: it keeps the list of tensors in a pickle (`.metadata`), and its writer of safetensors
+is younger than this module.
 """
 
 import json
