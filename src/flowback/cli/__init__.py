@@ -122,11 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.parse_args(words)  # which says what there is, and exits
         command, run = commands[" ".join(verb)]
         options = command.parse_args(words[len(verb) :])
-        if wanted := getattr(
-            parser, "print_config", None
-        ):  # which the outermost parser prints, if it is the one that parses
-            how = {name: wanted[name] for name in wanted if name not in ("subparser", "key")}
-            print(command.dump(options, **how), end="")
+        if options.pop("print_config", False):
+            print(command.dump(options), end="")
             return _lost_output()
         status = run(command.instantiate(options))
         return _lost_output() or status

@@ -20,10 +20,8 @@ RUN = "a run that trained an autoencoder, alone or with a flow; a checkpoint of 
 def add(verb: Verb) -> None:
     """Add these verbs to the command line."""
     command = verb("autoencoder train", _train)
-    command.add_argument(
-        "--config",
-        action="config",
-        help="a recipe (a file, or the name of one of the package, such as autoencoder/emoji), or the config.yaml of a run",
+    command.add_recipe(
+        "a recipe (a file, or the name of one of the package, such as autoencoder/emoji), or the config.yaml of a run"
     )
     command.add_class_arguments(AutoencoderRunConfig)
 

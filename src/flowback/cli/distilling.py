@@ -16,7 +16,7 @@ from flowback.training.distillation import distill
 def add(verb: Verb) -> None:
     """Add this verb to the command line."""
     command = verb("distill", _distill)
-    command.add_argument("--config", action="config", help="the config.yaml of a run that trains a student")
+    command.add_recipe("the config.yaml of a run that trains a student")
     command.add_argument("flow", type=str | None, nargs="?", default=None, help="short for --teacher")
     command.add_class_arguments(DistillRunConfig)
 

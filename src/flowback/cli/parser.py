@@ -17,6 +17,19 @@ Run = Callable[[Namespace], int]
 class Parser(ArgumentParser):
     """An argument parser whose errors are one line and exit status 2, and whose options of type bool are switches."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, print_config=None, **kwargs)
+
+    def add_recipe(self, what: str) -> None:
+        """Add `--config`, a file of options, and `--print_config`, which prints them as such a file."""
+        self.add_argument("--config", action="config", help=what)
+        self.add_argument(
+            "--print_config",
+            type=bool,
+            default=False,
+            help="print the configuration that comes of all options, as a file for --config, and do nothing else",
+        )
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Print the message in one line and exit with status 2."""
         fail(message)

@@ -48,11 +48,7 @@ def add(verb: Verb) -> None:
 
 
 def _add_recipe(command: Parser) -> None:
-    command.add_argument(
-        "--config",
-        action="config",
-        help="a recipe (a file, or the name of one of the package, such as digits), or the config.yaml of a run",
-    )
+    command.add_recipe("a recipe (a file, or the name of one of the package, such as digits), or the config.yaml of a run")
     command.add_argument("--init", type=str | None, default=None, help="short for --train.init")
     command.add_class_arguments(RunConfig)
 
