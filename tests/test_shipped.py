@@ -16,6 +16,7 @@ from flowback.flow.io import CARD, SHIPPED, shipped
 from flowback.studio.shelf import Shelf
 
 LEAST = {"digits": 0.95, "fashion_mnist": 0.75, "fashion_mnist_semantic": 0.8}  # share that `exact` gets right
+LEAST_DRAWN = {"digits": 0.9, "fashion_mnist": 0.9, "fashion_mnist_semantic": 0.75}  # of guided samples, by the flow itself
 LEAST_OF_STUDENTS = 0.8  # share of guided samples that the flow takes for the class asked for
 NAMES = [name.removeprefix("flowback/") for name in shipped()]
 
@@ -46,7 +47,7 @@ def test_a_shipped_flow_draws_what_is_asked_for(name):
     x = flow.sample(y=y, guidance=1.0, seed=0)
     assert x.shape == (50, *flow.data_shape)
     assert flow.dtype == torch.float32
-    assert (classify(flow, x, "shortlist_3").argmax(dim=1) == y).float().mean() >= 0.9
+    assert (classify(flow, x, "shortlist_3").argmax(dim=1) == y).float().mean() >= LEAST_DRAWN[name]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if (SHIPPED / name / "student").is_dir()])
