@@ -230,7 +230,6 @@ WAITS = {  # of x and m, a 4x4 matrix and a mask of it on the device; of v, a ro
     "x[index on the CPU]": (1, lambda x, m, v, y: x[torch.arange(2)]),
     "x[index on the CPU] = 0.0": (1, lambda x, m, v, y: x.__setitem__(torch.arange(2), 0.0)),
     "x[0] = 0.0": (0, lambda x, m, v, y: x.__setitem__(0, 0.0)),
-    "v[0] = 0.0": (1, lambda x, m, v, y: v.__setitem__(0, 0.0)),
     "masked_fill with a number": (0, lambda x, m, v, y: x.masked_fill(m, 0.0)),
     "masked_fill with a result": (1, lambda x, m, v, y: x.masked_fill(m, v[0])),
     "unique": (1, lambda x, m, v, y: x.unique()),

@@ -53,6 +53,7 @@ WITHOUT_POSIX = """
 
     os.open, os.fsync, os.rename = open_no_folder, sync_what_may_be_written, rename_to_a_new_name
     shutil._use_fd_functions = False
+    shutil._rmtree_impl = getattr(shutil, "_rmtree_unsafe", None)  # which Python 3.14 has chosen when shutil was imported
     for name in ("fork", "pread", "posix_fadvise", "getuid", "geteuid", "sync", "fdatasync", "sched_getaffinity"):
         delattr(os, name)
     for name in ("fcntl", "pwd", "grp", "resource", "termios"):
