@@ -231,8 +231,10 @@ def test_a_recipe_of_the_package_is_found_from_anywhere_and_a_file_of_ones_own_c
     name, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()  # images, say
     assert main(["train", f"--config={name}", "--print_config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["train"]["steps"] == 1000
+    Path("digits").rmdir()
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_text("train: {steps: 7}")
     assert main(["train", "--config", name, "--print_config"]) == 0

@@ -481,7 +481,7 @@ def recipe_file(path: str) -> str:
     Raises:
         InputError: if there is neither.
     """
-    if Path(path).exists():
+    if Path(path).exists() and not Path(path).is_dir():
         return path
     folder = recipe("digits").parent
     known = {file.relative_to(folder).with_suffix("").as_posix(): file for file in folder.rglob("*.yaml")}
