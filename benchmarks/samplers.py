@@ -116,7 +116,7 @@ def exact(subject: Subject, options: argparse.Namespace, w: float, method: str =
 
 def ways(subject: Subject, options: argparse.Namespace) -> list[Way]:
     """The exact decode, and every student in every number of passes."""
-    core, found = subject.flow.core, []
+    core = subject.flow.core
 
     def by_student(student: Student, w: float, steps: int = 1, solver: str = "euler") -> Callable[[Tensor, Tensor], Tensor]:
         def draw(noise: Tensor, y: Tensor) -> Tensor:
@@ -126,8 +126,7 @@ def ways(subject: Subject, options: argparse.Namespace) -> list[Way]:
 
         return draw
 
-    for w in options.guidance:
-        found.append(Way(f"exact, guidance {w:g}", None, exact(subject, options, w), w, subject.seconds))  # noqa: PERF401
+    found = [Way(f"exact, guidance {w:g}", None, exact(subject, options, w), w, subject.seconds) for w in options.guidance]
     for name, (student, seconds) in subject.students.items():
         for w in options.guidance:
             guided = f", w {w:g}" * bool(w)
