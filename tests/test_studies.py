@@ -144,11 +144,11 @@ def test_page_says_what_the_results_say(results):
 
 
 def test_figures_of_the_page_can_be_drawn(results):
-    names = re.findall(r"\(results_([a-z_]+)\.png\)", tables.PAGE.read_text())
+    names = re.findall(r"\(([a-z_]+)\.png\)", tables.PAGE.read_text())
     assert set(names) == set(tables.FIGURES)
     for name in names:
         assert tables.FIGURES[name](results).axes
-        assert (tables.DOCS / f"results_{name}.png").is_file()
+        assert (tables.PAGE.parent / f"{name}.png").is_file()
 
 
 def test_sweeps_end_where_the_error_stays_small():
@@ -330,17 +330,29 @@ def test_verdicts_of_the_second_study(found, expected):
 
 
 def test_equal_seconds_are_read_off_the_plain_runs_of_three_lengths(tmp_path):
-    def result(arm: str, steps: int, seconds: float, value: float) -> None:
-        facts = {"arm": arm, "seed": 0, "steps": steps, "cpu_seconds": seconds, "machine": "2 CPU cores"}
-        (tmp_path / f"{arm}-0.json").write_text(json.dumps(facts | {"accuracy": {"exact": value}}))
+    def result(arm: str, steps: int, value: float) -> None:
+        facts = {"arm": arm, "seed": 0, "steps": steps, "accuracy": {"exact": value}}
+        (tmp_path / f"{arm}-0.json").write_text(json.dumps(facts))
 
     for steps, value in ((800, 0.70), (1040, 0.74), (1360, 0.75)):
-        result("plain" if steps == 800 else f"plain_{steps}", steps, steps / 10, value)
-    result("irepa", 800, 120.0, 0.76)  # 1.5 times plain's: 1,200 steps
-    result("exact", 800, 400.0, 0.76)
+        result("plain" if steps == 800 else f"plain_{steps}", steps, value)
+    result("irepa", 800, 0.76)
+    result("exact", 800, 0.76)
+    result("one_step", 800, 0.76)
+    (tmp_path / "seconds").mkdir()
+    costs = {"plain": 0.1, "irepa": 0.15, "exact": 0.5}  # irepa's seconds are those of 1,200 plain steps
+    (tmp_path / "seconds" / "cpu.json").write_text(json.dumps({"machine": "2 CPU cores", "seconds_per_step": costs}))
     results = tables_2.Results(tmp_path)
     assert tables_2.at_seconds(results, "irepa", "plain", tables_2.EXACT)[0] == pytest.approx(1.5)
     assert tables_2.at_seconds(results, "exact", "plain", tables_2.EXACT)[0] == pytest.approx(1.0)
+    assert not tables_2.at_seconds(results, "one_step", "plain", tables_2.EXACT), "its cost was not measured"
+
+
+def test_page_of_the_second_study_says_what_its_results_say():
+    page = tables_2.PAGE.read_text()
+    assert tables_2.page(tables_2.Results(study_2.RESULTS)) == page
+    for name in re.findall(r"!\[\]\((\w+\.png)\)", page):
+        assert (tables_2.PAGE.parent / name).is_file()
 
 
 # ---- latents --------------------------------------------------------------------------------------------------------

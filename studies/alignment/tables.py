@@ -1,9 +1,9 @@
-"""The tables and figures of docs/results.md from results/*.json.
+"""The tables and figures of RESULTS.md from results/*.json.
 
     python studies/alignment/tables.py [--check]
 
-A table stands in docs/results.md between `<!-- NAME -->` and `<!-- end -->` and is written anew there; figures go to
-docs/results_*.png. `--check` writes nothing and fails if a table is not what the results say.
+A table stands there between `<!-- NAME -->` and `<!-- end -->` and is written anew; figures are the PNGs beside it.
+`--check` writes nothing and fails if a table is not what the results say.
 """
 
 import argparse
@@ -21,8 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-DOCS = HERE.parents[1] / "docs"
-PAGE = DOCS / "results.md"
+PAGE = HERE / "RESULTS.md"
 sys.path.append(str(HERE.parent))
 
 from common import T95, half_width  # noqa: E402  (the line above makes it importable)
@@ -518,8 +517,8 @@ def main() -> None:
             sys.exit(f"{PAGE} is not what the results say; allowed: what `python studies/alignment/tables.py` writes")
         return
     PAGE.write_text(new)
-    for name in re.findall(r"\(results_([a-z_]+)\.png\)", page):
-        FIGURES[name](results).savefig(DOCS / f"results_{name}.png", dpi=110, metadata={"Software": None})
+    for name in re.findall(r"\(([a-z_]+)\.png\)", page):
+        FIGURES[name](results).savefig(HERE / f"{name}.png", dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The tables and the figures of the study from results/*.json.
 
-    python studies/alignment_2/tables.py [--results FOLDER] [--figures FOLDER]
+    python studies/alignment_2/tables.py [--results FOLDER] [--check]
 
-Prints Markdown: of each arm the means of its seeds, with half the width of the 95 % interval (Student's t); differences
-from another arm, seed by seed, with their verdicts; arms against plain training of equal seconds. What was not run is a
-gap, -, and runs that diverged are named. `--figures` draws what each question's arms gain, and the gradients, as PNGs.
+Writes RESULTS.md: of each arm the means of its seeds, with half the width of the 95 % interval (Student's t); differences
+from another arm, seed by seed, with their verdicts; arms against plain training of equal seconds, at the costs of a step
+that seconds.py measured. What was not run is a gap, -, and runs that diverged are named. PNGs beside it draw what each
+question's arms gain, and the gradients. `--check` writes nothing and fails if the page is not what the results say.
 """
 
 import argparse
@@ -26,6 +27,7 @@ sys.path.append(str(HERE.parent))
 from alignment_2 import study  # noqa: E402  (the line above makes it importable)
 from common import T95, half_width, interval, markdown  # noqa: E402
 
+PAGE = HERE / "RESULTS.md"
 GAP = "-"
 Result = dict[str, Any]
 
@@ -64,6 +66,11 @@ def _samples(where: str) -> list[Metric]:
     ]
 
 
+HEAD = """# Results of the second study
+
+All tables, written by `tables.py` from `results/*.json`. What came out, in words, is in [docs/results.md](../../docs/results.md); questions,
+arms and criteria are in [README.md](README.md). Values are means over seeds ± half the width of the 95 % interval. Runs are on one H200 that
+sixteen of them shared, those that were made later on 2 CPU cores; each result names its machine."""
 EXACT = _accuracy("exact")
 NATS = Metric("nats/dim", lambda r: r["nats_per_dim"], False, 0.002, 4)
 QUALITY = [EXACT, _accuracy("z_score"), _accuracy("single_gradient"), NATS]
@@ -120,6 +127,8 @@ class Results:
             else:
                 self.arms.setdefault(result["arm"], {})[result["seed"]] = result
         self.gradients = {file.stem: json.loads(file.read_text()) for file in sorted((folder / "gradients").glob("*.json"))}
+        costs = [json.loads(file.read_text()) for file in sorted((folder / "seconds").glob("*.json"))]
+        self.seconds: dict[str, dict[str, float]] = {found["machine"]: found["seconds_per_step"] for found in costs}
 
     def values(self, arm: str, metric: Metric) -> dict[int, float]:
         """Seed -> a figure of an arm."""
@@ -130,19 +139,9 @@ class Results:
         own, its = self.values(arm, metric), self.values(other, metric)
         return {seed: own[seed] - its[seed] for seed in sorted(set(own) & set(its))}
 
-    def seconds_per_step(self, arm: str) -> dict[str, float]:
-        """Machine -> seconds of a step of training, the mean over seeds: CPU seconds on CPUs."""
-        found: dict[str, list[float]] = {}
-        for run in self.arms.get(arm, {}).values():
-            seconds = run["cpu_seconds"] if "CPU" in run["machine"] else run["seconds"]
-            if seconds:
-                found.setdefault(run["machine"], []).append(seconds / run["steps"])
-        return {where: mean(each) for where, each in found.items()}
-
     def dearness(self, arm: str, plain: str) -> float | None:
-        """How many times the seconds of a plain step an arm's step takes; None where no machine ran both."""
-        own, its = self.seconds_per_step(arm), self.seconds_per_step(plain)
-        ratios = [own[where] / its[where] for where in own if where in its]
+        """How many times the seconds of a plain step an arm's step takes, the mean over machines; None if not measured."""
+        ratios = [found[arm] / found[plain] for found in self.seconds.values() if arm in found]
         return mean(ratios) if ratios else None
 
 
@@ -301,13 +300,20 @@ def failures(results: Results) -> str:
 
 def page(results: Results) -> str:
     """All tables, under their titles."""
-    parts = [f"## Search\n\n{search(results)}", f"## Runs without an end\n\n{failures(results)}"]
+    parts = [HEAD, f"## Search\n\n{search(results)}"]
+    parts += [f"## Runs without an end\n\n{failures(results)}"] if results.failed else []
     for group, arms in study.GROUPS.items():
         parts += [f"## Arms: {group}\n\n{absolute(results, arms, QUALITY)}\n\n{absolute(results, arms, SAMPLES)}"]
-    parts += [f"## {title}\n\n{relative(results, pairs)}" for title, pairs in PAIRS.items()]
+    parts += [f"## {title}\n\n{relative(results, pairs)}\n\n![]({drawing(title)}.png)" for title, pairs in PAIRS.items()]
     parts += [f"## 4. Best settings\n\n{best_settings(results)}", f"## 6. Equal seconds\n\n{equal_seconds(results)}"]
-    parts += [f"## 7. Gradients\n\n{gradient_table(results)}", f"## 8. Gain by size\n\n{sizes(results)}"]
-    return "\n\n".join(parts)
+    parts += [f"## 7. Gradients\n\n{gradient_table(results)}\n\n![](gradients.png)"]
+    parts += [f"## 8. Gain by size\n\n{sizes(results)}\n\n![](gain_by_size.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def drawing(title: str) -> str:
+    """The name of the figure of a question."""
+    return title.split(". ")[1].lower()
 
 
 def gains(results: Results, pairs: Sequence[tuple[str, str]]) -> Figure:
@@ -366,22 +372,22 @@ def gradient_figure(results: Results) -> Figure:
 
 def figures(results: Results) -> dict[str, Figure]:
     """Name -> figure."""
-    drawn = {title.split(". ")[1].lower(): gains(results, pairs) for title, pairs in PAIRS.items()}
+    drawn = {drawing(title): gains(results, pairs) for title, pairs in PAIRS.items()}
     return drawn | {"gain_by_size": gain_by_size(results), "gradients": gradient_figure(results)}
 
 
 def main() -> None:
-    """Print the tables, draw the figures."""
+    """Write the page and its figures, or check the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=study.RESULTS, help="where results are")
-    parser.add_argument("--figures", type=Path, default=None, help="a folder for figures; none are drawn without it")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not of these results")
     o = parser.parse_args()
     results = Results(o.results)
-    print(page(results))
-    if o.figures:
-        o.figures.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures(results).items():
-            figure.savefig(o.figures / f"{name}.png", dpi=120)
+    if o.check:
+        sys.exit(0 if PAGE.read_text() == page(results) else f"{PAGE} is not what the results say; run tables.py")
+    PAGE.write_text(page(results))
+    for name, figure in figures(results).items():
+        figure.savefig(HERE / f"{name}.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ class Student(nn.Module):
             guidance: scale w; `v + w (v - v_unlabelled)` of a velocity, in one pass of twice the rows, and what an inverse
                 was trained to do at this w.
             steps: None for 4 of flow matching, 1 of an inverse.
-            solver: euler, or heun, which takes two passes a step.
+            solver: euler, or heun, which takes two passes a step, and one in the last.
             compile: compile the network.
 
         Returns:
@@ -278,12 +278,16 @@ class Student(nn.Module):
 
 
 def integrate(velocity: Callable[[Tensor, float], Tensor], z: Tensor, steps: int, solver: str = "euler") -> Tensor:
-    """Solve `dx/dt = v(x, t)` from `x(1) = z` to `x(0)`, in equal steps: by Euler's rule, or Heun's, of second order."""
+    """Solve `dx/dt = v(x, t)` from `x(1) = z` to `x(0)`, in equal steps: by Euler's rule, or Heun's, of second order.
+
+    Heun's last step is Euler's (Karras et al., arXiv 2206.00364, algorithm 1): at `t = 0` the velocity would have to be told
+    from an image without noise.
+    """
     x = z
     for n in range(steps, 0, -1):
         t, h = n / steps, 1 / steps
         v = velocity(x, t)
-        if solver == "heun":
+        if solver == "heun" and n > 1:
             v = (v + velocity(x - h * v, t - h)) / 2
         x = x - h * v
     return x

@@ -209,7 +209,7 @@ class TarFlow(io.Pretrained, Stack):
             y: labels, as in `encode`.
             guidance: scale, or a `Guidance` that is nothing but a scale.
             steps: of flow matching, None for 4; an inverse takes 1.
-            solver: euler, or heun, which takes two passes a step.
+            solver: euler, or heun, which takes two passes a step, and one in the last.
             compile: compile the network.
 
         Returns:

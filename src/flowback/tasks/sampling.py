@@ -72,7 +72,7 @@ class Request:
         prior: of z: standard, N(0, I), or fitted (see `flowback fit-prior`); null for the flow's own default.
         sampler: exact (decode), or student, which draws in a few passes (see `flowback distill`).
         steps: of a student of flow matching; null for 4. An inverse takes 1.
-        solver: of a student: euler, or heun, which takes two passes a step.
+        solver: of a student: euler, or heun, which takes two passes a step, and one in the last.
         denoise: remove the noise of training by one score step; null for yes, but of latents whose decoder has seen it. A
             student's images have none.
         denoiser: what removes it: score, or learned, a network that needs no backward pass (see `flowback distill`).
