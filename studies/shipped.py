@@ -7,7 +7,7 @@
     python studies/shipped.py flow runs/studies/latents/flow/pca_32_all-0 fashion_mnist_semantic
     python studies/shipped.py student digits --steps 1500 --width 64 --layers 4 --lr 4e-3
     python studies/shipped.py student fashion_mnist --steps 5000
-    python studies/shipped.py student fashion_mnist_semantic --steps 5000
+    python studies/shipped.py student fashion_mnist_semantic --steps 4000
 
 A flow's weights are rounded to bfloat16, which halves the file, and only then measured: the figures of its card are of what
 is shipped. Its student is trained on the rounded flow, and rounded, too; its own figures are in student/README.md. Loaded,

@@ -53,6 +53,18 @@ def test_the_error_falls_by_the_order_of_the_solver(solver, order):
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
 
 
+def test_heun_never_asks_for_the_velocity_at_an_image_without_noise():
+    seen = []
+
+    def velocity(x, t):
+        seen.append(round(t, 9))
+        return -x
+
+    integrate(velocity, torch.ones(1, 1, 1), 4, "heun")
+    assert seen == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    assert torch.equal(integrate(velocity, torch.ones(1), 1, "heun"), integrate(velocity, torch.ones(1), 1, "euler"))
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_untrained_student_leaves_z_where_it_is_and_an_inverse_gives_grey(solver):
     flow = random_flow()
