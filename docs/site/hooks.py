@@ -27,10 +27,12 @@ def on_files(files: Files, config: Any) -> Files:
         "reference/python/index.md": public_names(),
     }
     pages |= {f"reference/python/{package}.md": modules(package) for package in PACKAGES}
-    for file in sorted((ROOT / "studies").glob("*/README.md")):
+    for file in sorted((ROOT / "studies").glob("*/*.md")):
         pages[file.relative_to(ROOT).as_posix()] = file.read_text("utf-8").replace("](../../docs/", "](../../")
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
+    for picture in sorted((ROOT / "studies").glob("*/*.png")):
+        files.append(File.generated(config, picture.relative_to(ROOT).as_posix(), abs_src_path=str(picture)))
     return files
 
 

@@ -68,9 +68,10 @@ def _samples(where: str) -> list[Metric]:
 
 HEAD = """# Results of the second study
 
-All tables, written by `tables.py` from `results/*.json`. What came out, in words, is in [docs/results.md](../../docs/results.md); questions,
-arms and criteria are in [README.md](README.md). Values are means over seeds ± half the width of the 95 % interval. Runs are on one H200 that
-sixteen of them shared, those that were made later on 2 CPU cores; each result names its machine."""
+All tables, written by `tables.py` from `results/*.json`. What came out, in words, is in
+[docs/results.md](../../docs/results.md); questions, arms and criteria are in [README.md](README.md). Values are means
+over seeds ± half the width of the 95 % interval. Runs are on one H200 that sixteen of them shared, those that were made
+later on 2 CPU cores; each result names its machine."""
 EXACT = _accuracy("exact")
 NATS = Metric("nats/dim", lambda r: r["nats_per_dim"], False, 0.002, 4)
 QUALITY = [EXACT, _accuracy("z_score"), _accuracy("single_gradient"), NATS]
@@ -305,7 +306,8 @@ def page(results: Results) -> str:
     for group, arms in study.GROUPS.items():
         parts += [f"## Arms: {group}\n\n{absolute(results, arms, QUALITY)}\n\n{absolute(results, arms, SAMPLES)}"]
     parts += [f"## {title}\n\n{relative(results, pairs)}\n\n![]({drawing(title)}.png)" for title, pairs in PAIRS.items()]
-    parts += [f"## 4. Best settings\n\n{best_settings(results)}", f"## 6. Equal seconds\n\n{equal_seconds(results)}"]
+    parts += [f"## 4. Best settings\n\n{best_settings(results)}"]
+    parts += [f"## 6. Equal seconds\n\n{equal_seconds(results)}\n\n![](against_seconds.png)"]
     parts += [f"## 7. Gradients\n\n{gradient_table(results)}\n\n![](gradients.png)"]
     parts += [f"## 8. Gain by size\n\n{sizes(results)}\n\n![](gain_by_size.png)"]
     return "\n\n".join(parts) + "\n"
@@ -349,6 +351,28 @@ def gain_by_size(results: Results) -> Figure:
     return figure
 
 
+def against_seconds(results: Results) -> Figure:
+    """Exact accuracy and FID at the best settings against what training cost, beside the plain runs of three lengths."""
+    figure = Figure((10, 8), layout="constrained")
+    grid = figure.subplots(2, 2, squeeze=False)
+    for column, (domain, plain) in enumerate(CURVES.items()):
+        lengths = {study.STEPS: plain} | {steps: f"{plain}_{steps}" for steps in study.LONGER}
+        curve = {name: steps / study.STEPS for steps, name in lengths.items() if name in results.arms}
+        aligned = [arm.name for arm in study.ARMS if arm.domain.name == domain and arm.alignment and arm.group != "size"]
+        costs = {name: results.dearness(name, plain) for name in aligned if name in results.arms}
+        for axes, metric in zip(grid[:, column], (EXACT, FID_BEST), strict=True):
+            means = {name: mean(results.values(name, metric).values()) for name in (*curve, *costs)}
+            axes.plot(list(curve.values()), [means[name] for name in curve], marker="o", color="#111827", label="plain")
+            for name, cost in costs.items():
+                if cost is not None:
+                    axes.plot(cost, means[name], marker="o", ls="", color="#2563eb")
+                    where = {"xytext": (4, 3), "textcoords": "offset points"}
+                    axes.annotate(name.removeprefix("emoji_"), (cost, means[name]), fontsize=7, **where)
+            axes.set(title=domain, xlabel="seconds of training, times those of 800 plain steps", ylabel=metric.title)
+            axes.legend(fontsize=8)
+    return figure
+
+
 def gradient_figure(results: Results) -> Figure:
     """Length and direction of exact's gradient over training, and by token at the last checkpoint."""
     figure = Figure((9, 3.5), layout="constrained")
@@ -373,7 +397,8 @@ def gradient_figure(results: Results) -> Figure:
 def figures(results: Results) -> dict[str, Figure]:
     """Name -> figure."""
     drawn = {drawing(title): gains(results, pairs) for title, pairs in PAIRS.items()}
-    return drawn | {"gain_by_size": gain_by_size(results), "gradients": gradient_figure(results)}
+    drawn |= {"against_seconds": against_seconds(results), "gain_by_size": gain_by_size(results)}
+    return drawn | {"gradients": gradient_figure(results)}
 
 
 def main() -> None:
