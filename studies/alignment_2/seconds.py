@@ -37,7 +37,7 @@ def timed(arm: study.Arm, folder: str) -> float:
     whole = arm.config(0)
     align = whole.alignment
     halves = {name: HALF for name in ("until", "reverse_from") if getattr(align, name)}
-    options = replace(whole.train, steps=LAST, warmup=FIRST, log_every=FIRST, eval_images=10, keep=1)
+    options = replace(whole.train, steps=LAST, lr=1e-4, warmup=FIRST, log_every=FIRST, eval_images=10, keep=1)
     config: RunConfig = replace(whole, run=folder, alignment=replace(align, **halves), train=options)
     train(config, encoder=study.encoder_of(arm))
     with (Path(folder) / "metrics.csv").open() as file:
