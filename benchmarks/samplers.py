@@ -10,8 +10,9 @@ fewer sweeps for such flows than for trained ones, so that of their exact decode
 
 For each flow and batch, the least seconds of the repeats, in which all ways alternate: the exact decode and score step,
 by `auto` as `flowback autotune` found, or as measured first (with `--uncalibrated` not at all), without and with guidance,
-and token by token; each student by Euler and, with one pass more where their number is even, by Heun, at the same scales w.
-`passes` are those that follow each other, of any number of tokens; `ratio` is the time of the unguided exact decode by `auto` over a row's.
+and token by token; each student by Euler and, with one pass more where their number is even, by Heun, at the same scales
+w. `passes` are those that follow each other, of any number of tokens; `ratio` is the time of the unguided exact decode by
+`auto` over a row's.
 
 With `--fid` as many images by class as `--samples` says are drawn in every way and compared with as many held-out ones, on
 the features of the frozen encoder and, of Fashion-MNIST, on those of the judge of `studies/alignment/judge.py`, which also

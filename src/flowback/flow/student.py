@@ -280,8 +280,8 @@ class Student(nn.Module):
 def integrate(velocity: Callable[[Tensor, float], Tensor], z: Tensor, steps: int, solver: str = "euler") -> Tensor:
     """Solve `dx/dt = v(x, t)` from `x(1) = z` to `x(0)`, in equal steps: by Euler's rule, or Heun's, of second order.
 
-    Heun's last step is Euler's (Karras et al., arXiv 2206.00364, algorithm 1): at `t = 0` the velocity would have to be told
-    from an image without noise.
+    Heun's last step is Euler's (Karras et al., arXiv 2206.00364, algorithm 1): at `t = 0` the velocity would have to be
+    told from an image without noise.
     """
     x = z
     for n in range(steps, 0, -1):
