@@ -363,11 +363,12 @@ def against_seconds(results: Results) -> Figure:
         for axes, metric in zip(grid[:, column], (EXACT, FID_BEST), strict=True):
             means = {name: mean(results.values(name, metric).values()) for name in (*curve, *costs)}
             axes.plot(list(curve.values()), [means[name] for name in curve], marker="o", color="#111827", label="plain")
-            for name, cost in costs.items():
-                if cost is not None:
-                    axes.plot(cost, means[name], marker="o", ls="", color="#2563eb")
-                    where = {"xytext": (4, 3), "textcoords": "offset points"}
-                    axes.annotate(name.removeprefix("emoji_"), (cost, means[name]), fontsize=7, **where)
+            known = sorted((cost, name) for name, cost in costs.items() if cost is not None)
+            for i, (cost, name) in enumerate(known):
+                axes.plot(cost, means[name], marker="o", ls="", color="#2563eb")
+                where = {"xytext": (5, 3 - 11 * (i % 2)), "textcoords": "offset points"}
+                axes.annotate(name.removeprefix("emoji_"), (cost, means[name]), fontsize=7, **where)
+            axes.margins(x=0.18)
             axes.set(title=domain, xlabel="seconds of training, times those of 800 plain steps", ylabel=metric.title)
             axes.legend(fontsize=8)
     return figure
