@@ -4,10 +4,11 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -45,6 +46,15 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def filled(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """A page with every table written anew that stands there between `<!-- NAME -->` and `<!-- end -->`."""
+
+    def write(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n{tables[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([a-z -]+) -->\n.*?<!-- end -->", write, page, flags=re.DOTALL)
 
 
 def judged(images: Tensor, data: ImageSet, file: Path | None) -> dict[str, float]:

@@ -140,7 +140,7 @@ def test_page_says_what_the_results_say(results):
     page = tables.PAGE.read_text()
     named = re.findall(r"<!-- ([a-z -]+) -->\n", page)
     assert set(named) - {"end"} == set(tables.TABLES)
-    assert tables.filled(page, results) == page
+    assert tables.anew(page, results) == page
 
 
 def test_figures_of_the_page_can_be_drawn(results):
@@ -349,8 +349,11 @@ def test_equal_seconds_are_read_off_the_plain_runs_of_three_lengths(tmp_path):
 
 
 def test_page_of_the_second_study_says_what_its_results_say():
-    page = tables_2.PAGE.read_text()
-    assert tables_2.page(tables_2.Results(study_2.RESULTS)) == page
+    page, results = tables_2.PAGE.read_text(), tables_2.Results(study_2.RESULTS)
+    assert tables_2.page(results) == page
+    story = tables_2.STORY.read_text()
+    assert set(re.findall(r"<!-- ([a-z -]+) -->\n", story)) - {"end"} == set(tables_2.tables_of_story(results))
+    assert tables_2.told(story, results) == story
     for name in re.findall(r"!\[\]\((\w+\.png)\)", page):
         assert (tables_2.PAGE.parent / name).is_file()
 

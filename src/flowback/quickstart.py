@@ -27,7 +27,7 @@ FALSE_ALARMS = 0.05  # share of typical images that are taken for outliers
 OVER_SEEDS = (  # by `studies/seeds.py`, with the steps that are the default
     "Over five seeds of 600 steps (mean difference, 95 % interval): exact +0.1 ± 0.5 points, no difference seen; single "
     "gradient +1.6 ± 1.1 points and -0.0043 ± 0.0021 nats per dimension, both better, for 1.7 to 1.9 times the seconds. "
-    "Digits leave little to gain; docs/results.md has a study on clothes."
+    "Digits leave little to gain; docs/results.md has studies on clothes and emoji."
 )
 
 

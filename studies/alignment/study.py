@@ -37,8 +37,8 @@ from flowback.training.caches import make_caches
 HERE = Path(__file__).parent
 sys.path += [str(HERE.parent), str(HERE.parents[1] / "benchmarks")]
 
-from common import carry_out, chosen, judged, missing, options, run_named, write_result  # noqa: E402  (made importable above)
-from convergence import errors_by_sweep, sweeps_until  # noqa: E402
+from common import carry_out, chosen, judged, missing, options, run_named, write_result
+from convergence import errors_by_sweep, sweeps_until
 
 RESULTS = HERE / "results"
 RUNS = Path("runs/studies/alignment")

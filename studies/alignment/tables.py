@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -24,8 +25,8 @@ HERE = Path(__file__).parent
 PAGE = HERE / "RESULTS.md"
 sys.path.append(str(HERE.parent))
 
-from common import T95, half_width  # noqa: E402  (the line above makes it importable)
-from common import markdown as table  # noqa: E402
+from common import T95, filled, half_width
+from common import markdown as table
 
 GREYS, COLOURS = "#6b7280", ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2")
 
@@ -495,13 +496,9 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
 }
 
 
-def filled(page: str, results: Results) -> str:
+def anew(page: str, results: Results) -> str:
     """The page with every table written anew."""
-
-    def write(found: re.Match[str]) -> str:
-        return f"<!-- {found[1]} -->\n{TABLES[found[1]](results)}\n<!-- end -->"
-
-    return re.sub(r"<!-- ([a-z -]+) -->\n.*?<!-- end -->", write, page, flags=re.DOTALL)
+    return filled(page, {name: partial(make, results) for name, make in TABLES.items()})
 
 
 def main() -> None:
@@ -511,7 +508,7 @@ def main() -> None:
     o = options.parse_args()
     results = Results(HERE / "results")
     page = PAGE.read_text()
-    new = filled(page, results)
+    new = anew(page, results)
     if o.check:
         if new != page:
             sys.exit(f"{PAGE} is not what the results say; allowed: what `python studies/alignment/tables.py` writes")

@@ -27,16 +27,16 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
-from alignment_2 import study  # noqa: E402  (the line above makes it importable)
-from common import write_result  # noqa: E402
-from flowback.alignment import Alignment, gradients  # noqa: E402
-from flowback.core.devices import pick_device  # noqa: E402
-from flowback.runs import checkpoint  # noqa: E402
-from flowback.runs.checkpoint import State, load_flow  # noqa: E402
-from flowback.runs.config import AlignmentConfig, RunConfig  # noqa: E402
-from flowback.runs.folder import run_data  # noqa: E402
-from flowback.training.build import make_alignment  # noqa: E402
-from flowback.training.inputs import Batch, Inputs  # noqa: E402
+from alignment_2 import study
+from common import write_result
+from flowback.alignment import Alignment, gradients
+from flowback.core.devices import pick_device
+from flowback.runs import checkpoint
+from flowback.runs.checkpoint import State, load_flow
+from flowback.runs.config import AlignmentConfig, RunConfig
+from flowback.runs.folder import run_data
+from flowback.training.build import make_alignment
+from flowback.training.inputs import Batch, Inputs
 
 KINDS: dict[str, tuple[str, str | int]] = {  # strategy and gradient
     "forward": ("forward", "one_step"),

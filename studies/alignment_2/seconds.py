@@ -21,11 +21,11 @@ import torch
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
-from alignment_2 import study  # noqa: E402  (the line above makes it importable)
-from common import write_result  # noqa: E402
-from flowback.core.devices import machine, pick_device  # noqa: E402
-from flowback.runs.config import RunConfig  # noqa: E402
-from flowback.training import train  # noqa: E402
+from alignment_2 import study
+from common import write_result
+from flowback.core.devices import machine, pick_device
+from flowback.runs.config import RunConfig
+from flowback.training import train
 
 FIRST, LAST = 20, 60
 HALF = (FIRST + LAST) // 2

@@ -21,26 +21,26 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path += [str(HERE.parent), str(HERE.parent / "alignment")]
 
-from judge import right, trained  # noqa: E402  (the line above makes it importable)
+from judge import right, trained
 
-from common import Run, carry_out, chosen, judged, missing, options, run_named, write_result  # noqa: E402
-from flowback.core.devices import autocast, machine, pick_device  # noqa: E402
-from flowback.core.errors import InputError  # noqa: E402
-from flowback.core.seeds import keyed_generator  # noqa: E402
-from flowback.core.units import to_uint8  # noqa: E402
-from flowback.data import DataConfig, ImageSet, load_data  # noqa: E402
-from flowback.data.splits import spread  # noqa: E402
-from flowback.encoders import Encoder, TimmEncoder, load_encoder  # noqa: E402
-from flowback.flow.config import FlowConfig  # noqa: E402
-from flowback.flow.tarflow import TarFlow  # noqa: E402
-from flowback.measure.density import density, seen  # noqa: E402
-from flowback.runs import checkpoint  # noqa: E402
-from flowback.runs.checkpoint import State, load_flow  # noqa: E402
-from flowback.runs.config import AlignmentConfig, RunConfig, TrainConfig  # noqa: E402
-from flowback.tasks.classify import class_scores_by_all, fit_statistics  # noqa: E402
-from flowback.training import train  # noqa: E402
-from flowback.training.caches import make_caches  # noqa: E402
-from flowback.training.prior import fit_to  # noqa: E402
+from common import Run, carry_out, chosen, judged, missing, options, run_named, write_result
+from flowback.core.devices import autocast, machine, pick_device
+from flowback.core.errors import InputError
+from flowback.core.seeds import keyed_generator
+from flowback.core.units import to_uint8
+from flowback.data import DataConfig, ImageSet, load_data
+from flowback.data.splits import spread
+from flowback.encoders import Encoder, TimmEncoder, load_encoder
+from flowback.flow.config import FlowConfig
+from flowback.flow.tarflow import TarFlow
+from flowback.measure.density import density, seen
+from flowback.runs import checkpoint
+from flowback.runs.checkpoint import State, load_flow
+from flowback.runs.config import AlignmentConfig, RunConfig, TrainConfig
+from flowback.tasks.classify import class_scores_by_all, fit_statistics
+from flowback.training import train
+from flowback.training.caches import make_caches
+from flowback.training.prior import fit_to
 
 RESULTS = HERE / "results"
 RUNS = Path("runs/studies/alignment_2")

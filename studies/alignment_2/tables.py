@@ -1,11 +1,12 @@
 """The tables and the figures of the study from results/*.json.
 
-    python studies/alignment_2/tables.py [--results FOLDER] [--check]
+    python studies/alignment_2/tables.py [--check]
 
-Writes RESULTS.md: of each arm the means of its seeds, with half the width of the 95 % interval (Student's t); differences
-from another arm, seed by seed, with their verdicts; arms against plain training of equal seconds, at the costs of a step
-that seconds.py measured. What was not run is a gap, -, and runs that diverged are named. PNGs beside it draw what each
-question's arms gain, and the gradients. `--check` writes nothing and fails if the page is not what the results say.
+Writes RESULTS.md, and the tables of docs/results.md that stand between `<!-- NAME -->` and `<!-- end -->`: of each arm the
+means of its seeds, with half the width of the 95 % interval (Student's t); differences from another arm, seed by seed, with
+their verdicts; arms against plain training of equal seconds, at the costs of a step that seconds.py measured. What was not
+run is a gap, -, and runs that diverged are named. PNGs beside RESULTS.md draw what each question's arms gain, and the
+gradients. `--check` writes nothing and fails if a page is not what the results say.
 """
 
 import argparse
@@ -24,10 +25,10 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
-from alignment_2 import study  # noqa: E402  (the line above makes it importable)
-from common import T95, half_width, interval, markdown  # noqa: E402
+from alignment_2 import study
+from common import T95, filled, half_width, interval, markdown
 
-PAGE = HERE / "RESULTS.md"
+PAGE, STORY = HERE / "RESULTS.md", HERE.parents[1] / "docs" / "results.md"
 GAP = "-"
 Result = dict[str, Any]
 
@@ -108,6 +109,19 @@ PAIRS: dict[str, list[tuple[str, str]]] = {  # title: an arm, and what it is com
         ("irepa", "irepa_forward"),
     ],
 }
+TOLD = (EXACT, QUALITY[2], NATS, FID_PLAIN, FID_BEST)  # in docs/results.md
+GREY = {"reverse": "one_step", "reverse, irepa": "irepa", "forward": "forward", "forward, irepa": "irepa_forward"}
+GREY |= {"detach": "detach", "exact": "exact"}
+COLOR = {"reverse": "reverse", "reverse, irepa": "irepa_reverse", "forward": "forward", "forward, irepa": "irepa_forward"}
+COLOR |= {"detach": "detach", "detach, irepa": "irepa_detach"}
+TARGETS = {
+    "the stage before the last - plain": ("emoji_sharper", "emoji_plain"),
+    "random weights - plain": ("emoji_random_encoder", "emoji_plain"),
+    "features of another image - plain": ("emoji_shuffled", "emoji_plain"),
+    "the last map - the stage before": ("emoji_irepa_reverse", "emoji_sharper"),
+    "the last map - random weights": ("emoji_irepa_reverse", "emoji_random_encoder"),
+    "the last map - features of another image": ("emoji_irepa_reverse", "emoji_shuffled"),
+}
 CURVES = {"color": "emoji_plain", "grey": "plain"}  # plain arms that have longer ones
 LADDERS = {  # the curves of question 8: size, with the arms' prefix
     "width": {"64": "width_64_", "96": "", "192": "width_192_"},
@@ -160,10 +174,12 @@ def verdict(found: Sequence[float], metric: Metric, base: float) -> str:
 def difference(found: dict[int, float], metric: Metric, base: Iterable[float]) -> str:
     """A cell: mean, half width, verdict."""
     values = list(found.values())
-    if not values:
-        return GAP
-    sign = "+" if mean(values) >= 0 else ""
-    return f"{sign}{interval(values, metric.digits)} {verdict(values, metric, mean(base))}"
+    return f"{signed(values, metric)} {verdict(values, metric, mean(base))}" if values else GAP
+
+
+def signed(values: Sequence[float], metric: Metric) -> str:
+    """Mean and half width, with a plus where the mean is not negative."""
+    return f"{'+' if mean(values) >= 0 else ''}{interval(values, metric.digits)}"
 
 
 def absolute(results: Results, arms: Sequence[str], metrics: Sequence[Metric]) -> str:
@@ -280,6 +296,24 @@ def best_settings(results: Results) -> str:
     return markdown(["arm", "best settings, by seed"], rows)
 
 
+def priors(results: Results) -> str:
+    """Samples under both priors, each at its best temperature and guidance; what held-out images gain by the fitted one."""
+    rows = []
+    for arm, runs in results.arms.items():
+        pairs = [
+            [_least(run, prior) for prior in ("standard", "fitted")] for _, run in sorted(runs.items()) if "settings" in run
+        ]
+        if pairs and all(None not in pair for pair in pairs):
+            columns = [[a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs]]
+            gained = [run["prior_gained"] for run in runs.values()]
+            rows.append([f"`{arm}`", str(len(pairs)), *(interval(each, 1) for each in columns), interval(gained, 4)])
+    return markdown(["arm", "seeds", "FID, N(0, I)", "FID, fitted", "difference", "held-out nats/dim gained"], rows)
+
+
+def _least(run: Result, prior: str) -> float | None:
+    return min((row["fid"] for row in run["settings"] if row["prior"] == prior), default=None)
+
+
 def gradient_table(results: Results) -> str:
     """Norms and cosines over training."""
     shown = ("one_step exact", "detach exact", "likelihood one_step", "likelihood exact")
@@ -307,10 +341,56 @@ def page(results: Results) -> str:
         parts += [f"## Arms: {group}\n\n{absolute(results, arms, QUALITY)}\n\n{absolute(results, arms, SAMPLES)}"]
     parts += [f"## {title}\n\n{relative(results, pairs)}\n\n![]({drawing(title)}.png)" for title, pairs in PAIRS.items()]
     parts += [f"## 4. Best settings\n\n{best_settings(results)}"]
+    parts += [f"## 4. Priors, by {study.TRIED} samples of each setting\n\n{priors(results)}"]
     parts += [f"## 6. Equal seconds\n\n{equal_seconds(results)}\n\n![](against_seconds.png)"]
     parts += [f"## 7. Gradients\n\n{gradient_table(results)}\n\n![](gradients.png)"]
     parts += [f"## 8. Gain by size\n\n{sizes(results)}\n\n![](gain_by_size.png)"]
     return "\n\n".join(parts) + "\n"
+
+
+def tables_of_story(results: Results) -> dict[str, Callable[[], str]]:
+    """Name -> how a table of docs/results.md is made: better is bold, worse italic."""
+
+    def marked(found: dict[int, float], metric: Metric, other: str) -> str:
+        values, base = list(found.values()), mean(results.values(other, metric).values())
+        marks = {"better": "**", "worse": "*"}.get(verdict(values, metric, base), "")
+        return f"{marks}{signed(values, metric)}{marks}"
+
+    def less(arm: str, other: str) -> list[str]:
+        return [marked(results.differences(arm, other, m), m, other) for m in TOLD]
+
+    def steps() -> str:
+        rows = []
+        for domain, plain, prefix, names in (("grey", "plain", "", GREY), ("color", "emoji_plain", "emoji_", COLOR)):
+            means = [f"{mean(results.values(plain, m).values()):.{m.digits}f}" for m in TOLD]
+            rows.append([f"{domain}: plain has", *means])
+            rows += [[title, *less(f"{prefix}{name}", plain)] for title, name in names.items()]
+        return markdown(["", *titles], rows)
+
+    def seconds() -> str:
+        rows = []
+        for domain, plain, prefix, names in (("grey", "plain", "", GREY), ("color", "emoji_plain", "emoji_", COLOR)):
+            for title, name in names.items():
+                arm = f"{prefix}{name}"
+                cells = [marked(at_seconds(results, arm, plain, m), m, plain) for m in TOLD]
+                rows.append([f"{domain}, {title}", f"{results.dearness(arm, plain):.2f}", *cells])
+        return markdown(["", "cost", *titles], rows)
+
+    def encoders() -> str:
+        return markdown(["", *titles], [[title, *less(*pair)] for title, pair in TARGETS.items()])
+
+    def size() -> str:
+        sizes = [(f"{name} {n}", prefix) for name, ladder in LADDERS.items() for n, prefix in ladder.items()]
+        known = [(title, prefix) for title, prefix in sizes if f"{prefix}irepa" in results.arms]
+        return markdown(["", *titles], [[title, *less(f"{prefix}irepa", f"{prefix}plain")] for title, prefix in known])
+
+    titles = [m.title for m in TOLD]
+    return {"equal steps": steps, "equal seconds": seconds, "encoders": encoders, "size": size}
+
+
+def told(story: str, results: Results) -> str:
+    """The text of docs/results.md with its tables written anew."""
+    return filled(story, tables_of_story(results))
 
 
 def drawing(title: str) -> str:
@@ -405,13 +485,16 @@ def figures(results: Results) -> dict[str, Figure]:
 def main() -> None:
     """Write the page and its figures, or check the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=study.RESULTS, help="where results are")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not of these results")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not of these results")
     o = parser.parse_args()
-    results = Results(o.results)
+    results = Results(study.RESULTS)
+    for file, text in ((PAGE, page(results)), (STORY, told(STORY.read_text(), results))):
+        if not o.check:
+            file.write_text(text)
+        elif file.read_text() != text:
+            sys.exit(f"{file} is not what the results say; run tables.py")
     if o.check:
-        sys.exit(0 if PAGE.read_text() == page(results) else f"{PAGE} is not what the results say; run tables.py")
-    PAGE.write_text(page(results))
+        return
     for name, figure in figures(results).items():
         figure.savefig(HERE / f"{name}.png", dpi=120)
 

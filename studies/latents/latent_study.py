@@ -45,9 +45,9 @@ from flowback.training.autoencoders import train_autoencoder
 HERE = Path(__file__).parent
 sys.path += [str(HERE.parent), str(HERE.parent / "alignment")]
 
-from judge import right, trained  # noqa: E402  (the line above makes it importable)
+from judge import right, trained
 
-from common import Run, carry_out, chosen, judged, missing, options, run_named, write_result  # noqa: E402
+from common import Run, carry_out, chosen, judged, missing, options, run_named, write_result
 
 RESULTS = HERE / "results"
 RUNS = Path("runs/studies/latents")

@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
-from common import T95, interval, markdown  # noqa: E402  (the line above makes it importable)
+from common import T95, interval, markdown
 
 Result = dict[str, Any]
 

@@ -34,9 +34,9 @@ from flowback.training.prior import fit_to
 HERE = Path(__file__).parent
 sys.path += [str(HERE.parent), str(HERE.parent / "alignment")]
 
-from judge import right, trained  # noqa: E402  (the line above makes it importable)
+from judge import right, trained
 
-from common import interval, judged, write_result  # noqa: E402
+from common import interval, judged, write_result
 
 JUDGE = Path("runs/studies/latents/judge.pth")
 FITTED, SAMPLES, CLASSIFIED = 10_000, 1000, 500
