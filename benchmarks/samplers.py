@@ -10,9 +10,9 @@ fewer sweeps for such flows than for trained ones, so that of their exact decode
 
 For each flow and batch, the least seconds of the repeats, in which all ways alternate: the exact decode and score step,
 by `auto` as `flowback autotune` found, or as measured first (with `--uncalibrated` not at all), without and with guidance,
-and token by token; each student by Euler and, with one pass more where their number is even, by Heun, at the same scales
-w. `passes` are those that follow each other, of any number of tokens; `ratio` is the time of the unguided exact decode by
-`auto` over a row's.
+and token by token; where the flow has a denoiser, the exact decode with that, and with nothing, in place of the score step;
+each student by Euler and, with one pass more where their number is even, by Heun, at the same scales w. `passes` are those
+that follow each other, of any number of tokens; `ratio` is the time of the unguided exact decode by `auto` over a row's.
 
 With `--fid` as many images by class as `--samples` says are drawn in every way and compared with as many held-out ones, on
 the features of the frozen encoder and, of Fashion-MNIST, on those of the judge of `studies/alignment/judge.py`, which also
@@ -106,14 +106,16 @@ def subjects(options: argparse.Namespace, device: torch.device) -> Iterator[Subj
         yield Subject(f"random-{tokens}", flow, {k: (Student(StudentConfig(), v).eval(), None) for k, v in lessons.items()})
 
 
-def exact(subject: Subject, options: argparse.Namespace, w: float, method: str = "auto") -> Callable[..., Tensor]:
-    """The exact decode and the score step."""
+def exact(
+    subject: Subject, options: argparse.Namespace, w: float, method: str = "auto", denoise: str = "score"
+) -> Callable[..., Tensor]:
+    """The exact decode, and what removes the noise after it: the score step, the learned denoiser, or nothing."""
     flow, core = subject.flow, subject.flow.core
 
     def draw(noise: Tensor, y: Tensor) -> Tensor:
         z = core.draw_z(noise, y, options.temperature, options.prior)
         x = core.decode(z, y, w, method, compile=options.compile)
-        return core.denoise(x, y, len(x)) if flow.denoises else x
+        return core.denoise(x, y, len(x), denoise == "learned") if flow.denoises and denoise != "nothing" else x
 
     return draw
 
@@ -131,6 +133,10 @@ def ways(subject: Subject, options: argparse.Namespace) -> list[Way]:
         return draw
 
     found = [Way(f"exact, guidance {w:g}", None, exact(subject, options, w), w, subject.seconds) for w in options.guidance]
+    for denoise in ("learned", "nothing") if "denoiser" in core.learned else ():
+        for w in options.guidance:
+            draw = exact(subject, options, w, denoise=denoise)
+            found.append(Way(f"exact, guidance {w:g}, denoised by {denoise}", None, draw, w, subject.seconds))
     for name, (student, seconds) in subject.students.items():
         for w in options.guidance:
             guided = f", w {w:g}" * bool(w)

@@ -28,6 +28,7 @@ from flowback.latents.joint import JointConfig
 from flowback.latents.kl import KLConfig
 from flowback.latents.losses import ReconstructionConfig
 from flowback.latents.semantic import SemanticAutoencoder, SemanticConfig
+from flowback.measure.density import seen
 from flowback.reports.evaluate import EvaluationConfig, evaluate
 from flowback.runs import checkpoint
 from flowback.runs.checkpoint import State, load_flow
@@ -39,6 +40,7 @@ from flowback.runs.config import (
     RunConfig,
     TrainConfig,
 )
+from flowback.tasks.classify import accuracies
 from flowback.training import train
 from flowback.training.autoencoders import train_autoencoder
 
@@ -53,9 +55,9 @@ RESULTS = HERE / "results"
 RUNS = Path("runs/studies/latents")
 JUDGE = RUNS / "judge.pth"
 
-STEPS, AUTOENCODER_STEPS, LONG_STEPS = 800, 1500, 2500
+STEPS, AUTOENCODER_STEPS, LONG_STEPS, LONGEST_STEPS = 800, 1500, 2500, 12_000
 SEEDS = (0, 1, 2)
-IMAGES, SAMPLES, PROBED = 2000, 1000, 5000
+IMAGES, SAMPLES, PROBED, DRAWS = 2000, 1000, 5000, 4
 TEMPERATURES, SCALES = (1.0, 0.9, 0.8), (0.0, 1.0)  # of samples; guidance at temperature 1
 DATA = DataConfig(name="fashion_mnist", limit=12_000)
 TRAIN = TrainConfig(
@@ -187,6 +189,15 @@ LONG = [
         train={"steps": LONG_STEPS},
         space="pca_32_all",
     ),
+    Arm(
+        "pca_32_longest_reverse",
+        options=PCA,
+        alignment=ALIGNED | {"strategy": "reverse"},
+        data=FULL,
+        flow=noised(0.4),
+        train={"steps": LONGEST_STEPS, "precision": "bf16-mixed", "ema": 0.998},
+        space="pca_32_all",
+    ),
     Arm("pixels_all", "pixels", data=FULL, flow=PIXELS, train={"steps": LONG_STEPS, "lr": 8e-3, "warmup": 200}),
 ]
 ARMS = [*MAIN, *LOSSES, *ALIGNMENT, *SIZES, *LONG]
@@ -244,6 +255,7 @@ def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
     """Classification, samples, and what the space itself gives away."""
     found = evaluate(folder, EvaluationConfig(metrics=("bpd", "accuracy"), images=IMAGES), device=flow.device)
     figures: dict[str, Any] = {"classification": found["classification"], "density": found["density"]}
+    figures["averaged"] = {"draws": DRAWS, "exact": averaged(flow, data)}
     y = torch.arange(SAMPLES) % flow.num_classes
     figures["samples"] = []
     for temperature, scale in [(t, 0.0) for t in TEMPERATURES] + [(1.0, s) for s in SCALES if s]:
@@ -262,6 +274,12 @@ def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
     return figures | {"space": probed(flow, data, PROBED)}
 
 
+def averaged(flow: Flow, data: ImageSet) -> float:
+    """Accuracy by exact class likelihoods that are averaged over draws of the flow's noise."""
+    x, y = seen(flow, data.held_out, spread(len(data.held_out), IMAGES), data.levels)
+    return accuracies(flow.core, x, y, DRAWS, ("exact",))["exact"]
+
+
 def probed(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
     """What simple classifiers, fitted to so many images, read in what the flow sees, and in the encoder's features."""
     from sklearn.linear_model import LogisticRegression
@@ -269,7 +287,7 @@ def probed(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    def seen(split: Any, count: int) -> tuple[dict[str, Any], Any]:
+    def inputs(split: Any, count: int) -> tuple[dict[str, Any], Any]:
         parts: dict[str, list[Tensor]] = {}
         indices = spread(len(split), count)
         for start in range(0, len(indices), 250):
@@ -281,8 +299,8 @@ def probed(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
                 parts.setdefault(name, []).append(value.float().cpu())
         return {name: torch.cat(part).numpy() for name, part in parts.items()}, split.labels[indices].numpy()
 
-    fit, fit_y = seen(data.train, images)
-    held, held_y = seen(data.held_out, IMAGES)
+    fit, fit_y = inputs(data.train, images)
+    held, held_y = inputs(data.held_out, IMAGES)
     figures = {}
     for name in fit:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))

@@ -48,6 +48,7 @@ def over(figure: Callable[[Result], float], other: Callable[[Result], float]) ->
 
 COLUMNS: dict[str, tuple[Callable[[Result], float], int]] = {  # title: value, digits
     "exact %": (rule("exact"), 1),
+    "exact, 4 draws %": (lambda r: 100 * r["averaged"]["exact"], 1),
     "single gradient %": (rule("single_gradient"), 1),
     "calibration error %": (rule("exact", "ece_after"), 1),
     "linear probe %": (space("linear_flat"), 1),
@@ -66,9 +67,14 @@ COLUMNS: dict[str, tuple[Callable[[Result], float], int]] = {  # title: value, d
 GAPS: dict[str, tuple[Callable[[Result], float], int]] = {  # of one run: what is left to gain
     "exact - linear probe, points": (lambda r: rule("exact")(r) - space("linear_flat")(r), 1),
     "exact - linear probe of features": (lambda r: rule("exact")(r) - space("linear_features")(r), 1),
+    "exact of 4 draws - linear probe": (lambda r: 100 * r["averaged"]["exact"] - space("linear_flat")(r), 1),
     "exact - linear probe, fitted to all images": (lambda r: rule("exact")(r) - 100 * r["space_of_all"]["linear_flat"], 1),
     "exact - linear probe of features, fitted to all": (
         lambda r: rule("exact")(r) - 100 * r["space_of_all"]["linear_features"],
+        1,
+    ),
+    "exact of 4 draws - linear probe, fitted to all": (
+        lambda r: 100 * (r["averaged"]["exact"] - r["space_of_all"]["linear_flat"]),
         1,
     ),
     "FID best over rFID, noised, %": (over(best("fid"), lambda r: r["noised"]["fid"]), 0),
