@@ -1,9 +1,10 @@
-"""Tables of results/*.json, as Markdown.
+"""Writes the tables of docs/latents.md from results/*.json.
 
-    python studies/latents/latent_tables.py [--results FOLDER]
+    python studies/latents/latent_tables.py [--check]
 
-Of an arm with several seeds the mean, and half the width of the 95 % interval (Student's t); of one seed the value. CPU
-seconds are shown of runs on a CPU.
+They stand there between `<!-- NAME -->` and `<!-- end -->`. Of an arm with several seeds the mean, and half the width of
+the 95 % interval (Student's t); of one seed the value. `--check` writes nothing and fails if the page is not what the
+results say.
 """
 
 import argparse
@@ -16,8 +17,9 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
-from common import T95, interval, markdown
+from common import T95, filled, interval, markdown
 
+RESULTS, PAGE = HERE / "results", HERE.parents[1] / "docs" / "latents.md"
 Result = dict[str, Any]
 
 
@@ -34,11 +36,6 @@ def best(figure: str) -> Callable[[Result], float]:
 def space(name: str) -> Callable[[Result], float]:
     """Percent that a simple classifier reads in the space."""
     return lambda r: 100 * r["space"][name]
-
-
-def on_cpu(figure: str) -> Callable[[Result], float]:
-    """Seconds of a run that used no other device."""
-    return lambda r: r[figure] if "CPU" in r["machine"] else {}[figure]
 
 
 def over(figure: Callable[[Result], float], other: Callable[[Result], float]) -> Callable[[Result], float]:
@@ -61,9 +58,15 @@ COLUMNS: dict[str, tuple[Callable[[Result], float], int]] = {  # title: value, d
     "judge right %": (lambda r: 100 * best("right")(r), 0),
     "rFID": (lambda r: r["reconstruction"]["fid"], 0),
     "rFID, noised": (lambda r: r["noised"]["fid"], 0),
-    "autoencoder CPU s": (on_cpu("autoencoder_cpu_seconds"), 0),
-    "flow CPU s": (on_cpu("cpu_seconds"), 0),
 }
+SECONDS: dict[str, tuple[Callable[[Result], float], int]] = {
+    "autoencoder CPU s": (lambda r: r["autoencoder_cpu_seconds"], 0),
+    "flow CPU s": (lambda r: r["cpu_seconds"], 0),
+}
+TIMED = ("pca_32_all_reverse", "pca_32_longest_reverse")  # whose runs in results/ were on a CPU, beside all in results/cpu
+    "pca_32_all_reverse",
+    "pca_32_longest_reverse",
+)  # arms whose runs in results/ were on a CPU, beside all in results/cpu
 GAPS: dict[str, tuple[Callable[[Result], float], int]] = {  # of one run: what is left to gain
     "exact - linear probe, points": (lambda r: rule("exact")(r) - space("linear_flat")(r), 1),
     "exact - linear probe of features": (lambda r: rule("exact")(r) - space("linear_features")(r), 1),
@@ -129,12 +132,28 @@ def differences(arms: dict[str, list[Result]]) -> str:
     return markdown(["arm less arm", "seeds", *DIFFERENCES], rows)
 
 
+def told(page: str) -> str:
+    """The text of docs/latents.md with its tables written anew."""
+    arms = load(RESULTS)
+    timed = load(RESULTS / "cpu") | {name: arms[name] for name in TIMED}
+    tables = {
+        "arms": lambda: table(arms, COLUMNS),
+        "gaps": lambda: table(arms, GAPS),
+        "differences": lambda: differences(arms),
+        "seconds": lambda: table(timed, SECONDS),
+    }
+    return filled(page, tables)
+
+
 def main() -> None:
-    """Print them."""
+    """Write the page, or check it."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--results", type=Path, default=HERE / "results", help="where results are")
-    arms = load(options.parse_args().results)
-    print(table(arms, COLUMNS), table(arms, GAPS), differences(arms), sep="\n\n")
+    options.add_argument("--check", action="store_true", help="write nothing; fail if the page is not of these results")
+    page = PAGE.read_text()
+    if not options.parse_args().check:
+        PAGE.write_text(told(page))
+    elif told(page) != page:
+        sys.exit(f"{PAGE} is not what the results say; run latent_tables.py")
 
 
 if __name__ == "__main__":
