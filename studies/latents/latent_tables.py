@@ -64,9 +64,6 @@ SECONDS: dict[str, tuple[Callable[[Result], float], int]] = {
     "flow CPU s": (lambda r: r["cpu_seconds"], 0),
 }
 TIMED = ("pca_32_all_reverse", "pca_32_longest_reverse")  # whose runs in results/ were on a CPU, beside all in results/cpu
-    "pca_32_all_reverse",
-    "pca_32_longest_reverse",
-)  # arms whose runs in results/ were on a CPU, beside all in results/cpu
 GAPS: dict[str, tuple[Callable[[Result], float], int]] = {  # of one run: what is left to gain
     "exact - linear probe, points": (lambda r: rule("exact")(r) - space("linear_flat")(r), 1),
     "exact - linear probe of features": (lambda r: rule("exact")(r) - space("linear_features")(r), 1),
