@@ -178,26 +178,13 @@ LOSSES = [
     Arm("pca_32_features", options=PCA, loss=ReconstructionConfig(features=0.5), flow=noised(0.4), seeds=(0,)),
     Arm("pca_32_sharp_features", options=PCA, loss=replace(SHARP, features=0.5), flow=noised(0.4), seeds=(0,)),
 ]
+ALL = Arm("pca_32_all", options=PCA, data=FULL, flow=noised(0.4), train={"steps": LONG_STEPS})
+ALL_REVERSE = replace(ALL, name="pca_32_all_reverse", alignment=ALIGNED | {"strategy": "reverse"}, space="pca_32_all")
+LONGEST = {"steps": LONGEST_STEPS, "precision": "bf16-mixed", "ema": 0.998}
 LONG = [
-    Arm("pca_32_all", options=PCA, data=FULL, flow=noised(0.4), train={"steps": LONG_STEPS}),
-    Arm(
-        "pca_32_all_reverse",
-        options=PCA,
-        alignment=ALIGNED | {"strategy": "reverse"},
-        data=FULL,
-        flow=noised(0.4),
-        train={"steps": LONG_STEPS},
-        space="pca_32_all",
-    ),
-    Arm(
-        "pca_32_longest_reverse",
-        options=PCA,
-        alignment=ALIGNED | {"strategy": "reverse"},
-        data=FULL,
-        flow=noised(0.4),
-        train={"steps": LONGEST_STEPS, "precision": "bf16-mixed", "ema": 0.998},
-        space="pca_32_all",
-    ),
+    ALL,
+    ALL_REVERSE,
+    replace(ALL_REVERSE, name="pca_32_longest_reverse", train=LONGEST),
     Arm("pixels_all", "pixels", data=FULL, flow=PIXELS, train={"steps": LONG_STEPS, "lr": 8e-3, "warmup": 200}),
 ]
 ARMS = [*MAIN, *LOSSES, *ALIGNMENT, *SIZES, *LONG]
