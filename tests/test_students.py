@@ -12,6 +12,7 @@ import torch
 from builders import images, labels, random_flow, refuse, student_of, tiny_autoencoder
 from flowback import InputError, LatentFlow, TarFlow
 from flowback.cli import main
+from flowback.encoders import TimmEncoder
 from flowback.flow.student import SOLVERS, Student, integrate
 from flowback.latents import from_pretrained, load_autoencoder
 from flowback.reports.card import export
@@ -287,6 +288,29 @@ def test_a_run_that_was_interrupted_equals_the_undisturbed_one_bit_for_bit(disti
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_an_inverse_takes_the_encoders_features_of_images_from_disk(small_run, tmp_path, monkeypatch):
+    shutil.copytree(small_run, tmp_path / "digits")
+    begin = replace(config(tmp_path / "digits", "inverse"), features=0.0)
+    kept = distill(begin)
+    seen, forward = [], TimmEncoder.forward
+
+    def counted(self, x):
+        seen.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(TimmEncoder, "forward", counted)
+    distill(replace(begin, run=str(tmp_path / "again")))
+    assert seen == []
+    computed = distill(replace(begin, run=str(tmp_path / "computed"), cache=False))
+    assert seen == [16] * 6
+    rows = [read_metrics(run / "metrics.csv") for run in (kept.run, tmp_path / "again", computed.run)]
+    align = [[row["align"] for row in part if "align" in row] for part in rows]
+    assert align[1] == align[0]
+    assert align[2] == pytest.approx(align[0], abs=1e-3)  # features on disk are float16
+    distill(replace(begin, run=str(tmp_path / "perceptual"), features=1.0, align=0.0))
+    assert seen == [16] * 12  # of what the student makes alone
+
+
 def test_what_was_distilled_lies_beside_the_flow_and_goes_with_it(distilled, tmp_path):
     method, teacher, result = distilled
     name = "denoiser" if method == "denoiser" else "student"
@@ -411,6 +435,7 @@ def test_a_student_has_no_schedule_of_guidance():
         ({"method": "inverse", "noise": "independent"}, "noise independent is of flow_matching alone"),
         ({"guidance": 1.0}, "guidance is an option of method inverse, got 1.0 with flow_matching"),
         ({"method": "inverse", "align": -1.0}, "align must be a number of at least 0, got -1.0"),
+        ({"encoder_precision": "fp8"}, "encoder_precision must be one of 32-true, bf16-mixed, got 'fp8'"),
         ({"train": TrainConfig(compile=True)}, "train.compile is an option of flows; leave it out for a student"),
     ],
 )

@@ -10,6 +10,7 @@ are of a training that was not cut off: what other work on the machine disturbs 
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flowback.core.devices import machine, pick_device, put
 from flowback.core.seeds import keyed_generator
 from flowback.core.units import from_levels, to_uint8
 from flowback.data import ImageSet, load_data
+from flowback.data.cache import ArrayCache
 from flowback.data.splits import spread
 from flowback.flow.config import FlowConfig
 from flowback.latents import Flow, LatentFlow
@@ -43,6 +45,7 @@ from flowback.runs.config import (
 from flowback.tasks.classify import accuracies
 from flowback.training import train
 from flowback.training.autoencoders import train_autoencoder
+from flowback.training.caches import feature_plan, open_cache
 
 HERE = Path(__file__).parent
 sys.path += [str(HERE.parent), str(HERE.parent / "alignment")]
@@ -242,7 +245,7 @@ def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
     """Classification, samples, and what the space itself gives away."""
     found = evaluate(folder, EvaluationConfig(metrics=("bpd", "accuracy"), images=IMAGES), device=flow.device)
     figures: dict[str, Any] = {"classification": found["classification"], "density": found["density"]}
-    figures["averaged"] = {"draws": DRAWS, "exact": averaged(flow, data)}
+    figures["averaged"] = averaged(flow, data, DRAWS)
     y = torch.arange(SAMPLES) % flow.num_classes
     figures["samples"] = []
     for temperature, scale in [(t, 0.0) for t in TEMPERATURES] + [(1.0, s) for s in SCALES if s]:
@@ -261,32 +264,42 @@ def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
     return figures | {"space": probed(flow, data, PROBED)}
 
 
-def averaged(flow: Flow, data: ImageSet) -> float:
+def averaged(flow: Flow, data: ImageSet, draws: int) -> dict[str, float]:
     """Accuracy by exact class likelihoods that are averaged over draws of the flow's noise."""
     x, y = seen(flow, data.held_out, spread(len(data.held_out), IMAGES), data.levels)
-    return accuracies(flow.core, x, y, DRAWS, ("exact",))["exact"]
+    return {"draws": draws, "exact": accuracies(flow.core, x, y, draws, ("exact",))["exact"]}
 
 
-def probed(flow: Flow, data: ImageSet, images: int) -> dict[str, float]:
-    """What simple classifiers, fitted to so many images, read in what the flow sees, and in the encoder's features."""
+def probed(flow: Flow, data: ImageSet, images: int, cached: ArrayCache | None = None) -> dict[str, float]:
+    """What simple classifiers, fitted to so many images, read in what the flow sees, and in the encoder's features.
+
+    `cached` features of the training images spare the encoder.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import NearestCentroid
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    def inputs(split: Any, count: int) -> tuple[dict[str, Any], Any]:
-        parts: dict[str, list[Tensor]] = {}
-        indices = spread(len(split), count)
-        for start in range(0, len(indices), 250):
-            x = from_levels(split[indices[start : start + 250]][0], data.levels)
-            values = {"flat": flow.to_data(x).flatten(1)}
-            if isinstance(flow, LatentFlow) and isinstance(flow.autoencoder, SemanticAutoencoder):
-                values["features"] = flow.autoencoder.features(x).mean(dim=1)
-            for name, value in values.items():
-                parts.setdefault(name, []).append(value.float().cpu())
-        return {name: torch.cat(part).numpy() for name, part in parts.items()}, split.labels[indices].numpy()
+    semantic = flow.autoencoder if isinstance(flow, LatentFlow) else None
 
-    fit, fit_y = inputs(data.train, images)
+    def values(split: Any, part: Tensor, cached: ArrayCache | None) -> dict[str, Tensor]:
+        x = from_levels(split[part][0], data.levels)
+        if not isinstance(semantic, SemanticAutoencoder):
+            return {"flat": flow.to_data(x).flatten(1)}
+        features = semantic.features(x) if cached is None else cached(part, torch.zeros_like(part, dtype=torch.bool))
+        features = put(features, flow.device).float()
+        latents = semantic.from_moments(semantic.compressed(features))
+        return {"flat": latents.flatten(1), "features": features.mean(dim=1)}
+
+    def inputs(split: Any, count: int, cached: ArrayCache | None = None) -> tuple[dict[str, Any], Any]:
+        parts: dict[str, list[Tensor]] = {}
+        indices = torch.tensor(spread(len(split), count))
+        for part in indices.split(250):
+            for name, value in values(split, part, cached).items():
+                parts.setdefault(name, []).append(value.float().cpu())
+        return {name: torch.cat(pieces).numpy() for name, pieces in parts.items()}, split.labels[indices].numpy()
+
+    fit, fit_y = inputs(data.train, images, cached)
     held, held_y = inputs(data.held_out, IMAGES)
     figures = {}
     for name in fit:
@@ -300,12 +313,16 @@ def main() -> None:
     """Run what is missing."""
     parser = options(__doc__, jobs=1)
     parser.add_argument("--probe", action="store_true", help="fit the probes of finished runs to all their images, instead")
+    parser.add_argument("--draws", type=int, help="classify with so many draws of noise, instead")
     o = parser.parse_args()
     if o.run:
         return run(*run_named(o.run, order()))
     wanted = chosen(o, order())
+    finished = [run for run in wanted if result_file(*run).is_file()]
     if o.probe:
-        return probe_finished([run for run in wanted if result_file(*run).is_file()])
+        return amend(finished, "space_of_all", probed_by_all)
+    if o.draws:
+        return amend(finished, "averaged_more", lambda flow, data, _: averaged(flow, data, o.draws))
     chains: dict[tuple[str, int], list[Run[Arm]]] = {}  # runs that share an autoencoder, which the first of them trains
     for arm, seed in missing(wanted, result_file, o.list):
         chains.setdefault((arm.space or arm.name, seed), []).append((arm, seed))
@@ -316,16 +333,23 @@ def main() -> None:
     sys.exit(0 if carry_out(__file__, chains.values(), RUNS / "logs", o.jobs, end) else 1)
 
 
-def probe_finished(runs: list[tuple[Arm, int]]) -> None:
-    """Add to the results of finished runs what the probes read that were fitted to all their training images."""
+def probed_by_all(flow: Flow, data: ImageSet, config: RunConfig) -> dict[str, float]:
+    """What `probed` finds with all training images, the features of which are kept on disk."""
+    cached = None
+    if isinstance(flow, LatentFlow) and isinstance(flow.autoencoder, SemanticAutoencoder):
+        cached = open_cache(feature_plan(config, data, flow.autoencoder), config, data)
+    return probed(flow, data, len(data.train), cached)
+
+
+def amend(runs: list[Run[Arm]], name: str, measured: Callable[[Flow, ImageSet, RunConfig], dict[str, float]]) -> None:
+    """Add to the results of finished runs, as `name`, what is `measured` of each flow."""
     for arm, seed in runs:
         file, config = result_file(arm, seed), arm.config(seed)
         flow, _ = load_flow(config.folder, device="auto")
-        data = load_data(config.data)
         with torch.no_grad():
-            facts = json.loads(file.read_text()) | {"space_of_all": probed(flow, data, len(data.train))}
-        write_result(file, facts)
-        print(file.name, facts["space_of_all"], flush=True)
+            found = measured(flow, load_data(config.data), config)
+        write_result(file, json.loads(file.read_text()) | {name: found})
+        print(file.name, found, flush=True)
 
 
 if __name__ == "__main__":

@@ -415,9 +415,10 @@ class DistillRunConfig(Recipe):
         align: of inverse: weight of minus the cosine between the encoder's features and a projected hidden state.
         encoder: a frozen vision model for these two, as in an alignment.
         encoder_weights: a local file of its weights, or random; null for the shipped ones or the hub.
+        encoder_precision: 32-true, or bf16-mixed (autocast).
         student: the network.
         data: which images; what is left out is as in the teacher's run.
-        cache: compute latents once and keep them on disk.
+        cache: compute latents, and the encoder's features of the images, once and keep them on disk.
         train: how it is trained; images are mirrored if they were for the teacher.
 
     Raises:
@@ -433,6 +434,7 @@ class DistillRunConfig(Recipe):
     align: float = 0.0
     encoder: str = "efficientnet_lite0"
     encoder_weights: str | None = None
+    encoder_precision: str = "32-true"
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cache: bool = True
@@ -446,6 +448,8 @@ class DistillRunConfig(Recipe):
                 raise InputError(f"{name} must be a number of at least 0, got {value}")
             if value and self.method != "inverse":
                 raise InputError(f"{name} is an option of method inverse, got {value} with {self.method}")
+        if self.encoder_precision not in PRECISIONS:
+            raise InputError(f"encoder_precision must be one of {', '.join(PRECISIONS)}, got {self.encoder_precision!r}")
         _refuse_options_of_flows(self.train, OF_FLOWS, "a student")
 
     @property

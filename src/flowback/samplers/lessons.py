@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowback.encoders import Carrier, Encoder
+from flowback.core.devices import autocast
+from flowback.encoders import Carrier, Encoder, match_grid
 from flowback.flow.student import Student
 from flowback.flow.tarflow import TarFlow
 
@@ -93,6 +94,7 @@ class Inverse(Objective):
         align: weight of minus the cosine between them and the projected hidden state in the middle.
         projector: from hidden states to features, where they are aligned.
         to_images: what the flow sees as images `[B, C, H, W]`.
+        precision: of the encoder, 32-true or bf16-mixed.
     """
 
     parts = ("image", "states", "features", "align")
@@ -107,50 +109,54 @@ class Inverse(Objective):
         align: float = 0.0,
         projector: nn.Module | None = None,
         to_images: Callable[[Tensor], Tensor] = lambda x: x,
+        precision: str = "32-true",
     ) -> None:
         super().__init__(flow, student)
         self.encoder: Any
         self.carry("encoder", encoder)
         self.guidance, self.features, self.align = guidance, features, align
-        self.projector, self.to_images = projector, to_images
+        self.projector, self.to_images, self.precision = projector, to_images, precision
 
     def forward(
-        self, x: Tensor, levels: Tensor, noised: Tensor, y: Tensor | None = None
+        self, x: Tensor, levels: Tensor, noised: Tensor, y: Tensor | None = None, targets: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and mean squared errors as parts; arguments as of `FlowMatching`, the guidance is made of `levels`."""
+        """The loss, and mean squared errors as parts.
+
+        Arguments are those of `FlowMatching`, and `targets [B, N, F]`: what `features_of` finds in the clean images, where
+        there is an encoder. The guidance is made of `levels`.
+        """
         flow, student, classes = self.flow, self.student, self.flow.class_weights(y, len(x))
         assert student.state_std is not None
         with torch.no_grad():
             z, _, trace = flow.encode(noised, y, trace=())
             states = [x / std for x, std in zip(reversed(trace.inputs.values()), student.state_std, strict=True)]
-            z, targets = z / student.z_std, [flow.tokenize(x), *states]
+            z, goals = z / student.z_std, [flow.tokenize(x), *states]
             w = self.guidance * (2 * levels - 1).clamp(min=0)
             w = torch.zeros_like(w) if y is None else torch.where(y < 0, 0, w)
             if self.guidance and classes is not None:
                 both = torch.cat([classes, torch.full_like(classes, 1 / classes.shape[1])])
                 image, predicted, _ = student(z.repeat(2, 1, 1), w.new_zeros(2 * len(w)), both, with_states=True)
                 pairs = [found.chunk(2) for found in (image, *predicted)]
-                targets = [
-                    target + w[:, None, None] * (labelled - unlabelled)
-                    for target, (labelled, unlabelled) in zip(targets, pairs, strict=True)
+                goals = [
+                    goal + w[:, None, None] * (labelled - unlabelled)
+                    for goal, (labelled, unlabelled) in zip(goals, pairs, strict=True)
                 ]
         image, predicted, hidden = student(z, w / (1 + w), classes, with_states=True)
-        errors = torch.stack(
-            [(f - target).square().mean((1, 2)) for f, target in zip((image, *predicted), targets, strict=True)]
-        )
+        errors = torch.stack([(f - goal).square().mean((1, 2)) for f, goal in zip((image, *predicted), goals, strict=True)])
         terms = [(errors / (errors.detach() + SOFTEST)).mean(1).sum()]
         parts = {"image": errors[0].mean(), "states": errors[1:].mean()}
         if self.encoder is not None:
-            with torch.no_grad():
-                wanted = self.encoder(self.to_images(x))
+            assert targets is not None
+            targets = targets.to(image.dtype)
             if self.features:
-                found = self.encoder(self.to_images(flow.to_grid(image)))
-                error = (found - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))
+                with autocast(image.device, self.precision):
+                    found = features_of(self.encoder, flow, self.to_images(flow.to_grid(image))).to(image.dtype)
+                error = (found - targets).square().sum((1, 2)) / targets.square().sum((1, 2))
                 parts["features"] = torch.where(w > 0, 0, error).mean()
                 terms.append(self.features * parts["features"])
             if self.projector is not None:
-                middle = self.projector(hidden[len(hidden) // 2]).to(wanted.dtype)
-                parts["align"] = -F.cosine_similarity(middle, wanted, dim=-1).mean()
+                middle = self.projector(hidden[len(hidden) // 2]).to(targets.dtype)
+                parts["align"] = -F.cosine_similarity(middle, targets, dim=-1).mean()
                 terms.append(self.align * parts["align"])
         return torch.stack(terms).sum(), {name: part.detach() for name, part in parts.items()}
 
@@ -167,6 +173,11 @@ class Denoising(Objective):
         found = self.student.correction(flow.tokenize(noised), flow.class_weights(y, len(x)))
         loss = (found - wanted).square().mean()
         return loss, {"score": loss.detach()}
+
+
+def features_of(encoder: Encoder, flow: TarFlow, images: Tensor) -> Tensor:
+    """An encoder's features of images `[B, C, H, W]` on the flow's grid, `[B, N, F]`."""
+    return match_grid(encoder(images), encoder.grid, flow.grid)
 
 
 LESSONS: dict[str, type[Objective]] = {"flow_matching": FlowMatching, "inverse": Inverse, "denoiser": Denoising}

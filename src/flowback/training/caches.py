@@ -94,14 +94,25 @@ def cache_plans(
         convert = autoencoder.compressed if isinstance(autoencoder, SemanticAutoencoder) else None
         plans.append(CachePlan(facts, shapes["latents"], autoencoder.moments, features, convert))
     if alignment is not None and "features" in shapes:
-        a = config.alignment
-
-        def targets(x: Tensor) -> Tensor:
-            with autocast(device, a.encoder_precision):
-                return alignment.targets(x)
-
-        plans.append(CachePlan(images | feature_facts(a, flow.grid), shapes["features"], targets))
+        plans.append(target_plan(config, data, flow, alignment.targets, shapes["features"], device))
     return plans
+
+
+def target_plan(
+    config: RunConfig,
+    data: ImageSet,
+    flow: TarFlow,
+    targets: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> CachePlan:
+    """The cache of the features of the alignment's encoder, which `targets` makes of images on `device`."""
+
+    def compute(x: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(device, config.alignment.encoder_precision):
+            return targets(x)
+
+    return CachePlan(_images(data, config.train) | feature_facts(config.alignment, flow.grid), shape, compute)
 
 
 def feature_plan(config: Recipe, data: ImageSet, autoencoder: SemanticAutoencoder) -> CachePlan:

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ from flowback.core.seeds import Generators, draw, keyed_generator
 from flowback.data import DataConfig, ImageSet, load_data
 from flowback.data.batches import Raw
 from flowback.data.splits import evaluated, spread
-from flowback.encoders import load_encoder
+from flowback.encoders import Encoder, load_encoder
 from flowback.flow.io import fingerprint, load_student
 from flowback.flow.student import Lesson, Student
 from flowback.flow.tarflow import TarFlow
 from flowback.latents import Flow, LatentFlow
 from flowback.measure.density import seen
 from flowback.runs.checkpoint import State, flow_folder, load_flow
-from flowback.runs.config import DistillRunConfig, LatentConfig, RunConfig
+from flowback.runs.config import AlignmentConfig, DistillRunConfig, LatentConfig, RunConfig
 from flowback.runs.folder import check_fit, open_run, run_data, run_of, training_data
-from flowback.samplers import LESSONS, Inverse, Objective, measure
+from flowback.samplers import LESSONS, Inverse, Objective, features_of, measure
 from flowback.tasks.sampling import class_grid
+from flowback.training.caches import open_cache, target_plan
 from flowback.training.inputs import Batch, Inputs
 from flowback.training.job import Job, offer
 from flowback.training.loop import take_steps
@@ -58,21 +60,35 @@ class DistillInputs(Inputs):
         data: its images.
         flow: the teacher.
         lesson: what the student learns.
+        encoder: whose features of the images the student learns from, if any; what the alignment of `config` says of it.
         device: where batches go, and where caches are computed.
         share: (i, k): this process is the i-th, from 0, of k that share every batch.
     """
 
     def __init__(
-        self, config: RunConfig, data: ImageSet, flow: Flow, lesson: Lesson, device: torch.device, share: tuple[int, int]
+        self,
+        config: RunConfig,
+        data: ImageSet,
+        flow: Flow,
+        lesson: Lesson,
+        encoder: Encoder | None,
+        device: torch.device,
+        share: tuple[int, int],
     ) -> None:
         autoencoder = flow.autoencoder if isinstance(flow, LatentFlow) else None
         super().__init__(config, data, flow.core, autoencoder, None, device, share)
         self.lesson = lesson
+        if encoder is not None:
+            self.targets = partial(features_of, encoder, flow.core)
+            shape = (flow.core.token_shape[0], encoder.dim)
+            if config.alignment.cache:
+                self.features = open_cache(target_plan(config, data, flow.core, self.targets, shape, device), config, data)
 
     def prepare(self, raw: Raw, step: int) -> Batch:
         """Everything random in step `step`, from 0: mirrored images, noise, levels, dropped labels."""
         drawn = self.draw(raw, step)
-        return self.batch(*self.clean(raw, drawn), drawn.generators)
+        batch = self.batch(*self.clean(raw, drawn), drawn.generators)
+        return replace(batch, targets=self._targets(raw.indices, drawn.flipped, drawn.x))
 
     def batch(self, x: Tensor, y: Tensor | None, generators: Generators) -> Batch:
         """The batch of clean images as the flow sees them, `[B, *data_shape]`, and labels `[B]`."""
@@ -174,17 +190,13 @@ def settle(config: DistillRunConfig, flow: Flow, given: ImageSet | None) -> tupl
     return config, training_data(config, data)
 
 
-def make_objective(config: DistillRunConfig, flow: Flow, student: Student) -> Objective:
+def make_objective(config: DistillRunConfig, flow: Flow, student: Student, encoder: Encoder | None) -> Objective:
     """The loss that a configuration describes."""
     if config.method != "inverse":
         return LESSONS[config.method](flow.core, student)
-    encoder = projector = None
-    if config.features or config.align:
-        encoder = load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)
-    if encoder is not None and config.align:
-        projector = Projector(config.student.width, encoder.dim)
+    projector = Projector(config.student.width, encoder.dim) if encoder is not None and config.align else None
     weights = config.guidance, encoder, config.features, config.align
-    return Inverse(flow.core, student, *weights, projector, flow.to_images)
+    return Inverse(flow.core, student, *weights, projector, flow.to_images, config.encoder_precision)
 
 
 def distill(config: DistillRunConfig, data: ImageSet | None = None) -> DistillResult:
@@ -213,7 +225,10 @@ def distill(config: DistillRunConfig, data: ImageSet | None = None) -> DistillRe
     c, core = config.train, flow.core
     torch.manual_seed(c.seed)
     student = Student(config.student, _lesson(config, core)).to(core.data_dtype)
-    objective = make_objective(config, flow, student)
+    encoder = None
+    if config.features or config.align:
+        encoder = load_encoder(config.encoder, config.encoder_weights, grid=flow.grid)
+    objective = make_objective(config, flow, student, encoder)
     with deterministic(c.deterministic), open_run(config, data, first=is_first()) as found:
         fabric = launch(c)
         keep_freed_memory(fabric.device)
@@ -224,7 +239,7 @@ def distill(config: DistillRunConfig, data: ImageSet | None = None) -> DistillRe
             flow.to(fabric.device)
             objective.to(fabric.device)
             with fabric.rank_zero_first():  # which makes the caches that are missing
-                inputs = _inputs(config, data, flow, student.lesson, fabric)
+                inputs = _inputs(config, data, flow, student.lesson, encoder, fabric)
             if resume_from is None:
                 x, y = seen(flow, data.train, spread(len(data.train), SETTLING), data.levels)
                 y = put(y, fabric.device) if flow.num_classes else None
@@ -250,11 +265,21 @@ def _lesson(config: DistillRunConfig, flow: TarFlow) -> Lesson:
     )
 
 
-def _inputs(config: DistillRunConfig, data: ImageSet, flow: Flow, lesson: Lesson, fabric: Any) -> DistillInputs:
+def _inputs(
+    config: DistillRunConfig, data: ImageSet, flow: Flow, lesson: Lesson, encoder: Encoder | None, fabric: Any
+) -> DistillInputs:
     named = flow.autoencoder.config if isinstance(flow, LatentFlow) and flow.autoencoder.config.name else None
-    latents = LatentConfig(cache=config.cache and named is not None)
-    as_flow = RunConfig(run=str(config.folder), data=config.data, flow=flow.config, latents=latents, train=config.train)
-    return DistillInputs(as_flow, data, flow, lesson, fabric.device, (fabric.global_rank, fabric.world_size))
+    shared: dict[str, Any] = {name: getattr(config, name) for name in ("encoder", "encoder_weights", "encoder_precision")}
+    as_flow = RunConfig(
+        run=str(config.folder),
+        data=config.data,
+        flow=flow.config,
+        latents=LatentConfig(cache=config.cache and named is not None),
+        alignment=AlignmentConfig(cache=config.cache, **shared),
+        train=config.train,
+    )
+    share = (fabric.global_rank, fabric.world_size)
+    return DistillInputs(as_flow, data, flow, lesson, encoder, fabric.device, share)
 
 
 def describe(config: DistillRunConfig, student: Student, data: ImageSet, teacher: str) -> str:

@@ -7,7 +7,7 @@ Latents and targets do not change while a flow learns, so they are computed once
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -168,6 +168,7 @@ class Inputs(Source):
         plans = cache_plans(config, data, flow, autoencoder, alignment, device)
         caches = {plan.kind: open_cache(plan, config, data) for plan in plans}
         self.latents, self.features = caches.get("latents"), caches.get("features")
+        self.targets: Callable[[Tensor], Tensor] | None = alignment and alignment.targets  # of clean images [B, C, H, W]
         self.others: Tensor | None = None  # the image whose features an image gets instead of its own
         if config.alignment.shuffled:
             generator = torch.Generator().manual_seed(config.train.seed)
@@ -176,9 +177,7 @@ class Inputs(Source):
     def stream(self, start: int, stop: int, images: bool = True) -> Iterator[Raw]:
         """What the steps `start` … `stop - 1` read: images only where not all that is made of them is cached."""
         flow_needs = self.autoencoder is None or self.latents is None
-        return super().stream(
-            start, stop, images and (flow_needs or (self.alignment is not None and self.features is None))
-        )
+        return super().stream(start, stop, images and (flow_needs or (self.targets is not None and self.features is None)))
 
     def prepare(self, raw: Raw, step: int) -> Batch:
         """Everything random in step `step`, from 0: mirrored images, samples of latents, noise, dropped labels."""
@@ -196,11 +195,11 @@ class Inputs(Source):
         return drawn.x if self.autoencoder is None else self.autoencoder.encode(drawn.x, drawn.generators), y
 
     def _targets(self, indices: Tensor, flipped: Tensor, x_clean: Tensor | None) -> Tensor | None:
-        if self.alignment is None or not self.alignment.active:
+        if self.targets is None or (self.alignment is not None and not self.alignment.active):
             return None
         if self.features is not None:
             indices = indices if self.others is None else self.others[indices]
             return put(self.features(indices, flipped), self.device)
         assert x_clean is not None
         with autocast(self.device, self.config.alignment.encoder_precision):
-            return self.alignment.targets(x_clean)
+            return self.targets(x_clean)
