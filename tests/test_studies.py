@@ -405,7 +405,36 @@ def test_the_table_of_latents_has_means_and_intervals(tmp_path):
 def test_tables_of_latents_are_of_the_results():
     page = latent_tables.PAGE.read_text()
     assert latent_tables.told(page) == page
-    assert re.findall(r"<!-- ([a-z]+) -->", page) == ["arms", "end", "gaps", "end", "differences", "end", "seconds", "end"]
+    assert re.findall(r"<!-- ([a-z]+) -->", page) == [
+        "arms",
+        "end",
+        "gaps",
+        "end",
+        "readers",
+        "end",
+        "differences",
+        "end",
+        "seconds",
+        "end",
+    ]
+
+
+def test_the_flow_is_compared_with_probes_of_all_images():
+    probes = {"linear_flat": 0.9, "linear_features": 0.88, "nearest_mean": 0.79}
+    rows = [
+        {
+            "classification": [{"rule": "exact", "accuracy": 0.86 + seed / 100}],
+            "averaged": {"exact": 0.89},
+            "averaged_more": {"exact": 0.9 + seed / 100},
+            "space_of_all": probes,
+        }
+        for seed in range(3)
+    ]
+    half = f"{4.303 / 3**0.5:.1f}"
+    text = latent_tables.readers(rows)
+    assert f"| exact, one draw of noise | 87.0 ± {half} | -3.0 ± {half} | -1.0 ± {half} |" in text
+    assert f"| exact, 16 draws | 91.0 ± {half} | 1.0 ± {half} | 3.0 ± {half} |" in text
+    assert "| nearest mean of what the flow sees | 79.0 ± 0.0 |  |  |" in text
 
 
 def test_arms_of_latents_are_compared_seed_by_seed():

@@ -68,17 +68,17 @@ GAPS: dict[str, tuple[Callable[[Result], float], int]] = {  # of one run: what i
     "exact - linear probe, points": (lambda r: rule("exact")(r) - space("linear_flat")(r), 1),
     "exact - linear probe of features": (lambda r: rule("exact")(r) - space("linear_features")(r), 1),
     "exact of 4 draws - linear probe": (lambda r: 100 * r["averaged"]["exact"] - space("linear_flat")(r), 1),
-    "exact - linear probe, fitted to all images": (lambda r: rule("exact")(r) - 100 * r["space_of_all"]["linear_flat"], 1),
-    "exact - linear probe of features, fitted to all": (
-        lambda r: rule("exact")(r) - 100 * r["space_of_all"]["linear_features"],
-        1,
-    ),
-    "exact of 4 draws - linear probe, fitted to all": (
-        lambda r: 100 * (r["averaged"]["exact"] - r["space_of_all"]["linear_flat"]),
-        1,
-    ),
     "FID best over rFID, noised, %": (over(best("fid"), lambda r: r["noised"]["fid"]), 0),
 }
+READERS: dict[str, Callable[[Result], float]] = {  # of the same images, in percent
+    "exact, one draw of noise": rule("exact"),
+    "exact, 4 draws": lambda r: 100 * r["averaged"]["exact"],
+    "exact, 16 draws": lambda r: 100 * r["averaged_more"]["exact"],
+    "linear probe of what the flow sees": lambda r: 100 * r["space_of_all"]["linear_flat"],
+    "linear probe of pooled features": lambda r: 100 * r["space_of_all"]["linear_features"],
+    "nearest mean of what the flow sees": lambda r: 100 * r["space_of_all"]["nearest_mean"],
+}
+PROBED = "pca_32_longest_reverse"  # the arm whose probes were fitted to all images, too
 DIFFERENCES = [name for name in COLUMNS if name in ("exact %", "single gradient %", "FID best", "recall", "judge right %")]
 PAIRS = (  # an arm, and the one that its runs are compared with, seed by seed
     *(("pca_32", other) for other in ("pixels", "kl_16", "joint_16")),
@@ -115,6 +115,18 @@ def table(arms: dict[str, list[Result]], columns: dict[str, tuple[Callable[[Resu
     return markdown(head, [[name, str(len(arms[name])), *row] for name, row in filled.items() if any(row)])
 
 
+def readers(results: list[Result]) -> str:
+    """How well the flow and the simple classifiers that were fitted to all images read them, and how they differ."""
+    probes = [name for name in READERS if "probe" in name]
+    rows = []
+    for name, value in READERS.items():
+        gaps = [
+            interval([value(r) - READERS[probe](r) for r in results], 1) for probe in probes if name.startswith("exact")
+        ]
+        rows.append([name, interval([value(r) for r in results], 1), *(gaps or [""] * len(probes))])
+    return markdown(["read by", "%", *(f"less {probe}" for probe in probes)], rows)
+
+
 def differences(arms: dict[str, list[Result]]) -> str:
     """Of each of `PAIRS`: the first arm less the second, seed by seed."""
     rows = []
@@ -136,6 +148,7 @@ def told(page: str) -> str:
     tables = {
         "arms": lambda: table(arms, COLUMNS),
         "gaps": lambda: table(arms, GAPS),
+        "readers": lambda: readers(arms[PROBED]),
         "differences": lambda: differences(arms),
         "seconds": lambda: table(timed, SECONDS),
     }
