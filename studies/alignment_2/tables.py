@@ -80,6 +80,7 @@ SAMPLES = [*_samples("plain"), *_samples("best")]
 FID_PLAIN, FID_BEST = SAMPLES[0], SAMPLES[4]
 COMPARED = [*QUALITY, FID_PLAIN, FID_BEST]
 
+LAST = ("forward", "detach", "one_step")  # at the last blocks
 PAIRS: dict[str, list[tuple[str, str]]] = {  # title: an arm, and what it is compared with
     "1. Color": [
         *((f"emoji_{family}", "emoji_plain") for family in study.FAMILIES),
@@ -88,9 +89,9 @@ PAIRS: dict[str, list[tuple[str, str]]] = {  # title: an arm, and what it is com
         *((f"cells_{kind}", "cells_plain") for kind in ("irepa_forward", "irepa")),
     ],
     "2. Places": [
-        *((name, "plain") for name in ("forward_early", "reverse_early", "detach_early", "detach_1", "detach_3", "paper")),
-        *((name, "one_step") for name in ("forward", "forward_early", "reverse_early", "separate", "paper")),
-        *((name, "detach") for name in ("detach_early", "detach_1", "detach_3")),
+        *((name, "cpu/plain") for name in (*(f"cpu/{arm}" for arm in LAST), *study.GROUPS["places"])),
+        *((name, "cpu/one_step") for name in ("cpu/forward", "forward_early", "reverse_early", "separate", "paper")),
+        *((name, "cpu/detach") for name in ("detach_early", "detach_1", "detach_3")),
     ],
     "5. Encoders": [
         *((name, "emoji_plain") for name in ("emoji_sharper", "emoji_random_encoder", "emoji_shuffled")),
@@ -122,6 +123,18 @@ TARGETS = {
     "the last map - random weights": ("emoji_irepa_reverse", "emoji_random_encoder"),
     "the last map - features of another image": ("emoji_irepa_reverse", "emoji_shuffled"),
 }
+PLACED = {
+    "forward at the last blocks": ("cpu/forward", "cpu/plain"),
+    "forward at the first blocks": ("forward_early", "cpu/plain"),
+    "reverse at the last blocks": ("cpu/one_step", "cpu/plain"),
+    "reverse at the first blocks": ("reverse_early", "cpu/plain"),
+    "detach at the last blocks, layer 1": ("detach_1", "cpu/plain"),
+    "layer 2": ("cpu/detach", "cpu/plain"),
+    "layer 3": ("detach_3", "cpu/plain"),
+    "detach at the first blocks, layer 2": ("detach_early", "cpu/plain"),
+    "reverse, a projector for each block": ("separate", "cpu/plain"),
+    "the papers' settings": ("paper", "cpu/plain"),
+}
 CURVES = {"color": "emoji_plain", "grey": "plain"}  # plain arms that have longer ones
 LADDERS = {  # the curves of question 8: size, with the arms' prefix
     "width": {"64": "width_64_", "96": "", "192": "width_192_"},
@@ -130,17 +143,18 @@ LADDERS = {  # the curves of question 8: size, with the arms' prefix
 
 
 class Results:
-    """The results, by arm and seed, and the runs that diverged."""
+    """The results, by arm and seed, and the runs that diverged; those of the folder `cpu` have it before the arm's name."""
 
     def __init__(self, folder: Path) -> None:
         self.arms: dict[str, dict[int, Result]] = {}
         self.failed: list[Result] = []
-        for file in sorted(folder.glob("*-*.json")):
-            result = json.loads(file.read_text())
-            if "failed" in result:
-                self.failed.append(result)
-            else:
-                self.arms.setdefault(result["arm"], {})[result["seed"]] = result
+        for prefix in ("", "cpu/"):
+            for file in sorted(folder.glob(f"{prefix}*-*.json")):
+                result = json.loads(file.read_text())
+                if "failed" in result:
+                    self.failed.append(result)
+                else:
+                    self.arms.setdefault(prefix + result["arm"], {})[result["seed"]] = result
         self.gradients = {file.stem: json.loads(file.read_text()) for file in sorted((folder / "gradients").glob("*.json"))}
         costs = [json.loads(file.read_text()) for file in sorted((folder / "seconds").glob("*.json"))]
         self.seconds: dict[str, dict[str, float]] = {found["machine"]: found["seconds_per_step"] for found in costs}
@@ -338,6 +352,7 @@ def page(results: Results) -> str:
     parts = [HEAD, f"## Search\n\n{search(results)}"]
     parts += [f"## Runs without an end\n\n{failures(results)}"] if results.failed else []
     for group, arms in study.GROUPS.items():
+        arms = [*arms, *(f"cpu/{arm}" for arm in ("plain", *LAST))] if group == "places" else arms
         parts += [f"## Arms: {group}\n\n{absolute(results, arms, QUALITY)}\n\n{absolute(results, arms, SAMPLES)}"]
     parts += [f"## {title}\n\n{relative(results, pairs)}\n\n![]({drawing(title)}.png)" for title, pairs in PAIRS.items()]
     parts += [f"## 4. Best settings\n\n{best_settings(results)}"]
@@ -379,13 +394,17 @@ def tables_of_story(results: Results) -> dict[str, Callable[[], str]]:
     def encoders() -> str:
         return markdown(["", *titles], [[title, *less(*pair)] for title, pair in TARGETS.items()])
 
+    def places() -> str:
+        known = {title: pair for title, pair in PLACED.items() if results.differences(*pair, EXACT)}
+        return markdown(["", *titles], [[title, *less(*pair)] for title, pair in known.items()])
+
     def size() -> str:
         sizes = [(f"{name} {n}", prefix) for name, ladder in LADDERS.items() for n, prefix in ladder.items()]
         known = [(title, prefix) for title, prefix in sizes if f"{prefix}irepa" in results.arms]
         return markdown(["", *titles], [[title, *less(f"{prefix}irepa", f"{prefix}plain")] for title, prefix in known])
 
     titles = [m.title for m in TOLD]
-    return {"equal steps": steps, "equal seconds": seconds, "encoders": encoders, "size": size}
+    return {"equal steps": steps, "equal seconds": seconds, "encoders": encoders, "places": places, "size": size}
 
 
 def told(story: str, results: Results) -> str:
