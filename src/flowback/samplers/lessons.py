@@ -147,10 +147,11 @@ class Inverse(Objective):
         parts = {"image": errors[0].mean(), "states": errors[1:].mean()}
         if self.encoder is not None:
             assert targets is not None
-            targets = targets.to(image.dtype)
+            targets = targets.to(x.dtype)
             if self.features:
                 with autocast(image.device, self.precision):
-                    found = features_of(self.encoder, flow, self.to_images(flow.to_grid(image))).to(image.dtype)
+                    drawn = self.to_images(flow.to_grid(image.to(x.dtype)))
+                    found = features_of(self.encoder, flow, drawn).to(targets.dtype)
                 error = (found - targets).square().sum((1, 2)) / targets.square().sum((1, 2))
                 parts["features"] = torch.where(w > 0, 0, error).mean()
                 terms.append(self.features * parts["features"])
