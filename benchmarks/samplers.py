@@ -15,8 +15,9 @@ each student by Euler and, with one pass more where their number is even, by Heu
 that follow each other, of any number of tokens; `ratio` is the time of the unguided exact decode by `auto` over a row's.
 
 With `--fid` as many images by class as `--samples` says are drawn in every way and compared with as many held-out ones, on
-the features of the frozen encoder and, of Fashion-MNIST, on those of the judge of `studies/alignment/judge.py`, which also
-says how often it sees the class that was asked for. Training seconds are those of the runs' own clocks.
+the features of the frozen encoder and on those of a judge, which also says how often it sees the class that was asked for
+(`studies/alignment/judge.py`; of Fashion-MNIST there always is one, of other data where `--judge` names it). Training
+seconds are those of the runs' own clocks.
 
 `--table FILE` measures nothing: of an earlier `--json` of several runs it prints each way's means, with half the width of
 the 95 % interval.
@@ -50,6 +51,7 @@ from flowback.runs.folder import run_data
 from flowback.tasks.autotune import autotune
 
 TOKENS = {49: {"image_size": 28, "channels": 1}, 256: {"image_size": 64, "channels": 3}}  # of random flows, patches of 4
+JUDGE = "runs/studies/alignment/judge.pth"
 SHARED = {"patch_size": 4, "width": 96, "blocks": 4, "layers": 3, "num_classes": 10, "noise_std": 0.1}
 
 
@@ -186,11 +188,11 @@ def judged(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, 
     noise = torch.randn(options.samples, *core.token_shape, generator=generator).to(core.device)
     reference, name = reference_of(data, options.samples, training=False)
     extractors: dict[str, Any] = {"efficientnet_lite0": None}
-    if data.name == "fashion_mnist":
+    if file := options.judge or (JUDGE if data.name == "fashion_mnist" else None):
         sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "alignment"))
         from judge import right, trained
 
-        judge, extractors["judge"] = trained(Path(options.judge)), options.judge
+        judge, extractors["judge"] = trained(Path(file)), file
     for way in ways(subject, options):
         parts = [flow.to_images(way.draw(z, c.to(core.device))) for z, c in zip(noise.split(64), y.split(64), strict=True)]
         x = torch.cat(parts).float().cpu()
@@ -240,7 +242,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise with --fid")
     parser.add_argument("--prior", default="standard")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--judge", default="runs/studies/alignment/judge.pth", help="trained if it is not there")
+    parser.add_argument("--judge", help=f"a judge's file; of Fashion-MNIST {JUDGE}, which is trained if it is not there")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", default=None)
