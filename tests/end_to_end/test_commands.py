@@ -251,3 +251,10 @@ def test_a_printed_configuration_is_one_and_nothing_is_done(verb, tmp_path, monk
     assert capsys.readouterr().out == printed
     assert yaml.safe_load(printed)["train"]["seed"] == 5
     assert [file.name for file in tmp_path.iterdir()] == ["printed.yaml"]
+
+
+def test_a_command_keeps_freed_memory_for_what_follows(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("flowback.core.devices.keep_freed_memory", lambda device: seen.append(device.type))
+    assert main(["sample", str(run), "--num=1", "--device=cpu", "-o", str(tmp_path / "x.png")]) == 0
+    assert seen == ["cpu"]

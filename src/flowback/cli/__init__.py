@@ -125,7 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.pop("print_config", False):
             print(command.dump(options), end="")
             return _lost_output()
-        status = run(command.instantiate(options))
+        given = command.instantiate(options)
+        devices = import_module("flowback.core.devices")  # with PyTorch, which a verb's module has imported by now
+        devices.keep_freed_memory(devices.pick_device("auto"))
+        status = run(given)
         return _lost_output() or status
     except InputError as error:
         fail(str(error))
