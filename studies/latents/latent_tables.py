@@ -68,6 +68,7 @@ GAPS: dict[str, tuple[Callable[[Result], float], int]] = {  # of one run: what i
     "exact - linear probe, points": (lambda r: rule("exact")(r) - space("linear_flat")(r), 1),
     "exact - linear probe of features": (lambda r: rule("exact")(r) - space("linear_features")(r), 1),
     "exact of 4 draws - linear probe": (lambda r: 100 * r["averaged"]["exact"] - space("linear_flat")(r), 1),
+    "FID best over rFID, %": (over(best("fid"), lambda r: r["reconstruction"]["fid"]), 0),
     "FID best over rFID, noised, %": (over(best("fid"), lambda r: r["noised"]["fid"]), 0),
 }
 READERS: dict[str, Callable[[Result], float]] = {  # of the same images, in percent
