@@ -6,6 +6,7 @@ The device is the tests' own (`second_device`), which refuses to be mixed with t
 import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -653,6 +654,23 @@ def test_latents_with_and_without_caches(second, tmp_path, monkeypatch):
     with second.counted() as counts:
         assert main(["cache", *config, f"--device={second}"]) == 0
     assert counts.operations > 0
+
+
+def test_an_inverse_is_distilled_with_and_without_a_cache(second, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWBACK_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(run / "run", tmp_path / "run")
+    words = ["distill", str(tmp_path / "run"), "--method=inverse", "--guidance=1", "--features=0.5", "--align=0.5"]
+    words += ["--encoder_weights=random", "--student.width=16", "--student.layers=5", "--student.head_dim=8"]
+    words += ["--train.steps=3", "--train.batch_size=8", "--train.log_every=1", "--train.eval_images=8"]
+    losses = []
+    for device, cache in (("cpu", "true"), (second, "true"), (second, "false")):
+        out = tmp_path / device / cache
+        with second.counted() as counts:
+            assert main([*words, f"--run={out}", f"--cache={cache}", f"--device={device}"]) == 0
+        assert (counts.operations > 0) == (device == second)
+        losses.append([row["loss"] for row in read_metrics(out / "metrics.csv") if "loss" in row])
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], abs=5e-3)  # features on disk are float16
 
 
 @pytest.mark.parametrize("kind", ["kl", "semantic"])

@@ -283,10 +283,13 @@ def probed(flow: Flow, data: ImageSet, images: int, cached: ArrayCache | None = 
     semantic = flow.autoencoder if isinstance(flow, LatentFlow) else None
 
     def values(split: Any, part: Tensor, cached: ArrayCache | None) -> dict[str, Tensor]:
-        x = from_levels(split[part][0], data.levels)
-        if not isinstance(semantic, SemanticAutoencoder):
-            return {"flat": flow.to_data(x).flatten(1)}
-        features = semantic.features(x) if cached is None else cached(part, torch.zeros_like(part, dtype=torch.bool))
+        if cached is not None and isinstance(semantic, SemanticAutoencoder):
+            features = cached(part, torch.zeros_like(part, dtype=torch.bool))
+        else:
+            x = from_levels(split[part][0], data.levels)
+            if not isinstance(semantic, SemanticAutoencoder):
+                return {"flat": flow.to_data(x).flatten(1)}
+            features = semantic.features(x)
         features = put(features, flow.device).float()
         latents = semantic.from_moments(semantic.compressed(features))
         return {"flat": latents.flatten(1), "features": features.mean(dim=1)}

@@ -80,8 +80,8 @@ class DistillInputs(Inputs):
         self.lesson = lesson
         if encoder is not None:
             self.targets = partial(features_of, encoder, flow.core)
-            shape = (flow.core.token_shape[0], encoder.dim)
             if config.alignment.cache:
+                shape = (flow.core.token_shape[0], encoder.dim)
                 self.features = open_cache(target_plan(config, data, flow.core, self.targets, shape, device), config, data)
 
     def prepare(self, raw: Raw, step: int) -> Batch:
