@@ -19,6 +19,7 @@ from torch import Tensor
 from flowback.core.devices import pick_device
 from flowback.core.files import file_hash, write_whole
 from flowback.data import ImageSet
+from flowback.data.splits import spread
 from flowback.measure.fidelity import TensorImages, fidelity, reference_of
 
 sys.path.append(str(Path(__file__).parent / "alignment"))
@@ -68,6 +69,14 @@ def judged(images: Tensor, data: ImageSet, file: Path | None) -> dict[str, float
         options |= {"extractor": "judge", "weights": str(file), "reference_name": f"{name}-{file_hash(file)[:8]}"}
     found = fidelity(TensorImages(images), reference, ("fid", "prc"), **options)
     return {k: found[k] for k in ("fid", "precision", "recall")}
+
+
+def unseen(data: ImageSet, count: int) -> list[int]:
+    """`count` held-out images that are not among those that `judged` compares with."""
+    held_out = len(data.held_out)
+    reference = set(spread(held_out, REFERENCE))
+    rest = [i for i in range(held_out) if i not in reference]
+    return [rest[i] for i in spread(len(rest), count)]
 
 
 def write_result(file: Path, facts: dict[str, Any]) -> None:

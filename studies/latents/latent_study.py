@@ -52,13 +52,13 @@ sys.path += [str(HERE.parent), str(HERE.parent / "alignment")]
 
 from judge import right, trained
 
-from common import Run, carry_out, chosen, judged, missing, options, run_named, write_result
+from common import Run, carry_out, chosen, judged, missing, options, run_named, unseen, write_result
 
 RESULTS = HERE / "results"
 RUNS = Path("runs/studies/latents")
 JUDGE = RUNS / "judge.pth"
 
-STEPS, AUTOENCODER_STEPS, LONG_STEPS, LONGEST_STEPS = 800, 1500, 2500, 12_000
+STEPS, AUTOENCODER_STEPS, LONG_STEPS, LONGEST_STEPS, WIDE_STEPS = 800, 1500, 2500, 12_000, 4000
 SEEDS = (0, 1, 2)
 IMAGES, SAMPLES, PROBED, DRAWS = 2000, 1000, 5000, 4
 TEMPERATURES, SCALES = (1.0, 0.9, 0.8), (0.0, 1.0)  # of samples; guidance at temperature 1
@@ -184,10 +184,12 @@ LOSSES = [
 ALL = Arm("pca_32_all", options=PCA, data=FULL, flow=noised(0.4), train={"steps": LONG_STEPS})
 ALL_REVERSE = replace(ALL, name="pca_32_all_reverse", alignment=ALIGNED | {"strategy": "reverse"}, space="pca_32_all")
 LONGEST = {"steps": LONGEST_STEPS, "precision": "bf16-mixed", "ema": 0.998}
+WIDE = LONGEST | {"steps": WIDE_STEPS, "batch_size": 128, "lr": 3e-3}
 LONG = [
     ALL,
     ALL_REVERSE,
     replace(ALL_REVERSE, name="pca_32_longest_reverse", train=LONGEST),
+    replace(ALL_REVERSE, name="pca_32_wide_0.3", flow=replace(noised(0.3), width=192), train=WIDE),
     Arm("pixels_all", "pixels", data=FULL, flow=PIXELS, train={"steps": LONG_STEPS, "lr": 8e-3, "warmup": 200}),
 ]
 ARMS = [*MAIN, *LOSSES, *ALIGNMENT, *SIZES, *LONG]
@@ -255,13 +257,21 @@ def measure(flow: Flow, data: ImageSet, folder: Path) -> dict[str, Any]:
         row = {"temperature": temperature, "guidance": scale, **judged(images, data, JUDGE)}
         figures["samples"].append(row | {"right": right(trained(JUDGE), images, y)})
     if isinstance(flow, LatentFlow):
-        real, labels = data.held_out[spread(len(data.held_out), SAMPLES)]
-        latents = flow.to_data(from_levels(real, data.levels))
-        for name, std in (("reconstruction", 0.0), ("noised", flow.config.noise_std)):
-            noise = put(torch.randn(latents.shape, generator=keyed_generator(0)), flow.device)
-            images = to_uint8(flow.to_images(latents + std * noise).cpu())
-            figures[name] = judged(images, data, JUDGE) | {"right": right(trained(JUDGE), images, labels)}
+        figures |= reconstructed(flow, data, spread(len(data.held_out), SAMPLES))
+        figures["unseen"] = reconstructed(flow, data, unseen(data, SAMPLES))
     return figures | {"space": probed(flow, data, PROBED)}
+
+
+def reconstructed(flow: LatentFlow, data: ImageSet, indices: list[int]) -> dict[str, Any]:
+    """What the judge says of reconstructions of these held-out images, without and with the flow's noise."""
+    figures: dict[str, Any] = {}
+    real, labels = data.held_out[indices]
+    latents = flow.to_data(from_levels(real, data.levels))
+    for name, std in (("reconstruction", 0.0), ("noised", flow.config.noise_std)):
+        noise = put(torch.randn(latents.shape, generator=keyed_generator(0)), flow.device)
+        images = to_uint8(flow.to_images(latents + std * noise).cpu())
+        figures[name] = judged(images, data, JUDGE) | {"right": right(trained(JUDGE), images, labels)}
+    return figures
 
 
 def averaged(flow: Flow, data: ImageSet, draws: int) -> dict[str, float]:
@@ -317,6 +327,7 @@ def main() -> None:
     parser = options(__doc__, jobs=1)
     parser.add_argument("--probe", action="store_true", help="fit the probes of finished runs to all their images, instead")
     parser.add_argument("--draws", type=int, help="classify with so many draws of noise, instead")
+    parser.add_argument("--unseen", action="store_true", help="judge reconstructions of other held-out images, instead")
     o = parser.parse_args()
     if o.run:
         return run(*run_named(o.run, order()))
@@ -324,6 +335,8 @@ def main() -> None:
     finished = [run for run in wanted if result_file(*run).is_file()]
     if o.probe:
         return amend(finished, "space_of_all", probed_by_all)
+    if o.unseen:
+        return amend(finished, "unseen", unseen_reconstructed)
     if o.draws:
         return amend(finished, "averaged_more", lambda flow, data, _: averaged(flow, data, o.draws))
     chains: dict[tuple[str, int], list[Run[Arm]]] = {}  # runs that share an autoencoder, which the first of them trains
@@ -344,7 +357,13 @@ def probed_by_all(flow: Flow, data: ImageSet, config: RunConfig) -> dict[str, fl
     return probed(flow, data, len(data.train), cached)
 
 
-def amend(runs: list[Run[Arm]], name: str, measured: Callable[[Flow, ImageSet, RunConfig], dict[str, float]]) -> None:
+def unseen_reconstructed(flow: Flow, data: ImageSet, config: RunConfig) -> dict[str, Any]:
+    """Reconstructions of held-out images that are not in the judge's reference."""
+    assert isinstance(flow, LatentFlow)
+    return reconstructed(flow, data, unseen(data, SAMPLES))
+
+
+def amend(runs: list[Run[Arm]], name: str, measured: Callable[[Flow, ImageSet, RunConfig], dict[str, Any]]) -> None:
     """Add to the results of finished runs, as `name`, what is `measured` of each flow."""
     for arm, seed in runs:
         file, config = result_file(arm, seed), arm.config(seed)

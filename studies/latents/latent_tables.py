@@ -70,22 +70,28 @@ GAPS: dict[str, tuple[Callable[[Result], float], int]] = {  # of one run: what i
     "exact of 4 draws - linear probe": (lambda r: 100 * r["averaged"]["exact"] - space("linear_flat")(r), 1),
     "FID best over rFID, %": (over(best("fid"), lambda r: r["reconstruction"]["fid"]), 0),
     "FID best over rFID, noised, %": (over(best("fid"), lambda r: r["noised"]["fid"]), 0),
+    "FID best over rFID, unseen, %": (over(best("fid"), lambda r: r["unseen"]["reconstruction"]["fid"]), 0),
+    "FID best over rFID, unseen, noised, %": (over(best("fid"), lambda r: r["unseen"]["noised"]["fid"]), 0),
 }
-READERS: dict[str, Callable[[Result], float]] = {  # of the same images, in percent
-    "exact, one draw of noise": rule("exact"),
-    "exact, 4 draws": lambda r: 100 * r["averaged"]["exact"],
-    "exact, 16 draws": lambda r: 100 * r["averaged_more"]["exact"],
+DRAWS: dict[str, Callable[[Result], float]] = {  # exact accuracy by draws of noise, in percent
+    "one draw of noise": rule("exact"),
+    "4 draws": lambda r: 100 * r["averaged"]["exact"],
+    "16 draws": lambda r: 100 * r["averaged_more"]["exact"],
+}
+PROBES: dict[str, Callable[[Result], float]] = {  # of the same images, in percent
     "linear probe of what the flow sees": lambda r: 100 * r["space_of_all"]["linear_flat"],
     "linear probe of pooled features": lambda r: 100 * r["space_of_all"]["linear_features"],
     "nearest mean of what the flow sees": lambda r: 100 * r["space_of_all"]["nearest_mean"],
 }
 PROBED = "pca_32_longest_reverse"  # the arm whose probes were fitted to all images, too
+READ = (PROBED, "pca_32_wide_0.3")  # arms in the same latents
 DIFFERENCES = [name for name in COLUMNS if name in ("exact %", "single gradient %", "FID best", "recall", "judge right %")]
 PAIRS = (  # an arm, and the one that its runs are compared with, seed by seed
     *(("pca_32", other) for other in ("pixels", "kl_16", "joint_16")),
     *((compressor, "pca_32") for compressor in ("attention_32", "transformer_32")),
     *((f"{space}_{s}", space) for space in ("pca_32", "kl_16", "joint_16") for s in ("forward", "reverse")),
-    ("pca_32_all", "pixels_all"),
+    *((name, "pixels_all") for name in ("pca_32_all", "pca_32_longest_reverse", "pca_32_wide_0.3")),
+    ("pca_32_wide_0.3", "pca_32_longest_reverse"),
 )
 
 
@@ -116,16 +122,18 @@ def table(arms: dict[str, list[Result]], columns: dict[str, tuple[Callable[[Resu
     return markdown(head, [[name, str(len(arms[name])), *row] for name, row in filled.items() if any(row)])
 
 
-def readers(results: list[Result]) -> str:
-    """How well the flow and the simple classifiers that were fitted to all images read them, and how they differ."""
-    probes = [name for name in READERS if "probe" in name]
+def readers(arms: dict[str, list[Result]]) -> str:
+    """How well flows and the simple classifiers that were fitted to all images read them, and how they differ."""
+    probes = {r["seed"]: r for r in arms[PROBED]}  # of the latents, which both flows share
+    linear = [name for name in PROBES if name.startswith("linear")]
     rows = []
-    for name, value in READERS.items():
-        gaps = [
-            interval([value(r) - READERS[probe](r) for r in results], 1) for probe in probes if name.startswith("exact")
-        ]
-        rows.append([name, interval([value(r) for r in results], 1), *(gaps or [""] * len(probes))])
-    return markdown(["read by", "%", *(f"less {probe}" for probe in probes)], rows)
+    for arm in READ:
+        for name, value in DRAWS.items():
+            gaps = [interval([value(r) - PROBES[probe](probes[r["seed"]]) for r in arms[arm]], 1) for probe in linear]
+            rows.append([f"`{arm}`, {name}", interval([value(r) for r in arms[arm]], 1), *gaps])
+    for name, value in PROBES.items():
+        rows.append([name, interval([value(r) for r in arms[PROBED]], 1), *[""] * len(linear)])
+    return markdown(["read by", "%", *(f"less {probe}" for probe in linear)], rows)
 
 
 def differences(arms: dict[str, list[Result]]) -> str:
@@ -149,7 +157,7 @@ def told(page: str) -> str:
     tables = {
         "arms": lambda: table(arms, COLUMNS),
         "gaps": lambda: table(arms, GAPS),
-        "readers": lambda: readers(arms[PROBED]),
+        "readers": lambda: readers(arms),
         "differences": lambda: differences(arms),
         "seconds": lambda: table(timed, SECONDS),
     }
