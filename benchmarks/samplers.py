@@ -16,7 +16,8 @@ that follow each other, of any number of tokens; `ratio` is the time of the ungu
 
 With `--fid` as many images by class as `--samples` says are drawn in every way and compared with as many held-out ones, on
 the features of the frozen encoder and on those of a judge, which also says how often it sees the class that was asked for
-(`studies/alignment/judge.py`; of Fashion-MNIST there always is one, of other data where `--judge` names it). Training
+(`studies/alignment/judge.py`; of Fashion-MNIST there always is one, of other data where `--judge` names it; one that is
+not there is trained on the run's images). Training
 seconds are those of the runs' own clocks.
 
 `--table FILE` measures nothing: of an earlier `--json` of several runs it prints each way's means, with half the width of
@@ -29,7 +30,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class Subject:
     flow: Flow
     students: dict[str, tuple[Student, float | None]]
     seconds: float | None = None
+    images: DataConfig | None = None
     data: ImageSet | None = None
 
 
@@ -88,15 +90,15 @@ def subjects(options: argparse.Namespace, device: torch.device) -> Iterator[Subj
             students = {"student": (flow.core.taught(), None)}
         folder = flow_folder(run)
         seconds = State.read(folder).seconds if (folder / "state.json").is_file() else None
-        data = None
+        images, data = DataConfig(name=options.data), None
         if options.fid:
             config = Path(run) / "config.yaml"
-            data = (
-                run_data(Path(run), RunConfig.read(config).data)
-                if config.is_file()
-                else load_data(DataConfig(name=options.data))
-            )
-        yield Subject(Path(run).name, flow, students, seconds, data)
+            if config.is_file():
+                images = RunConfig.read(config).data
+                data = run_data(Path(run), images)
+            else:
+                data = load_data(images)
+        yield Subject(Path(run).name, flow, students, seconds, images, data)
     for tokens, sizes in TOKENS.items() if options.random else ():
         torch.manual_seed(0)
         flow = TarFlow(**sizes, **SHARED).to(device).eval()
@@ -181,7 +183,8 @@ def timed(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, A
 
 def judged(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each way: FID, precision and recall of its images against held-out ones, and their classes."""
-    flow, core, data = subject.flow, subject.flow.core, subject.data
+    flow, core, images, data = subject.flow, subject.flow.core, subject.images, subject.data
+    assert images is not None
     assert data is not None
     y = torch.arange(options.samples) % max(1, core.num_classes) if core.num_classes else torch.full((options.samples,), -1)
     generator = torch.Generator().manual_seed(options.seed)
@@ -192,7 +195,7 @@ def judged(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, 
         sys.path.insert(0, str(Path(__file__).parents[1] / "studies" / "alignment"))
         from judge import right, trained
 
-        judge, extractors["judge"] = trained(Path(file)), file
+        judge, extractors["judge"] = trained(Path(file), replace(images, limit=None)), file
     for way in ways(subject, options):
         parts = [flow.to_images(way.draw(z, c.to(core.device))) for z, c in zip(noise.split(64), y.split(64), strict=True)]
         x = torch.cat(parts).float().cpu()
@@ -242,7 +245,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise with --fid")
     parser.add_argument("--prior", default="standard")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--judge", help=f"a judge's file; of Fashion-MNIST {JUDGE}, which is trained if it is not there")
+    parser.add_argument("--judge", help=f"a judge's file, which is made if it is not there; of Fashion-MNIST {JUDGE}")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", default=None)
