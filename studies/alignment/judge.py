@@ -43,6 +43,7 @@ class Judge(nn.Module):
         return features, self.head(features)
 
 
+@torch.enable_grad()
 def trained(file: Path, of: DataConfig = FASHION, epochs: int = EPOCHS, augment: bool = False) -> Judge:
     """The judge from a file, or trained on all training images of a data set and written there.
 
