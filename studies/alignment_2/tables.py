@@ -115,6 +115,7 @@ GREY = {"reverse": "one_step", "reverse, irepa": "irepa", "forward": "forward", 
 GREY |= {"detach": "detach", "exact": "exact"}
 COLOR = {"reverse": "reverse", "reverse, irepa": "irepa_reverse", "forward": "forward", "forward, irepa": "irepa_forward"}
 COLOR |= {"detach": "detach", "detach, irepa": "irepa_detach"}
+CELLS = {"reverse, irepa": "irepa", "forward, irepa": "irepa_forward"}
 TARGETS = {
     "the stage before the last - plain": ("emoji_sharper", "emoji_plain"),
     "random weights - plain": ("emoji_random_encoder", "emoji_plain"),
@@ -122,6 +123,14 @@ TARGETS = {
     "the last map - the stage before": ("emoji_irepa_reverse", "emoji_sharper"),
     "the last map - random weights": ("emoji_irepa_reverse", "emoji_random_encoder"),
     "the last map - features of another image": ("emoji_irepa_reverse", "emoji_shuffled"),
+}
+CHEAPER = {
+    "every second step": "every_2",
+    "every fourth step": "every_4",
+    "until half of the steps": "ends_halfway",
+    "forward, every second step": "forward_every_2",
+    "forward, then reverse": "forward_first",
+    "block 4 alone": "one_block",
 }
 PLACED = {
     "forward at the last blocks": ("cpu/forward", "cpu/plain"),
@@ -376,20 +385,30 @@ def tables_of_story(results: Results) -> dict[str, Callable[[], str]]:
 
     def steps() -> str:
         rows = []
-        for domain, plain, prefix, names in (("grey", "plain", "", GREY), ("color", "emoji_plain", "emoji_", COLOR)):
+        domains = [
+            ("grey", "plain", "", GREY),
+            ("color", "emoji_plain", "emoji_", COLOR),
+            ("cells", "cells_plain", "cells_", CELLS),
+        ]
+        for domain, plain, prefix, names in domains:
             means = [f"{mean(results.values(plain, m).values()):.{m.digits}f}" for m in TOLD]
             rows.append([f"{domain}: plain has", *means])
             rows += [[title, *less(f"{prefix}{name}", plain)] for title, name in names.items()]
         return markdown(["", *titles], rows)
 
-    def seconds() -> str:
+    def for_seconds(arms: dict[str, tuple[str, str]]) -> str:
         rows = []
-        for domain, plain, prefix, names in (("grey", "plain", "", GREY), ("color", "emoji_plain", "emoji_", COLOR)):
-            for title, name in names.items():
-                arm = f"{prefix}{name}"
-                cells = [marked(at_seconds(results, arm, plain, m), m, plain) for m in TOLD]
-                rows.append([f"{domain}, {title}", f"{results.dearness(arm, plain):.2f}", *cells])
+        for title, (arm, plain) in arms.items():
+            cells = [marked(at_seconds(results, arm, plain, m), m, plain) for m in TOLD]
+            rows.append([title, f"{results.dearness(arm, plain):.2f}", *cells])
         return markdown(["", "cost", *titles], rows)
+
+    def seconds() -> str:
+        grey = {f"grey, {title}": (name, "plain") for title, name in GREY.items()}
+        return for_seconds(grey | {f"color, {title}": (f"emoji_{name}", "emoji_plain") for title, name in COLOR.items()})
+
+    def cheaper() -> str:
+        return for_seconds({title: (name, "plain") for title, name in CHEAPER.items()})
 
     def encoders() -> str:
         return markdown(["", *titles], [[title, *less(*pair)] for title, pair in TARGETS.items()])
@@ -404,7 +423,14 @@ def tables_of_story(results: Results) -> dict[str, Callable[[], str]]:
         return markdown(["", *titles], [[title, *less(f"{prefix}irepa", f"{prefix}plain")] for title, prefix in known])
 
     titles = [m.title for m in TOLD]
-    return {"equal steps": steps, "equal seconds": seconds, "encoders": encoders, "places": places, "size": size}
+    return {
+        "equal steps": steps,
+        "equal seconds": seconds,
+        "encoders": encoders,
+        "places": places,
+        "cheaper": cheaper,
+        "size": size,
+    }
 
 
 def told(story: str, results: Results) -> str:
