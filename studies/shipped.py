@@ -1,13 +1,13 @@
 """Makes the flows that come with the package, from finished runs, and their students.
 
     flowback train --config configs/digits.yaml --run runs/digits
-    python studies/latents/latent_study.py --only pixels_all,pca_32_all --seeds 0    # the two of Fashion-MNIST
+    python studies/latents/latent_study.py --only pixels_all,pca_32_longest_reverse --seeds 0    # the two of Fashion-MNIST
     python studies/shipped.py flow runs/digits digits --draws 4
     python studies/shipped.py flow runs/studies/latents/flow/pixels_all-0 fashion_mnist
-    python studies/shipped.py flow runs/studies/latents/flow/pca_32_all-0 fashion_mnist_semantic
+    python studies/shipped.py flow runs/studies/latents/flow/pca_32_longest_reverse-0 fashion_mnist_semantic --draws 4
     python studies/shipped.py student digits --steps 1500 --width 64 --layers 4 --lr 4e-3
     python studies/shipped.py student fashion_mnist --steps 5000
-    python studies/shipped.py student fashion_mnist_semantic --steps 4000
+    python studies/shipped.py student fashion_mnist_semantic --steps 5000
 
 A flow's weights are rounded to bfloat16, which halves the file, and only then measured: the figures of its card are of what
 is shipped. Its student is trained on the rounded flow, and rounded, too; its own figures are in student/README.md. Loaded,
