@@ -28,6 +28,7 @@ from alignment_2 import study as study_2
 from alignment_2 import tables as tables_2
 from builders import random_flow
 from convergence import errors_by_sweep, sweeps_until
+from flowback.data import DataConfig, load_data
 from flowback.encoders import load_encoder
 from flowback.runs.config import AutoencoderRunConfig, RunConfig
 from flowback.training.build import fingerprint
@@ -369,7 +370,8 @@ def test_every_arm_in_latents_can_be_trained_and_differs_in_what_it_says():
         config, made = arm.config(0), arm.autoencoder(0)
         again = type(config).from_yaml(config.to_yaml())
         assert again == config
-        assert (config.flow.width, config.flow.blocks, config.flow.layers) == (96, 4, 3)
+        width = 192 if arm.name == "pca_32_wide_0.3" else 96
+        assert (config.flow.width, config.flow.blocks, config.flow.layers) == (width, 4, 3)
         assert config.flow.check_pairs(config.alignment.at) == [tuple(pair) for pair in config.alignment.at]
         if made is not None:
             assert config.latents.autoencoder == made.run
@@ -419,22 +421,35 @@ def test_tables_of_latents_are_of_the_results():
     ]
 
 
-def test_the_flow_is_compared_with_probes_of_all_images():
-    probes = {"linear_flat": 0.9, "linear_features": 0.88, "nearest_mean": 0.79}
-    rows = [
-        {
-            "classification": [{"rule": "exact", "accuracy": 0.86 + seed / 100}],
-            "averaged": {"exact": 0.89},
-            "averaged_more": {"exact": 0.9 + seed / 100},
-            "space_of_all": probes,
-        }
-        for seed in range(3)
-    ]
+def test_flows_are_compared_with_probes_of_all_images_seed_by_seed():
+    def read(seed: int, gain: float) -> dict:
+        accuracies = {"averaged": {"exact": 0.89 + gain}, "averaged_more": {"exact": 0.9 + seed / 100 + gain}}
+        return {"seed": seed, "classification": [{"rule": "exact", "accuracy": 0.86 + seed / 100 + gain}]} | accuracies
+
+    def probes(seed: int) -> dict:
+        return {"linear_flat": 0.9 + seed / 100, "linear_features": 0.88, "nearest_mean": 0.79}
+
+    probed, wide = latent_tables.READ
+    arms = {
+        probed: [read(seed, 0.0) | {"space_of_all": probes(seed)} for seed in range(3)],
+        wide: [read(seed, 0.02) for seed in (2, 1, 0)],  # in the same latents: the probes of the same seed are its own
+    }
     half = f"{4.303 / 3**0.5:.1f}"
-    text = latent_tables.readers(rows)
-    assert f"| exact, one draw of noise | 87.0 ± {half} | -3.0 ± {half} | -1.0 ± {half} |" in text
-    assert f"| exact, 16 draws | 91.0 ± {half} | 1.0 ± {half} | 3.0 ± {half} |" in text
+    text = latent_tables.readers(arms)
+    assert f"| `{probed}`, one draw of noise | 87.0 ± {half} | -4.0 ± 0.0 | -1.0 ± {half} |" in text
+    assert f"| `{wide}`, one draw of noise | 89.0 ± {half} | -2.0 ± 0.0 | 1.0 ± {half} |" in text
+    assert f"| `{wide}`, 16 draws | 93.0 ± {half} | 2.0 ± 0.0 | 5.0 ± {half} |" in text
     assert "| nearest mean of what the flow sees | 79.0 ± 0.0 |  |  |" in text
+
+
+def test_unseen_images_are_not_in_the_reference(monkeypatch):
+    monkeypatch.setattr(common, "REFERENCE", 60)
+    data = load_data(DataConfig(name="digits"))
+    reference, _ = common.reference_of(data, 60, training=False)
+    found = common.unseen(data, 100)
+    assert len(set(found)) == 100
+    assert not set(found) & set(reference.indices)
+    assert max(found) < len(data.held_out)
 
 
 def test_arms_of_latents_are_compared_seed_by_seed():
