@@ -17,11 +17,10 @@ that follow each other, of any number of tokens; `ratio` is the time of the ungu
 With `--fid` as many images by class as `--samples` says are drawn in every way and compared with as many held-out ones, on
 the features of the frozen encoder and on those of a judge, which also says how often it sees the class that was asked for
 (`studies/alignment/judge.py`; of Fashion-MNIST there always is one, of other data where `--judge` names it; one that is
-not there is trained on the run's images). Training
-seconds are those of the runs' own clocks.
+not there is trained on the run's images). Training seconds are those of the runs' own clocks.
 
-`--table FILE` measures nothing: of an earlier `--json` of several runs it prints each way's means, with half the width of
-the 95 % interval.
+`--table FILE …` measures nothing: of an earlier `--json` of several runs it prints each way's means, with half the width of
+the 95 % interval, and with `--less WAY` those of the differences from one of the ways, flow by flow.
 """
 
 import argparse
@@ -210,20 +209,31 @@ def judged(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, 
         yield row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Of each way the mean over flows, with half the width of its 95 % interval."""
+def table(files: list[list[dict[str, Any]]], less: str | None) -> str:
+    """Of each way the mean over flows, with half the width of its 95 % interval; of differences from the way `less`."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
     from common import interval, markdown
 
     figures = {"FID": ("judge", "fid", 1), "recall": ("judge", "recall", 2), "right": ("judge", "right", 2)}
     figures["FID, EfficientNet"] = ("efficientnet_lite0", "fid", 1)
-    figures = {title: figure for title, figure in figures.items() if figure[0] in rows[0]}
+    figures = {title: figure for title, figure in figures.items() if figure[0] in files[0][0]}
     by_way: dict[tuple[str, Any], list[dict[str, Any]]] = {}
-    for row in rows:
-        by_way.setdefault((row["way"], row["passes"]), []).append(row)
+    for rows in files:
+        known = set(by_way)  # which an earlier file has
+        for row in rows:
+            if (way := (row["way"], row["passes"])) not in known:
+                by_way.setdefault(way, []).append(row)
+    base = next((own for (way, passes), own in by_way.items() if less in (way, f"{way} {passes}")), None)
+    if less and base is None:
+        sys.exit(f"no way is called {less!r}; allowed: {', '.join(f'{w} {n}' if n else w for w, n in by_way)}")
     cells = []
     for (way, passes), own in by_way.items():
-        means = [interval([row[of][name] for row in own], digits) for of, name, digits in figures.values()]
+        means = [
+            interval(
+                [row[of][name] - (its[of][name] if base else 0) for row, its in zip(own, base or own, strict=True)], digits
+            )
+            for of, name, digits in figures.values()
+        ]
         cells.append([way, str(passes or ""), *means])
     return markdown(["way", "passes", *figures], cells)
 
@@ -249,10 +259,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", default=None)
-    parser.add_argument("--table", type=Path, default=None, help="a file that --json wrote")
+    parser.add_argument("--table", type=Path, nargs="+", default=None, help="files that --json wrote")
+    parser.add_argument("--less", help="with --table: a way, such as 'exact, guidance 1' or 'nfm, euler, w 1 2'")
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text())["images"]))
+        print(table([json.loads(file.read_text())["images"] for file in options.table], options.less))
         return
     for name, kind in (("batches", int), ("passes", int), ("guidance", float)):
         setattr(options, name, [kind(word) for word in getattr(options, name).split(",")])

@@ -70,7 +70,7 @@ def second():
         yield real
         return
     if reason := second_device.missing():
-        pytest.skip(reason)
+        pytest.skip(reason)  # it cannot be built without a C++ compiler and ninja, and the reason says which is missing
     with second_device.plugged() as device:
         yield device
 

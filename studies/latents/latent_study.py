@@ -336,7 +336,7 @@ def main() -> None:
     if o.probe:
         return amend(finished, "space_of_all", probed_by_all)
     if o.unseen:
-        return amend(finished, "unseen", unseen_reconstructed)
+        return amend([run for run in finished if run[0].kind != "pixels"], "unseen", unseen_reconstructed)
     if o.draws:
         return amend(finished, "averaged_more", lambda flow, data, _: averaged(flow, data, o.draws))
     chains: dict[tuple[str, int], list[Run[Arm]]] = {}  # runs that share an autoencoder, which the first of them trains
