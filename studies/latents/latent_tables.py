@@ -136,6 +136,17 @@ def readers(arms: dict[str, list[Result]]) -> str:
     return markdown(["read by", "%", *(f"less {probe}" for probe in linear)], rows)
 
 
+def reconstructions(arms: dict[str, list[Result]]) -> str:
+    """Run by run, the FID of samples and of reconstructions, of all held-out images and of those not in the reference."""
+    rows = []
+    for name in READ:
+        for r in arms[name]:
+            fid, seen, unseen = best("fid")(r), r["reconstruction"]["fid"], r["unseen"]["reconstruction"]["fid"]
+            gaps = [f"{100 * (fid / other - 1):.0f}" for other in (seen, unseen)]
+            rows.append([f"`{name}`, {r['seed']}", *(f"{v:.1f}" for v in (fid, seen, unseen)), *gaps])
+    return markdown(["arm, seed", "FID best", "rFID", "rFID, unseen", "FID over rFID, %", "FID over rFID, unseen, %"], rows)
+
+
 def differences(arms: dict[str, list[Result]]) -> str:
     """Of each of `PAIRS`: the first arm less the second, seed by seed."""
     rows = []
@@ -157,6 +168,7 @@ def told(page: str) -> str:
     tables = {
         "arms": lambda: table(arms, COLUMNS),
         "gaps": lambda: table(arms, GAPS),
+        "reconstructions": lambda: reconstructions(arms),
         "readers": lambda: readers(arms),
         "differences": lambda: differences(arms),
         "seconds": lambda: table(timed, SECONDS),
